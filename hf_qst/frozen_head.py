@@ -1,0 +1,156 @@
+"""The training loss of a causal language model from its frozen head, in chunks of tokens.
+
+The `[tokens, vocab]` logits and their gradient never exist at once, which at a vocabulary of 128k is most of a training
+step's memory. The model's own forward stays in charge: a pre-hook takes the labels away and asks it for the logits of
+no position, the decoder stack hands over its output, and a hook computes the loss transformers would have computed
+(`ForCausalLMLoss`) and puts it into the model's output.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from hf_qst_kernels import linear_cross_entropy
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+logger = logging.getLogger(__name__)
+
+# Keyword argument by which a request travels from the model to its decoder stack.
+LOSS_REQUEST = "hf_qst_loss_request"
+_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
+
+
+class LossRequest:
+    """The loss arguments of one call, and, once the stack ran, its output [batch, seq, d_out]."""
+
+    hidden: torch.Tensor | None = None
+
+    def __init__(self, labels, shift_labels=None, num_items_in_batch=None, ignore_index: int = -100):
+        self.labels = labels
+        self.shift_labels = shift_labels
+        self.num_items_in_batch = num_items_in_batch
+        self.ignore_index = ignore_index
+
+    def loss(self, head: nn.Linear, softcap: float | None) -> torch.Tensor:
+        """What `ForCausalLMLoss` gives for the head's logits."""
+        labels = self.shift_labels
+        if labels is None:
+            labels = nn.functional.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:]
+        hidden, weight, bias = self.hidden, head.weight, head.bias
+        hidden = hidden.to(weight.device)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        total = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+            weight.to(dtype),
+            labels.reshape(-1).to(weight.device),
+            None if bias is None else bias.to(dtype),
+            ignore_index=self.ignore_index,
+            logit_softcap=softcap,
+            reduction="mean" if self.num_items_in_batch is None else "sum",
+        )
+        if self.num_items_in_batch is None:
+            return total
+        count = self.num_items_in_batch
+        return total / (count.to(total.device) if torch.is_tensor(count) else count)
+
+
+def check_labels(kwargs: dict) -> None:
+    """Refuse labels that do not fit the inputs before the base runs.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    labels, inputs = kwargs.get("labels"), kwargs.get("input_ids")
+    if inputs is None and kwargs.get("inputs_embeds") is not None:
+        inputs = kwargs["inputs_embeds"][..., 0]
+    if labels is None or inputs is None:
+        return
+    if labels.shape != inputs.shape:
+        raise ValueError(
+            f"labels must have the shape of the inputs {list(inputs.shape)} ([batch, seq]), got {list(labels.shape)}"
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse to train a model of which nothing is trainable.
+
+    Raises:
+        ValueError
+    """
+    if model.training and torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "training was started with zero trainable parameters: the adapter is frozen or disabled. Load it with "
+            "is_trainable=True, or call set_adapter(name) to activate it for training."
+        )
+
+
+class FrozenHeadLoss:
+    """Hooks of one model with a head; `enabled` asks the wrapped stack whether its adapter wants the chunked loss."""
+
+    def __init__(self, enabled):
+        self.enabled = enabled
+
+    def install(self, model: nn.Module) -> list:
+        """Register on `model`; returns the handles that take the hooks off again."""
+        return [
+            model.register_forward_pre_hook(_Before(self), with_kwargs=True),
+            model.register_forward_hook(_After(), with_kwargs=True),
+        ]
+
+    def wants(self, model: nn.Module, kwargs: dict) -> bool:
+        """Whether this call gets its loss in chunks: a training step that does not ask for logits."""
+        return (
+            model.training
+            and torch.is_grad_enabled()
+            and kwargs.get("labels") is not None
+            and "logits_to_keep" not in kwargs
+            # TRL's fused head computes its own loss from the decoder stack's output.
+            and not kwargs.get("fused_lm_head", False)
+            and kwargs.get("return_dict", getattr(model.config, "return_dict", True)) is not False
+            and self.enabled()
+            and self._is_frozen_linear(model.get_output_embeddings())
+        )
+
+    def _is_frozen_linear(self, head: nn.Module | None) -> bool:
+        # A trained, quantised or offloaded head needs the model's own path.
+        plain = type(head) is nn.Linear and not hasattr(head, "_hf_hook")
+        if plain and not head.weight.requires_grad and head.weight.is_floating_point():
+            return True
+        if not getattr(self, "_said", False):
+            self._said = True
+            logger.warning("the head is trained, quantised or offloaded: the loss is computed from full logits")
+        return False
+
+
+class _Before:
+    def __init__(self, owner: FrozenHeadLoss):
+        self.owner = owner
+
+    def __call__(self, model, args, kwargs):
+        if kwargs.get("labels") is None:
+            return None
+        check_trainable(model)
+        if model.loss_function is not ForCausalLMLoss:
+            return None
+        check_labels(kwargs)
+        if not self.owner.wants(model, kwargs):
+            return None
+        kwargs = dict(kwargs)
+        request = LossRequest(**{name: kwargs.pop(name) for name in _LOSS_ARGUMENTS if name in kwargs})
+        kwargs[LOSS_REQUEST] = request
+        kwargs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=request.labels.device)
+        return args, kwargs
+
+
+class _After:
+    def __call__(self, model, args, kwargs, output):
+        request = kwargs.get(LOSS_REQUEST)
+        if request is None:
+            return None
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        loss = request.loss(model.get_output_embeddings(), softcap)
+        values = {name: value for name, value in output.items() if name != "logits"}
+        return type(output)(**{**values, "loss": loss})

@@ -1,0 +1,152 @@
+"""What a file of weights must hold: names, shapes, dtypes, checksums.
+
+PEFT loads a flipped bit, a NaN, an extra tensor or a missing one without an error. A manifest, kept in the JSON file
+beside the weights, is checked when they are loaded, and the error names the tensor.
+
+The manifest is made when an adapter's tensors are collected for saving (`remember`) and written with its configuration
+(`for_directory`), because that is what both PEFT and transformers let a method do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+
+import torch
+from safetensors import safe_open
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_MARK = "<!-- hf_qst usage -->"
+CARD_TEXT = f"""
+{CARD_MARK}
+## How to load
+
+This adapter is a side network of the `hf_qst` package, which registers itself with PEFT when it is imported:
+
+```python
+import hf_qst  # noqa: F401  (without it PEFT raises KeyError: 'QST')
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")
+```
+
+The side network cannot be merged into the base model; the base stays as it is and is needed to run it.
+"""
+
+
+class CheckpointError(ValueError):
+    """A file of weights is not what its manifest says, or does not belong to this model."""
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def describe(tensor: torch.Tensor) -> dict:
+    """Shape, dtype and SHA-256 of one tensor."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"shape": list(tensor.shape), "dtype": dtype, "sha256": hashlib.sha256(_bytes(tensor)).hexdigest()}
+
+
+def build(tensors: Mapping[str, torch.Tensor], base: Mapping[str, object]) -> dict:
+    """The manifest of `tensors`, which belong to a model described by `base`.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity; such weights are not saved.
+    """
+    for name, tensor in tensors.items():
+        _require_finite(name, tensor, "cannot be saved")
+    return {"version": 1, "base": dict(base), "tensors": {name: describe(t) for name, t in sorted(tensors.items())}}
+
+
+def _require_finite(name: str, tensor: torch.Tensor, consequence: str) -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise CheckpointError(f"tensor {name!r} holds NaN or infinite values and {consequence}")
+
+
+def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WEIGHTS_NAME) -> None:
+    """Check every tensor of a loaded file against its manifest.
+
+    Raises:
+        CheckpointError: naming the file and the first tensor that is missing, extra, of another shape or dtype, not
+            finite, or of another content.
+    """
+    expected = manifest["tensors"]
+    for problem, names in (("is missing", expected.keys() - tensors), ("is not in its manifest", tensors - expected.keys())):
+        if names:
+            raise CheckpointError(f"{file}: tensor {min(names)!r} {problem} ({len(names)} such tensors)")
+    for name, tensor in tensors.items():
+        want = expected[name]
+        if list(tensor.shape) != want["shape"]:
+            raise CheckpointError(f"{file}: tensor {name!r} has shape {list(tensor.shape)}, saved was {want['shape']}")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype != want["dtype"]:
+            raise CheckpointError(f"{file}: tensor {name!r} has dtype {dtype}, saved was {want['dtype']}")
+        _require_finite(name, tensor, f"{file} is damaged")
+        if describe(tensor)["sha256"] != want["sha256"]:
+            raise CheckpointError(f"{file}: tensor {name!r} does not have the content that was saved (checksum)")
+
+
+def check_base(manifest: Mapping, base: Mapping[str, object]) -> None:
+    """Check that weights saved for one base are loaded onto one of the same kind.
+
+    Raises:
+        CheckpointError: naming what differs and both values.
+    """
+    for name, saved in manifest["base"].items():
+        if base.get(name) != saved:
+            raise CheckpointError(
+                f"this side network was saved for a base with {name} {saved!r}, the given model has {base.get(name)!r}"
+            )
+
+
+def remember(config, tensors: Mapping[str, torch.Tensor], base: Mapping[str, object]) -> None:
+    """Keep the manifest of tensors that are about to be saved until their configuration is."""
+    config._pending_manifest = build(tensors, base)
+
+
+def for_directory(config, directory: str) -> dict | None:
+    """The manifest to save beside the weights in `directory`, or None when no tensors were collected.
+
+    PEFT adds fully trained modules (`modules_to_save`) to the file after a method's own tensors were collected. When
+    the file on disk holds exactly the remembered tensors and more, the manifest covers all of it; transformers writes
+    its file after the configuration, and then the remembered ones are all there is to say.
+    """
+    pending = getattr(config, "_pending_manifest", None)
+    if pending is None:
+        return None
+    path = os.path.join(directory, WEIGHTS_NAME)
+    if os.path.exists(path):
+        with safe_open(path, framework="pt") as file:
+            found = {name: describe(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        if all(found.get(name) == entry for name, entry in pending["tensors"].items()):
+            return {**pending, "tensors": dict(sorted(found.items()))}
+    return pending
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a text file whole or not at all."""
+    directory = os.path.dirname(path) or "."
+    handle, temporary = tempfile.mkstemp(dir=directory, prefix=".tmp_")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def complete_model_card(directory: str) -> None:
+    """Say in the folder's README how to load it, once."""
+    path = os.path.join(directory, "README.md")
+    text = ""
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    if CARD_MARK not in text:
+        write_text(path, text + CARD_TEXT)

@@ -1,0 +1,11 @@
+"""Quantized side tuning (Zhang et al., ACL 2024): a side network beside a frozen, quantised base."""
+
+from hf_qst.qst.config import QSTConfig
+from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
+from hf_qst.qst.model import QSTModel
+from hf_qst.qst.side_network import SideNetwork
+from hf_qst.registration import HfQstPeftType, register_method
+
+register_method(HfQstPeftType.QST, QSTConfig, QSTModel)
+
+__all__ = ["QSTConfig", "QSTLayer", "QSTModel", "SideNetwork", "SideNetworkMergeError"]

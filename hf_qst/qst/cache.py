@@ -1,0 +1,72 @@
+"""The side network's keys and values: cache layers behind the base's own, in the same `Cache` object.
+
+Reordering for beam search, cropping for assisted decoding, repeating and resetting all loop over a cache's layers, so
+the side network's follow without a subclass. A side layer is of the same kind as the base layer it stands for, so both
+have the same length and the base's mask fits.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+
+def _like(layer):
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return StaticSlidingWindowLayer(layer.max_cache_len, layer.max_cache_len)
+    if isinstance(layer, StaticLayer):
+        return StaticLayer(layer.max_cache_len)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        copy = DynamicSlidingWindowLayer(layer.sliding_window)
+        copy.record_past = layer.record_past
+        return copy
+    if isinstance(layer, DynamicLayer):
+        return DynamicLayer()
+    raise NotImplementedError(
+        f"QST cannot keep its keys and values beside a cache layer of type {type(layer).__name__}; use a dynamic or a "
+        "static cache (cache_implementation='dynamic' or 'static')"
+    )
+
+
+def _is_filled(layer) -> bool:
+    return bool(layer.is_initialized) and bool(layer.get_seq_length() > 0)
+
+
+def with_side_layers(cache: Cache | None, config, num_layers: int) -> Cache:
+    """The cache to give to the base: `num_layers` of its own, then as many for the side network.
+
+    Args:
+        cache: what the caller passed, or None for a new dynamic one.
+        config: the base's.
+        num_layers: number of the base's blocks.
+
+    Raises:
+        NotImplementedError: a kind of cache whose layers cannot be mirrored.
+        ValueError: the cache was filled without this side network (with the adapter disabled, or by another model).
+    """
+    if cache is None:
+        cache = DynamicCache(config=config)
+    if isinstance(cache, EncoderDecoderCache) or getattr(cache, "offloading", False):
+        raise NotImplementedError(
+            f"QST does not support {type(cache).__name__} with offloading or cross-attention; use "
+            "cache_implementation='dynamic' or 'static'"
+        )
+    missing = len(cache.layers) <= num_layers
+    if not torch.compiler.is_compiling() and cache.layers and _is_filled(cache.layers[0]):
+        if missing or not _is_filled(cache.layers[num_layers]):
+            raise ValueError(
+                "past_key_values was filled while this QST adapter was disabled or by another model: it holds no keys "
+                "and values of the side network. Start from an empty cache."
+            )
+    # A DynamicCache made without a config has no layers yet and grows by itself, past the base's too.
+    if missing and cache.layers:
+        cache.layers.extend(_like(layer) for layer in cache.layers[:num_layers])
+    return cache

@@ -1,0 +1,173 @@
+"""The configuration of quantized side tuning."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from hf_qst import manifest
+from hf_qst.registration import HfQstPeftType
+
+DOWNSAMPLE_KINDS = ("linear", "lora", "adapter", "maxpool", "avgpool", "principal")
+MIX_KINDS = ("residual", "paper", "sigmoid")
+
+
+@dataclass
+class QSTConfig(PeftConfig):
+    """Configuration of quantized side tuning (QST).
+
+    A frozen base runs forward only; a side network `r` times narrower reads its hidden states and is all that trains.
+    Zhang et al., "Quantized Side Tuning", ACL 2024, arXiv 2401.07159. The defaults are the paper's but for three that
+    learn faster or need less memory (`mix`, `tap_storage`, `side_heads`); `QSTConfig.paper()` has the paper's,
+    `QSTConfig.reference()` those of the authors' code.
+
+    Args:
+        r (`int`):
+            Reduction factor: the side network is `hidden_size // r` wide. Must divide the base's hidden size.
+        downsample (`str`):
+            How a hidden state `[batch, seq, hidden]` becomes the side network's `[batch, seq, hidden // r]`: `"linear"`,
+            `"lora"` (two factors), `"adapter"` (two factors with SiLU between), `"maxpool"` or `"avgpool"` (over windows
+            of `r` channels, no parameters), `"principal"` (a fixed projection onto the principal directions of each
+            block's outputs; see `calibration_data`).
+        downsample_rank (`int`):
+            Rank of the factors of `"lora"` and `"adapter"`.
+        downsample_layernorm (`bool`):
+            Layer norm after the downsampling.
+        downsample_dropout (`float`):
+            Dropout after the downsampling.
+        tap_storage (`str`):
+            What a trainable downsampler keeps of the base's hidden state for its own gradient: `"int8"` (blocks of 64
+            channels) or `"full"`. The forward pass is exact in both.
+        side_heads (`str`):
+            `"auto"` keeps the base's head size and divides the number of heads; `"keep"` keeps the number of heads and
+            divides their size.
+        gate_shape (`str`):
+            `"scalar"` (one gate a layer) or `"vector"` (one a channel) for the gate between a downsampled hidden state
+            and the side network's own state.
+        gate_init (`float`):
+            Start of the gate before its sigmoid.
+        mix (`str`):
+            How the side network's output joins the base's, before the head: `"residual"` is `alpha * base + side` with
+            a zero start for the side network's last layer; `"paper"` is `alpha * base + (1 - alpha) * side` with alpha
+            starting at 1; `"sigmoid"` the same with the sigmoid of a parameter that starts at 1. The first two start
+            exactly at the base model.
+        mix_shape (`str`):
+            `"scalar"` or `"vector"` (one alpha a channel).
+        mix_lr_scale (`float`):
+            Multiplies the learning rate of alpha: alpha is `start + mix_lr_scale * parameter`.
+        side_checkpointing (`bool`):
+            Recompute each side block in the backward pass instead of keeping its activations.
+        chunked_loss (`bool`):
+            In training, compute the language-model loss from the frozen head in chunks of tokens, so that the logits
+            never exist at once; the model then returns a loss and no logits. Pass `logits_to_keep=0` to a call to get
+            its logits all the same.
+        modules_to_save (`list[str]`, *optional*):
+            Modules outside the decoder stack that are trained and saved in full, for example `["score"]`.
+        calibration_data (iterable of `dict`, *optional*):
+            A few batches of model inputs for `downsample="principal"`. Without them its directions are random and
+            orthonormal. Not saved.
+    """
+
+    r: int = field(default=16, metadata={"help": "Reduction factor: the side network is hidden_size // r wide."})
+    downsample: str = field(default="adapter", metadata={"help": f"One of {', '.join(DOWNSAMPLE_KINDS)}."})
+    downsample_rank: int = field(default=16, metadata={"help": "Rank of the lora and adapter downsamplers."})
+    downsample_layernorm: bool = field(default=True, metadata={"help": "Layer norm after the downsampling."})
+    downsample_dropout: float = field(default=0.0, metadata={"help": "Dropout after the downsampling."})
+    tap_storage: str = field(default="int8", metadata={"help": "What is kept of a hidden state: int8 or full."})
+    side_heads: str = field(default="auto", metadata={"help": "auto: the base's head size; keep: its head count."})
+    gate_shape: str = field(default="scalar", metadata={"help": "scalar or vector."})
+    gate_init: float = field(default=0.0, metadata={"help": "Start of the gates before their sigmoid."})
+    mix: str = field(default="residual", metadata={"help": f"One of {', '.join(MIX_KINDS)}."})
+    mix_shape: str = field(default="scalar", metadata={"help": "scalar or vector."})
+    mix_lr_scale: float = field(default=1.0, metadata={"help": "Multiplies the learning rate of the mix's alpha."})
+    side_checkpointing: bool = field(default=True, metadata={"help": "Recompute side blocks in the backward pass."})
+    chunked_loss: bool = field(default=True, metadata={"help": "Training loss from the frozen head in chunks."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules outside the decoder stack to train and save in full."}
+    )
+    calibration_data: Any = field(
+        default=None, repr=False, compare=False, metadata={"help": "Batches for downsample='principal'. Not saved."}
+    )
+    manifest: dict | None = field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={"help": "What the saved weights must be; written by save_pretrained, checked when they are loaded."},
+    )
+    target_modules: Any = field(
+        default=None, init=False, repr=False, compare=False, metadata={"help": "Set to the decoder stack's path."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = HfQstPeftType.QST
+        self._require("r", isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
+        self._require("downsample", self.downsample in DOWNSAMPLE_KINDS, f"one of {', '.join(DOWNSAMPLE_KINDS)}")
+        rank = self.downsample_rank
+        self._require("downsample_rank", isinstance(rank, int) and rank >= 1, "an integer >= 1")
+        self._require("downsample_dropout", 0.0 <= self.downsample_dropout < 1.0, "in [0, 1)")
+        self._require("tap_storage", self.tap_storage in ("int8", "full"), "int8 or full")
+        self._require("side_heads", self.side_heads in ("auto", "keep"), "auto or keep")
+        self._require("gate_shape", self.gate_shape in ("scalar", "vector"), "scalar or vector")
+        self._require("mix", self.mix in MIX_KINDS, f"one of {', '.join(MIX_KINDS)}")
+        self._require("mix_shape", self.mix_shape in ("scalar", "vector"), "scalar or vector")
+        self._require("mix_lr_scale", self.mix_lr_scale > 0, "positive")
+        names = self.modules_to_save
+        is_list = names is None or (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names))
+        self._require("modules_to_save", is_list, "a list of module names or None")
+        if self.calibration_data is not None and self.downsample != "principal":
+            raise ValueError(
+                f"QSTConfig.calibration_data is only used by downsample='principal', got downsample={self.downsample!r}"
+            )
+
+    def _require(self, name: str, holds: bool, accepted: str) -> None:
+        if not holds:
+            raise ValueError(f"QSTConfig.{name} must be {accepted}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def paper(cls, **changes) -> QSTConfig:
+        """The settings of the paper: its mix, full-precision taps; heads as the authors' code has them."""
+        return cls(**{"mix": "paper", "side_heads": "keep", "tap_storage": "full", **changes})
+
+    @classmethod
+    def reference(cls, **changes) -> QSTConfig:
+        """The settings of the authors' released code, which differ from their paper's.
+
+        A vector gate that starts at sigmoid(0.5), a vector mix that starts at sigmoid(1) on the base's side (so the
+        start is not the base model), undivided heads, full-precision taps.
+        """
+        code = {"gate_shape": "vector", "gate_init": 0.5, "mix": "sigmoid", "mix_shape": "vector"}
+        return cls.paper(**{**code, **changes})
+
+    def to_dict(self) -> dict:
+        """The configuration as JSON-ready data, without `calibration_data`."""
+        # asdict() deep-copies every field, so the batches are set aside first.
+        batches, self.calibration_data = self.calibration_data, None
+        try:
+            values = super().to_dict()
+        finally:
+            self.calibration_data = batches
+        for name in ("calibration_data", "target_modules"):
+            del values[name]
+        return values
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save the configuration with the manifest of the weights, and complete the model card.
+
+        PEFT calls this after it wrote the weights, transformers before; see `hf_qst.manifest`.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        loaded = self.manifest
+        self.manifest = manifest.for_directory(self, save_directory) or loaded
+        try:
+            with tempfile.TemporaryDirectory(dir=save_directory, prefix=".tmp_") as whole:
+                super().save_pretrained(whole, **kwargs)
+                os.replace(os.path.join(whole, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        finally:
+            self.manifest = loaded
+        manifest.complete_model_card(save_directory)

@@ -1,0 +1,125 @@
+"""Downsamplers D_i: a base hidden state [batch, seq, d] to the side network's width d_s = d / r (paper, section 3.2).
+
+Each works in two steps. `tap` is the one that reads the full-width state; it runs while the base runs, and what it
+returns is all that is kept. `finish` turns that into the side network's input and may be recomputed in the backward
+pass. The base's state never carries a gradient, so nothing of it has to be kept but what a trainable `tap` needs for
+its own weight, and that is kept in 8 bits (`hf_qst_kernels.tap_linear`).
+"""
+
+from __future__ import annotations
+
+import torch
+from hf_qst_kernels import tap_linear
+from torch import nn
+
+
+class Downsample(nn.Module):
+    """Base class: the affine layer norm and dropout all kinds share.
+
+    Args:
+        side_size: width d_s of the side network.
+        layernorm: whether to normalise the result.
+        dropout: probability.
+    """
+
+    def __init__(self, side_size: int, layernorm: bool, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(side_size) if layernorm else None
+        self.dropout = nn.Dropout(dropout)
+
+    def tap(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[batch, seq, d], without gradient -> what is kept of it."""
+        raise NotImplementedError
+
+    def expand(self, tapped: torch.Tensor) -> torch.Tensor:
+        """What `tap` returned -> [batch, seq, d_s]."""
+        return tapped
+
+    def finish(self, tapped: torch.Tensor) -> torch.Tensor:
+        """What `tap` returned -> [batch, seq, d_s], normalised."""
+        side = self.expand(tapped)
+        if self.norm is not None:
+            side = self.norm(side.to(self.norm.weight.dtype))
+        return self.dropout(side)
+
+
+class LinearDownsample(Downsample):
+    """D(h) = h W, W [d, d_s]."""
+
+    def __init__(self, hidden_size: int, side_size: int, storage: str, **shared):
+        super().__init__(side_size, **shared)
+        self.storage = storage
+        self.down = nn.Linear(hidden_size, side_size, bias=False)
+
+    def tap(self, hidden):
+        return tap_linear(hidden, self.down.weight, storage=self.storage)
+
+
+class FactoredDownsample(LinearDownsample):
+    """D(h) = f(h L1) L2, L1 [d, m], L2 [m, d_s]; f is the identity (`lora`) or SiLU (`adapter`)."""
+
+    def __init__(self, hidden_size: int, side_size: int, rank: int, activation: bool, **shared):
+        super().__init__(hidden_size, side_size, **shared)
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.up = nn.Linear(rank, side_size, bias=False)
+        self.activation = nn.SiLU() if activation else nn.Identity()
+
+    def expand(self, tapped):
+        return self.up(self.activation(tapped).to(self.up.weight.dtype))
+
+
+class PoolDownsample(Downsample):
+    """D(h)_j = max or mean of the r channels r*j .. r*j + r - 1; nothing to train before the norm."""
+
+    def __init__(self, side_size: int, kind: str, **shared):
+        super().__init__(side_size, **shared)
+        self.kind = kind
+        self.side_size = side_size
+
+    def tap(self, hidden):
+        windows = hidden.unflatten(-1, (self.side_size, -1))
+        return windows.amax(-1) if self.kind == "maxpool" else windows.mean(-1)
+
+
+class PrincipalDownsample(Downsample):
+    """D(h) = (h - mean) P, with P [d, d_s] fixed: the leading principal directions of the states it will read.
+
+    Each direction is divided by the standard deviation along it, or the few outlier channels of a large model would
+    drown the others in the layer norm that follows. Until `fit` is called the directions are random and orthonormal.
+    """
+
+    def __init__(self, hidden_size: int, side_size: int, **shared):
+        super().__init__(side_size, **shared)
+        directions = torch.empty(side_size, hidden_size)
+        nn.init.orthogonal_(directions)
+        self.register_buffer("directions", directions)
+        self.register_buffer("mean", torch.zeros(hidden_size))
+
+    def tap(self, hidden):
+        dtype = self.directions.dtype
+        return nn.functional.linear(hidden.to(dtype) - self.mean, self.directions)
+
+    @torch.no_grad()
+    def fit(self, mean: torch.Tensor, covariance: torch.Tensor) -> None:
+        """Take the principal directions of states with this mean [d] and covariance [d, d]."""
+        values, vectors = torch.linalg.eigh(covariance.double())
+        side_size = self.directions.shape[0]
+        # eigh sorts ascending. A direction without variance says nothing; the floor keeps its scale finite.
+        scale = values[-side_size:].clamp_min(values[-1] * 1e-12).clamp_min(1e-30).rsqrt()
+        self.directions.copy_((vectors[:, -side_size:] * scale).T.flip(0))
+        self.mean.copy_(mean)
+
+
+def make_downsample(config, hidden_size: int, side_size: int) -> Downsample:
+    """The downsampler a `QSTConfig` asks for."""
+    shared = {"layernorm": config.downsample_layernorm, "dropout": config.downsample_dropout}
+    kind, rank, storage = config.downsample, config.downsample_rank, config.tap_storage
+    if kind == "linear":
+        return LinearDownsample(hidden_size, side_size, storage=storage, **shared)
+    if kind in ("lora", "adapter"):
+        return FactoredDownsample(
+            hidden_size, side_size, rank=rank, activation=kind == "adapter", storage=storage, **shared
+        )
+    if kind == "principal":
+        return PrincipalDownsample(hidden_size, side_size, **shared)
+    return PoolDownsample(side_size, kind, **shared)

@@ -1,0 +1,209 @@
+"""The PEFT layer of QST: it stands in the place of the base's decoder stack.
+
+State lives here and not on the tuner, because `generate`, TRL's fused head and transformers' own `add_adapter` never
+call the tuner's forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from hf_qst.decoder_stack import DecoderStack
+from hf_qst.frozen_head import LOSS_REQUEST
+from hf_qst.qst.cache import with_side_layers
+from hf_qst.qst.side_block import BlockContext
+from hf_qst.qst.side_network import SideNetwork
+
+# Arguments of a base block that are not the side block's: its own state, and what concerns caches it does not use.
+_NOT_FORWARDED = {
+    "hidden_states",
+    "attention_mask",
+    "position_embeddings",
+    "past_key_values",
+    "layer_past",
+    "use_cache",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "output_attentions",
+    "output_hidden_states",
+}
+
+
+class SideNetworkMergeError(NotImplementedError):
+    """A side network cannot be merged into the base's weights."""
+
+    def __init__(self):
+        super().__init__(
+            "a QST side network reads the base's hidden states through layers of its own and cannot be merged into its "
+            "weights. Keep it as an adapter (save_pretrained), or take the base back with unload()."
+        )
+
+
+class _Recorder:
+    """Taps and contexts of one base forward."""
+
+    def __init__(self, network: SideNetwork, grad: bool):
+        self.network, self.grad = network, grad
+        self.embedding = None
+        self.taps: list[torch.Tensor] = []
+        self.contexts: list[BlockContext] = []
+
+    def record(self, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext) -> None:
+        # The base runs without gradients; a trainable downsampler needs them, from a leaf that has none.
+        with torch.set_grad_enabled(self.grad):
+            if index == 0:
+                self.embedding = self.network.tap(0, entering.detach())
+            self.taps.append(self.network.tap(index, leaving.detach()))
+        self.contexts.append(context)
+
+
+class _Tape:
+    """Where the blocks' hooks find the recorder of the forward that is running; None outside one."""
+
+    recorder: _Recorder | None = None
+
+
+class _BlockHook:
+    """Forward hook of base block `index`. A class of this module, so that models pickle and deep-copy."""
+
+    def __init__(self, index: int, block: nn.Module, tape: _Tape):
+        self.index = index
+        self.tape = tape
+        self.parameters = [
+            p.name
+            for p in inspect.signature(type(block).forward).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ][1:]
+
+    def __call__(self, block, args, kwargs, output):
+        recorder = self.tape.recorder
+        if recorder is None:
+            return
+        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        entering = given["hidden_states"]
+        context = BlockContext(
+            attention_mask=given.get("attention_mask"),
+            position_embeddings=given.get("position_embeddings"),
+            attention_kwargs={k: v for k, v in given.items() if k not in _NOT_FORWARDED},
+            hidden_dtype=entering.dtype,
+        )
+        recorder.record(self.index, entering, output[0] if isinstance(output, tuple) else output, context)
+
+
+class QSTLayer(nn.Module, BaseTunerLayer):
+    """Wraps a decoder stack and returns its output mixed with a side network's.
+
+    The stack itself runs in eval mode and without gradients. Attributes it does not have are the stack's.
+    """
+
+    adapter_layer_names = ("qst_net",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, stack: DecoderStack):
+        super().__init__()
+        self.base_layer = base_layer
+        self.qst_net = nn.ModuleDict()
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.num_layers = len(stack.blocks)
+        self.tape = _Tape()
+        self._parameters_of_base = list(inspect.signature(type(base_layer).forward).parameters)[1:]
+        self.hook_handles = [
+            block.register_forward_hook(_BlockHook(i, block, self.tape), with_kwargs=True)
+            for i, block in enumerate(stack.blocks)
+        ]
+
+    def update_layer(self, adapter_name: str, network: SideNetwork, inference_mode: bool) -> None:
+        """Add a side network under this name."""
+        self.qst_net[adapter_name] = network
+        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
+
+    def remove_hooks(self) -> None:
+        for handle in self.hook_handles:
+            handle.remove()
+        self.hook_handles = []
+
+    def active_network(self) -> SideNetwork | None:
+        """The side network in use, or None while adapters are disabled or there are none."""
+        if self.disable_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in self.qst_net]
+        if len(names) > 1:
+            raise ValueError(f"QST runs one side network at a time, but {names} are active; call set_adapter(name)")
+        return self.qst_net[names[0]] if names else None
+
+    def forward(self, *args, **kwargs):
+        request = kwargs.pop(LOSS_REQUEST, None)
+        network = self.active_network()
+        if network is None:
+            output = self.base_layer(*args, **kwargs)
+        else:
+            output = self._side_tuned(network, {**dict(zip(self._parameters_of_base, args, strict=False)), **kwargs})
+        if request is not None:
+            request.hidden = output[0]
+        return output
+
+    def _side_tuned(self, network: SideNetwork, kwargs: dict):
+        config = self.base_layer.config
+        grad = torch.is_grad_enabled()
+        if kwargs.get("use_cache") is None:
+            # transformers builds a full cache in training unless told not to.
+            kwargs["use_cache"] = not grad and getattr(config, "use_cache", False)
+        cache = kwargs.get("past_key_values")
+        if kwargs["use_cache"] or cache is not None:
+            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers)
+
+        self.tape.recorder = recorder = _Recorder(network, grad)
+        try:
+            with torch.no_grad():
+                output = self.base_layer(**kwargs)
+        finally:
+            self.tape.recorder = None
+
+        base = output[0].detach()
+        side = network(recorder.embedding, recorder.taps, recorder.contexts, cache)
+        mixed = network.mix(base, side.to(base.device))
+        if isinstance(output, tuple):
+            return (mixed, *output[1:])
+        output.last_hidden_state = mixed
+        if getattr(output, "hidden_states", None) is not None:
+            # transformers' last entry is the stack's output, after the final norm.
+            output.hidden_states = (*output.hidden_states[:-1], mixed)
+        return output
+
+    def train(self, mode: bool = True):
+        """Training mode for the side networks; the base is always in eval mode."""
+        super().train(mode)
+        self.base_layer.eval()
+        if mode:
+            for module in self.qst_net.modules():
+                if hasattr(module, "restore"):
+                    module.restore()
+        return self
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise SideNetworkMergeError()
+
+    def unmerge(self) -> None:
+        raise SideNetworkMergeError()
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        # Assigning a child of the stack (resize_token_embeddings does) must reach the stack.
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        if base is not None and name in base._modules:
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)

@@ -1,0 +1,217 @@
+"""Side blocks B_i: decoder blocks with the base block's shapes at the side network's width (paper, section 3.1).
+
+One class serves every architecture: it takes norm, activation, biases, rotary part and residual layout from the base's
+`BlockSpec`, so that parameter counts are those of the base's own block at that width. The base's own layer classes are
+not used: they index per-layer settings by the layer's number, and transformers recognises them by class when it
+records hidden states.
+
+The attention mask and rotary tables are those the base gave its own block in the same call, which is what makes
+padding, packing, sliding windows and static caches work without a mask built here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_qst.decoder_stack import BlockSpec
+
+
+@dataclass
+class BlockContext:
+    """What the base gave one of its blocks beside the hidden state, for the side block beside it."""
+
+    attention_mask: object = None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    attention_kwargs: dict = field(default_factory=dict)
+    hidden_dtype: torch.dtype = torch.float32
+
+
+def side_spec(base: BlockSpec, r: int, side_heads: str) -> BlockSpec:
+    """The spec of a block `r` times narrower.
+
+    With `side_heads="auto"` a head keeps its size, or the largest even part of it that divides the side width; rotary
+    tables are then a sub-sample of the base's. With `"keep"` the number of heads stays and their size is divided.
+
+    Raises:
+        ValueError: `r` does not divide the hidden size, or leaves a width that no head size divides.
+    """
+    if base.hidden_size % r:
+        raise ValueError(f"QSTConfig.r must divide the base's hidden size {base.hidden_size}, got {r}")
+    width = base.hidden_size // r
+    if side_heads == "keep":
+        sizes = [base.head_dim // r] if base.head_dim % r == 0 else []
+    else:
+        sizes = [base.head_dim // part for part in range(1, base.head_dim // 2 + 1) if base.head_dim % part == 0]
+        sizes = [size for size in sizes if width % size == 0]
+    sizes = [size for size in sizes if _can_rotate(base, size)]
+    if not sizes:
+        raise ValueError(
+            f"QSTConfig.r={r} with side_heads={side_heads!r} leaves a side width of {width} for which no even head size "
+            f"exists that divides both it and the base's head size {base.head_dim}. Choose another r."
+        )
+    head_dim = sizes[0]
+    part = base.head_dim // head_dim
+    if side_heads == "keep":
+        heads, kv_heads = base.num_heads, base.num_kv_heads
+    else:
+        heads = width // head_dim
+        most = max(1, heads * base.num_kv_heads // base.num_heads)
+        kv_heads = max(n for n in range(1, most + 1) if heads % n == 0)
+    return replace(
+        base,
+        hidden_size=width,
+        intermediate_size=max(1, base.intermediate_size // r),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=base.rotary_dim // part,
+    )
+
+
+def _can_rotate(base: BlockSpec, head_dim: int) -> bool:
+    part = base.head_dim // head_dim
+    return head_dim % 2 == 0 and base.rotary_dim % (2 * part) == 0
+
+
+def side_rotary(tables: tuple[torch.Tensor, torch.Tensor], rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary tables of a smaller head from the base's [batch, seq, base rotary_dim].
+
+    Frequency j of a head of n channels is theta ** (-2j / n), so those of a head of n / k channels are every k-th of the
+    base's; scaled variants are sub-sampled alike.
+    """
+    if tables[0].shape[-1] == rotary_dim:
+        return tables
+    half = tables[0].shape[-1] // 2
+    part = half // (rotary_dim // 2)
+    return tuple(torch.cat((t[..., :half:part],) * 2, dim=-1) for t in tables)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first `cos.shape[-1]` channels of x [batch, heads, seq, head_dim]; cos, sin [batch, 1, seq, n]."""
+    n = cos.shape[-1]
+    turned, rest = x[..., :n], x[..., n:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+def make_norm(kind: str, size: int, eps: float) -> nn.Module:
+    """RMSNorm or LayerNorm as the base has it; its weight starts at one."""
+    return nn.RMSNorm(size, eps=eps) if kind == "rms" else nn.LayerNorm(size, eps=eps)
+
+
+class SideAttention(nn.Module):
+    """Causal self-attention at the side width, through transformers' attention interface.
+
+    Args:
+        spec: of the side block.
+        base_config: the base's config, read at each call for the attention implementation it uses.
+        sliding_window: of the base block, or None.
+    """
+
+    is_causal = True
+
+    def __init__(self, spec: BlockSpec, base_config, sliding_window: int | None):
+        super().__init__()
+        self.spec = spec
+        self.config = base_config
+        self.sliding_window = sliding_window
+        self.num_key_value_groups = spec.num_heads // spec.num_kv_heads
+        query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.q_proj = nn.Linear(spec.hidden_size, query, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(spec.hidden_size, key, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(spec.hidden_size, key, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(query, spec.hidden_size, bias=spec.out_bias)
+        self.q_norm = make_norm(spec.norm, spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = make_norm(spec.norm, spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+
+    def forward(self, hidden: torch.Tensor, context: BlockContext, cache=None, layer_idx: int = 0) -> torch.Tensor:
+        """[batch, seq, d_s] -> [batch, seq, d_s]; `layer_idx` is this block's layer in `cache`."""
+        shape = (*hidden.shape[:-1], -1, self.spec.head_dim)
+        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        query, key, value = query.view(shape), key.view(shape), value.view(shape)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if self.spec.rotary_dim:
+            tables = side_rotary(context.position_embeddings, self.spec.rotary_dim)
+            cos, sin = (t.to(query.device, query.dtype).unsqueeze(1) for t in tables)
+            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value, layer_idx)
+
+        mask, kind = context.attention_mask, self.config._attn_implementation
+        if isinstance(mask, torch.Tensor):
+            mask = mask.to(query.device, query.dtype if mask.is_floating_point() else mask.dtype)
+        result_dtype = query.dtype
+        if kind in ("eager", "sdpa"):
+            # Both take a boolean or additive mask of four dimensions, and only one is fused.
+            kind = "sdpa"
+        else:
+            # The mask or packing is in that kernel's own form, and such kernels take half precision only.
+            half = context.hidden_dtype
+            query, key, value = query.to(half), key.to(half), value.to(half)
+        output, _ = ALL_ATTENTION_FUNCTIONS[kind](
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.spec.attention_dropout if self.training else 0.0,
+            scaling=self.spec.head_dim**-0.5,
+            sliding_window=self.sliding_window,
+            **context.attention_kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden.shape[:-1], -1).to(result_dtype))
+
+
+class SideMLP(nn.Module):
+    """Gated or plain MLP at the side width, [batch, seq, d_s] -> [batch, seq, d_s]."""
+
+    def __init__(self, spec: BlockSpec):
+        super().__init__()
+        self.gate_proj = (
+            nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias) if spec.gated_mlp else None
+        )
+        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
+        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
+        self.activation = ACT2FN[spec.activation]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(hidden)))
+        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class SideBlock(nn.Module):
+    """One decoder block of the side network, in the residual layout of the base's."""
+
+    def __init__(self, spec: BlockSpec, base_config, sliding_window: int | None = None):
+        super().__init__()
+        self.parallel = spec.parallel
+        self.attention = SideAttention(spec, base_config, sliding_window)
+        self.mlp = SideMLP(spec)
+
+        def norm():
+            return make_norm(spec.norm, spec.hidden_size, spec.norm_eps)
+
+        self.attention_norm = norm()
+        self.mlp_norm = norm() if spec.parallel != "one_norm" else None
+        self.attention_post_norm = norm() if spec.post_norms else nn.Identity()
+        self.mlp_post_norm = norm() if spec.post_norms else nn.Identity()
+
+    def forward(self, hidden: torch.Tensor, context: BlockContext, cache=None, layer_idx: int = 0) -> torch.Tensor:
+        """[batch, seq, d_s] -> [batch, seq, d_s]."""
+        normed = self.attention_norm(hidden)
+        attended = self.attention_post_norm(self.attention(normed, context, cache, layer_idx))
+        if self.parallel is None:
+            hidden = hidden + attended
+            return hidden + self.mlp_post_norm(self.mlp(self.mlp_norm(hidden)))
+        if self.mlp_norm is not None:
+            normed = self.mlp_norm(hidden)
+        return hidden + attended + self.mlp(normed)
