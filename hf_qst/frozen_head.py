@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 
 import torch
-from hf_qst_kernels import linear_cross_entropy
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from hf_qst_kernels import linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 

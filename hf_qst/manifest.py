@@ -75,7 +75,10 @@ def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WE
             finite, or of another content.
     """
     expected = manifest["tensors"]
-    for problem, names in (("is missing", expected.keys() - tensors), ("is not in its manifest", tensors - expected.keys())):
+    for problem, names in (
+        ("is missing", expected.keys() - tensors),
+        ("is not in its manifest", tensors - expected.keys()),
+    ):
         if names:
             raise CheckpointError(f"{file}: tensor {min(names)!r} {problem} ({len(names)} such tensors)")
     for name, tensor in tensors.items():

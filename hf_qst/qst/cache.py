@@ -60,12 +60,12 @@ def with_side_layers(cache: Cache | None, config, num_layers: int) -> Cache:
             "cache_implementation='dynamic' or 'static'"
         )
     missing = len(cache.layers) <= num_layers
-    if not torch.compiler.is_compiling() and cache.layers and _is_filled(cache.layers[0]):
-        if missing or not _is_filled(cache.layers[num_layers]):
-            raise ValueError(
-                "past_key_values was filled while this QST adapter was disabled or by another model: it holds no keys "
-                "and values of the side network. Start from an empty cache."
-            )
+    filled = not torch.compiler.is_compiling() and len(cache.layers) > 0 and _is_filled(cache.layers[0])
+    if filled and (missing or not _is_filled(cache.layers[num_layers])):
+        raise ValueError(
+            "past_key_values was filled while this QST adapter was disabled or by another model: it holds no keys and "
+            "values of the side network. Start from an empty cache."
+        )
     # A DynamicCache made without a config has no layers yet and grows by itself, past the base's too.
     if missing and cache.layers:
         cache.layers.extend(_like(layer) for layer in cache.layers[:num_layers])

@@ -74,7 +74,9 @@ def fit_principal(model: nn.Module, layer, network, batches) -> None:
     layer.tape.recorder = statistics
     try:
         for batch in tqdm(batches, desc="principal directions", unit="batch"):
-            inputs = {k: torch.as_tensor(v).to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+            inputs = {
+                k: torch.as_tensor(v).to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")
+            }
             mask = inputs.get("attention_mask")
             statistics.kept = None if mask is None else mask.bool().flatten()
             layer.base_layer(**inputs, use_cache=False)

@@ -9,8 +9,9 @@ its own weight, and that is kept in 8 bits (`hf_qst_kernels.tap_linear`).
 from __future__ import annotations
 
 import torch
-from hf_qst_kernels import tap_linear
 from torch import nn
+
+from hf_qst_kernels import tap_linear
 
 
 class Downsample(nn.Module):

@@ -138,6 +138,11 @@ class QSTLayer(nn.Module, BaseTunerLayer):
         return self.qst_net[names[0]] if names else None
 
     def forward(self, *args, **kwargs):
+        if getattr(self, "_is_replica", False):
+            # Replicas share the blocks' hooks and run in threads: their taps would mix.
+            raise RuntimeError(
+                "QST does not run under nn.DataParallel; use one process a GPU (torchrun, accelerate launch)"
+            )
         request = kwargs.pop(LOSS_REQUEST, None)
         network = self.active_network()
         if network is None:

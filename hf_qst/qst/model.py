@@ -12,6 +12,7 @@ from torch import nn
 from hf_qst import manifest
 from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.frozen_head import FrozenHeadLoss
+from hf_qst.packed_weights import keep_packed_weights
 from hf_qst.qst.calibrate import fit_principal
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.side_network import SideNetwork
@@ -71,6 +72,7 @@ class QSTModel(BaseTuner):
             layer = QSTLayer(target, stack)
             loss = FrozenHeadLoss(_WantsChunks(layer))
             layer.hook_handles += loss.install(self.model)
+            layer.hook_handles += keep_packed_weights(target)
             self._replace_module(parent, target_name, layer, target)
             layer.train(self.model.training)
         layer.update_layer(adapter_name, network, peft_config.inference_mode)

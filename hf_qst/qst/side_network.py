@@ -138,7 +138,8 @@ class SideNetwork(nn.Module):
 
     def tap(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """What downsampler `index` keeps of a base state [batch, seq, d]."""
-        return self.downsample[index].tap(hidden)
+        # Under a device map the first state may still be on the device before the block's.
+        return self.downsample[index].tap(hidden.to(self.gates[index].value.device))
 
     def forward(
         self, embedding: torch.Tensor, taps: list[torch.Tensor], contexts: list[BlockContext], cache=None
