@@ -10,7 +10,9 @@ is Python of another kind. Prints perplexities, one table, a completion before a
 import argparse
 import copy
 import math
+import random
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -196,7 +198,7 @@ def plot(runs: list[Run], folder: Path) -> list[Path]:
     return paths
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default=str(BASE), help="base model: a folder or a hub name (default: the project's)"
@@ -204,13 +206,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="training steps of each method")
     parser.add_argument("--batch", type=int, default=8, help="blocks a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a block")
+    parser.add_argument("--files", type=int, default=500, help="training files, drawn at random")
     parser.add_argument("--every", type=int, default=20, help="steps between two held-out measurements")
     parser.add_argument("--held-blocks", type=int, default=96, help="held-out blocks of each kind of text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the plots and adapters")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
+    # Of the libraries about themselves: a renamed argument, an optional kernel package that is not installed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="Failed to load CPU gemm_4bit_forward")
+    warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
     started = time.perf_counter()
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -219,6 +226,8 @@ def main() -> None:
     base = load_base(args.model, args.device)
     train_files, held_files = split(transformers_files())
     _, old_files = split(stdlib_files())
+    if args.files < len(train_files):
+        train_files = random.Random(args.seed).sample(train_files, args.files)
     data = {
         "train": blocks(tokens(train_files, tokenizer), args.length),
         "held": blocks(tokens(held_files, tokenizer), args.length, args.held_blocks),

@@ -39,15 +39,11 @@ class LossRequest:
         labels = self.shift_labels
         if labels is None:
             labels = nn.functional.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:]
-        hidden, weight, bias = self.hidden, head.weight, head.bias
-        hidden = hidden.to(weight.device)
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         total = linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-            weight.to(dtype),
-            labels.reshape(-1).to(weight.device),
-            None if bias is None else bias.to(dtype),
+            self.hidden.to(head.weight.device),
+            head.weight,
+            labels.to(head.weight.device),
+            head.bias,
             ignore_index=self.ignore_index,
             logit_softcap=softcap,
             reduction="mean" if self.num_items_in_batch is None else "sum",

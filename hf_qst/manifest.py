@@ -51,6 +51,11 @@ def describe(tensor: torch.Tensor) -> dict:
     return {"shape": list(tensor.shape), "dtype": dtype, "sha256": hashlib.sha256(_bytes(tensor)).hexdigest()}
 
 
+def tensor_name(key: str) -> str:
+    """A tensor's name in the manifest: PEFT and transformers save the same tensor with and without this prefix."""
+    return key.removeprefix("base_model.model.")
+
+
 def build(tensors: Mapping[str, torch.Tensor], base: Mapping[str, object]) -> dict:
     """The manifest of `tensors`, which belong to a model described by `base`.
 
@@ -59,7 +64,8 @@ def build(tensors: Mapping[str, torch.Tensor], base: Mapping[str, object]) -> di
     """
     for name, tensor in tensors.items():
         _require_finite(name, tensor, "cannot be saved")
-    return {"version": 1, "base": dict(base), "tensors": {name: describe(t) for name, t in sorted(tensors.items())}}
+    described = {tensor_name(key): describe(tensor) for key, tensor in sorted(tensors.items())}
+    return {"version": 1, "base": dict(base), "tensors": described}
 
 
 def _require_finite(name: str, tensor: torch.Tensor, consequence: str) -> None:
@@ -75,6 +81,7 @@ def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WE
             finite, or of another content.
     """
     expected = manifest["tensors"]
+    tensors = {tensor_name(key): tensor for key, tensor in tensors.items()}
     for problem, names in (
         ("is missing", expected.keys() - tensors),
         ("is not in its manifest", tensors - expected.keys()),
@@ -124,7 +131,7 @@ def for_directory(config, directory: str) -> dict | None:
     path = os.path.join(directory, WEIGHTS_NAME)
     if os.path.exists(path):
         with safe_open(path, framework="pt") as file:
-            found = {name: describe(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            found = {tensor_name(key): describe(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         if all(found.get(name) == entry for name, entry in pending["tensors"].items()):
             return {**pending, "tensors": dict(sorted(found.items()))}
     return pending

@@ -1,9 +1,13 @@
 """Tiny random models, one for each row of `hf_qst.decoder_stack.ARCHITECTURES`."""
 
+import hashlib
+
 import torch
+from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -15,6 +19,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from hf_qst import QSTConfig
 
 VOCAB = 96
 _COMMON = {
@@ -74,3 +80,66 @@ def token_batch(rows: int = 2, length: int = 12, seed: int = 0, low: int = 3) ->
     """Random token ids [rows, length], none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, VOCAB, (rows, length), generator=generator)
+
+
+def side_tuned(name: str = "llama", *, task_type: str = "CAUSAL_LM", model=None, awake: bool = False, **settings):
+    """A PEFT model with a side network a quarter as wide on a tiny base (or on `model`)."""
+    if model is None:
+        model = tiny(name, classifier=task_type == "SEQ_CLS")
+    tuned = get_peft_model(model, QSTConfig(**{"task_type": task_type, "r": 4, "downsample_rank": 4, **settings}))
+    return wake(tuned) if awake else tuned
+
+
+def wake(model, seed: int = 1, scale: float = 0.3):
+    """Give every side network of `model` a large say in the output, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in side_layers(model):
+            for network in layer.qst_net.values():
+                weight = network.upsample.weight
+                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+                network.mix.alpha.value.sub_(0.4)
+                for gate in network.gates:
+                    gate.value.add_(torch.randn(gate.value.shape, generator=generator) * 0.5)
+    return model
+
+
+def side_layers(model) -> list:
+    """The `QSTLayer` of `model`, in a list that is empty when there is none."""
+    return [module for module in model.modules() if hasattr(module, "qst_net") and "qst_net" in module._modules]
+
+
+def side_network(model, name: str = "default"):
+    """The side network called `name`."""
+    return side_layers(model)[0].qst_net[name]
+
+
+def digest(module, skip: str = "qst_net") -> str:
+    """SHA-256 over the bytes of every parameter and buffer whose name does not contain `skip`.
+
+    4-bit weights count with their scales. bitsandbytes repacks them at the first forward on some processors, so a base
+    in 4 bits is compared after one.
+    """
+    total = hashlib.sha256()
+    for name, tensor in [*sorted(module.named_parameters()), *sorted(module.named_buffers())]:
+        if skip in name:
+            continue
+        state = getattr(tensor, "quant_state", None)
+        for part in (tensor, *([] if state is None else [state.absmax])):
+            total.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.float32,
+}
+
+
+def in_nf4(directory, name: str = "llama", classifier: bool = False):
+    """A tiny model saved to `directory` and loaded from there in double-quantised NF4."""
+    tiny(name, classifier=classifier, num_labels=2).save_pretrained(directory)
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    return auto.from_pretrained(directory, quantization_config=BitsAndBytesConfig(**NF4), device_map={"": "cpu"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -15,6 +16,14 @@ from hf_qst.registration import HfQstPeftType
 
 DOWNSAMPLE_KINDS = ("linear", "lora", "adapter", "maxpool", "avgpool", "principal")
 MIX_KINDS = ("residual", "paper", "sigmoid")
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -106,17 +115,20 @@ class QSTConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = HfQstPeftType.QST
-        self._require("r", isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
+        self._require("r", _is_count(self.r), "an integer >= 1")
         self._require("downsample", self.downsample in DOWNSAMPLE_KINDS, f"one of {', '.join(DOWNSAMPLE_KINDS)}")
-        rank = self.downsample_rank
-        self._require("downsample_rank", isinstance(rank, int) and rank >= 1, "an integer >= 1")
-        self._require("downsample_dropout", 0.0 <= self.downsample_dropout < 1.0, "in [0, 1)")
+        self._require("downsample_rank", _is_count(self.downsample_rank), "an integer >= 1")
+        dropout = self.downsample_dropout
+        self._require("downsample_dropout", _is_finite(dropout) and 0 <= dropout < 1, "a number in [0, 1)")
         self._require("tap_storage", self.tap_storage in ("int8", "full"), "int8 or full")
         self._require("side_heads", self.side_heads in ("auto", "keep"), "auto or keep")
         self._require("gate_shape", self.gate_shape in ("scalar", "vector"), "scalar or vector")
         self._require("mix", self.mix in MIX_KINDS, f"one of {', '.join(MIX_KINDS)}")
         self._require("mix_shape", self.mix_shape in ("scalar", "vector"), "scalar or vector")
-        self._require("mix_lr_scale", self.mix_lr_scale > 0, "positive")
+        self._require("gate_init", _is_finite(self.gate_init), "a finite number")
+        self._require("mix_lr_scale", _is_finite(self.mix_lr_scale) and self.mix_lr_scale > 0, "positive and finite")
+        for name in ("downsample_layernorm", "side_checkpointing", "chunked_loss"):
+            self._require(name, isinstance(getattr(self, name), bool), "True or False")
         names = self.modules_to_save
         is_list = names is None or (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names))
         self._require("modules_to_save", is_list, "a list of module names or None")

@@ -7,6 +7,7 @@ import logging
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_qst import manifest
@@ -102,7 +103,8 @@ class QSTModel(BaseTuner):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         names = {key: cls._remove_adapter_name_from_key(key, adapter_name) for key in tensors}
         base = base_signature(find_decoder_stack(_with_head(model)))
-        manifest.remember(config, {names[key]: value for key, value in tensors.items()}, base)
+        saved = {names[key]: value for key, value in tensors.items()}
+        manifest.remember(config, {**saved, **_trained_modules(model, adapter_name, state_dict)}, base)
         return tensors
 
     @classmethod
@@ -125,6 +127,17 @@ class _WantsChunks:
 
 def _with_head(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _trained_modules(model: nn.Module, adapter_name: str, state_dict: dict) -> dict[str, torch.Tensor]:
+    """Tensors of `modules_to_save`, as PEFT is about to add them to the side network's."""
+    tensors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            own = {k.removeprefix(f"{path}."): v for k, v in state_dict.items() if k.startswith(f"{path}.")}
+            saved = module.adapter_state_dict(adapter_name, own)
+            tensors.update({f"{path}.{key}": value for key, value in saved.items()})
+    return tensors
 
 
 def _as_saved(state_dict: dict[str, torch.Tensor], config: PeftConfig, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,189 @@
+"""What the ops of `hf_qst_kernels` cost in time and memory, beside plain torch in the same run.
+
+    python -m benchmarks.kernels                  # the table of docs/kernels.md, under three minutes on one thread
+    python -m benchmarks.kernels --device cuda
+
+Each row is one forward and backward. Variants take turns, so that a busy moment hits all of them; `cpu ms` is the
+process's CPU time, which on one thread tells more than `ms` where other programs run. `peak` is what a call allocates
+above its inputs, `saved` what it keeps between forward and backward. The floor is the GEMMs alone, over the whole input.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import profile
+
+from benchmarks.measure import SavedForBackward, environment, synchronize, write_json
+from hf_qst_kernels import dequantize_taps, linear_cross_entropy, quantize_taps, tap_linear
+
+RESULTS = Path(__file__).parent / "results"
+
+# tokens, dim, vocabulary, share of rows ignored
+HEADS = {
+    "cpu": [(1536, 768, 8192, 0.0), (1536, 768, 8192, 0.5), (256, 768, 131072, 0.0)],
+    "cuda": [(8192, 2048, 32000, 0.0), (8192, 4096, 128256, 0.0), (8192, 4096, 128256, 0.5)],
+}
+# tokens, dim, output width
+TAPS = {"cpu": [(1536, 768, 48), (1536, 768, 192)], "cuda": [(8192, 4096, 256)]}
+
+
+def head_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Callable], list]:
+    """Loss and gradient in `hidden` of a frozen head; the tensors that are there anyway."""
+    tokens, dim, vocab, ignored = shape
+    hidden = torch.randn(tokens, dim, device=device, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(vocab, dim, device=device) / dim**0.5).to(dtype)
+    labels = torch.randint(vocab, (tokens,), device=device)
+    labels[: int(tokens * ignored)] = -100
+
+    def plain():
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+    def floor():
+        with torch.no_grad():
+            return torch.mm(torch.mm(hidden, weight.t()), weight)
+
+    variants = {"GEMMs alone": floor, "F.linear + F.cross_entropy": plain}
+    variants["linear_cross_entropy"] = lambda: linear_cross_entropy(hidden, weight, labels)
+    return variants, [hidden, weight, labels]
+
+
+def tap_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Callable], list]:
+    """A trained projection of a frozen state."""
+    tokens, dim, width = shape
+    x = torch.randn(tokens, dim, device=device, dtype=dtype)
+    weight = torch.randn(width, dim, device=device, dtype=dtype, requires_grad=True)
+
+    def floor():
+        with torch.no_grad():
+            y = torch.mm(x, weight.t())
+            return torch.mm(y.t(), x)
+
+    return {
+        "GEMMs alone": floor,
+        "F.linear": lambda: F.linear(x, weight).sum(),
+        "tap_linear, full": lambda: tap_linear(x, weight, "full").sum(),
+        "tap_linear, int8": lambda: tap_linear(x, weight, "int8").sum(),
+    }, [weight]
+
+
+def quantiser_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Callable], list]:
+    x = torch.randn(*shape, device=device, dtype=dtype)
+    q, scales = quantize_taps(x)
+    return {
+        "x.clone()": x.clone,
+        "quantize_taps": lambda: quantize_taps(x)[0],
+        "dequantize_taps": lambda: dequantize_taps(q, scales, dtype),
+    }, []
+
+
+def run_once(call: Callable) -> None:
+    result = call()
+    if result.requires_grad:
+        result.backward()
+
+
+def measure_times(variants: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, dict]:
+    wall = {name: [] for name in variants}
+    cpu = {name: [] for name in variants}
+    for repeat in range(repeats + 1):
+        for name, call in variants.items():
+            synchronize(device)
+            start, cpu_start = time.perf_counter(), time.process_time()
+            run_once(call)
+            synchronize(device)
+            if repeat:  # the first turn warms up
+                wall[name].append(1e3 * (time.perf_counter() - start))
+                cpu[name].append(1e3 * (time.process_time() - cpu_start))
+    return {
+        name: {
+            "ms": statistics.median(wall[name]),
+            "ms_p20_p80": [statistics.quantiles(wall[name], n=5)[i] for i in (0, 3)],
+            "cpu_ms": statistics.median(cpu[name]),
+        }
+        for name in variants
+    }
+
+
+def peak_bytes(call: Callable, device: torch.device) -> int:
+    """Most bytes a call holds at a time above what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run_once(call)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(profile_memory=True) as recorded:
+        run_once(call)
+    with tempfile.TemporaryDirectory() as folder:
+        recorded.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    live = peak = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+def saved_bytes(call: Callable, fixed: list) -> int:
+    """Bytes kept for backward, less those of the tensors that are there anyway."""
+    holder = torch.nn.Module()
+    for i, tensor in enumerate(fixed):
+        holder.register_buffer(f"fixed_{i}", tensor)
+    with SavedForBackward(holder) as saved:
+        result = call()
+        size = saved.live
+    del result
+    return size
+
+
+def measure(op: str, shape: tuple, variants: dict[str, Callable], fixed: list, device: torch.device, repeats: int):
+    times = measure_times(variants, device, repeats)
+    for name, call in variants.items():
+        for tensor in fixed:
+            tensor.grad = None
+        row = {"op": op, "shape": list(shape), "variant": name, **times[name]}
+        row["peak_bytes"] = peak_bytes(call, device)
+        row["saved_bytes"] = saved_bytes(call, fixed)
+        print(
+            f"{op:<14} {shape!s:<24} {name:<27} {row['ms']:>9.2f} {row['cpu_ms']:>9.2f} "
+            f"{row['peak_bytes'] / 2**20:>9.2f} {row['saved_bytes'] / 2**20:>9.2f}",
+            flush=True,
+        )
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=None)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    groups = [("cross entropy", shape, head_variants) for shape in HEADS[args.device]]
+    groups += [("tap", shape, tap_variants) for shape in TAPS[args.device]]
+    groups += [("quantise", TAPS[args.device][0][:2], quantiser_variants)]
+
+    print(f"{'op':<14} {'shape':<24} {'variant':<27} {'ms':>9} {'cpu ms':>9} {'peak MiB':>9} {'saved MiB':>9}")
+    rows = []
+    for op, shape, make in groups:
+        variants, fixed = make(shape, device, dtype)
+        repeats = max(3, args.repeats // 3) if op == "cross entropy" and shape[2] > 50000 else args.repeats
+        rows.extend(measure(op, shape, variants, fixed, device, repeats))
+    report = {**environment(device), "dtype": str(dtype), "repeats": args.repeats, "rows": rows}
+    write_json(args.output or RESULTS / f"kernels_{args.device}.json", report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The text the examples work on: Python source that is already on the machine.
+
+Two corpora, both found through the running interpreter, so nothing is downloaded: the standard library, and the
+installed `transformers` package. Each is split by file into a training and a held-out part by a hash of the file's
+name, so that the split is the same on every machine that has the same version.
+
+    files, held = split(stdlib_files())
+    ids = tokens(files, tokenizer)                  # [n] int32, files separated by the end-of-text token
+    data = BlockDataset(blocks(ids, 512))           # {"input_ids": [512], "labels": [512]} per item
+    held_out_loss(model, blocks(tokens(held, tokenizer), 512))   # nats per token
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+MIN_BYTES, MAX_BYTES = 200, 400_000
+"""Files below are empty stubs, files above are generated tables: neither looks like code someone wrote."""
+
+
+class SourceFile(NamedTuple):
+    """One file: its name relative to the corpus root (POSIX slashes, the same on every machine) and its text."""
+
+    name: str
+    text: str
+
+
+def cache_folder() -> Path:
+    """Where token arrays are kept: `$HF_QST_CACHE`, else `~/.cache/hf_qst`."""
+    folder = Path(os.environ.get("HF_QST_CACHE") or Path.home() / ".cache" / "hf_qst")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _cached(name: str, make: Callable[[], object], write: Callable, read: Callable) -> object:
+    """What `make()` returns, from the cache when it is there. Written beside its place and renamed into it, so that a
+    run cut short, or two runs at once, never leave half a file under the final name."""
+    path = cache_folder() / name
+    if not path.exists():
+        value = make()
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file, value)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    return read(path)
+
+
+def _is_python(text: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes and the like: the file's business, not ours
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def python_files(root: str | Path, exclude: Iterable[str] = ()) -> list[SourceFile]:
+    """The usable `.py` files under `root`, sorted by name: UTF-8, parsed by `ast`, of `MIN_BYTES` to `MAX_BYTES`.
+
+    `exclude` names folders or files, relative to `root`, to leave out with all they hold.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"root={str(root)!r} is not a folder; give the folder of a Python package")
+    exclude = tuple(exclude)
+    found: list[SourceFile] = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if any(name == part or name.startswith(part + "/") for part in exclude):
+            continue
+        data = path.read_bytes()
+        if not MIN_BYTES <= len(data) <= MAX_BYTES:
+            continue
+        try:
+            found.append(SourceFile(name, data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")))
+        except UnicodeDecodeError:
+            continue
+    # Parsing tens of megabytes takes a while, and its answer depends on nothing but the texts: remember it.
+    key = hashlib.sha256("\0".join(f.name + "\0" + f.text for f in found).encode()).hexdigest()[:24]
+    bad = _cached(
+        f"unparsed-{key}.json",
+        lambda: [f.name for f in tqdm(found, f"parsing {root.name}", unit="file", delay=1) if not _is_python(f.text)],
+        lambda file, names: file.write(json.dumps(names).encode()),
+        lambda path: set(json.loads(path.read_text())),
+    )
+    return [f for f in found if f.name not in bad]
+
+
+def stdlib_files() -> list[SourceFile]:
+    """The standard library of the running interpreter, its tests included.
+
+    Without installed packages, the codec tables of `encodings`, and test data that is bad Python on purpose.
+    """
+    exclude = ["site-packages", "dist-packages", "encodings", "lib2to3/tests/data", "test/encoded_modules"]
+    return python_files(sysconfig.get_path("stdlib"), exclude)
+
+
+def transformers_files() -> list[SourceFile]:
+    """The source of the installed `transformers` package: Python too, but not like the standard library."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("transformers is not installed; it is needed for its source")
+    return python_files(Path(spec.origin).parent)
+
+
+def split(files: Sequence[SourceFile], held_out: float = 0.05) -> tuple[list[SourceFile], list[SourceFile]]:
+    """(training files, held-out files): a file is held out when the hash of its name falls in the first `held_out`.
+
+    Of files with the same text only the first by name stays, so that no text is on both sides.
+    """
+    if not 0.0 < held_out < 1.0:
+        raise ValueError(f"held_out={held_out!r} is not a share; give a number between 0 and 1, both excluded")
+    parts: tuple[list[SourceFile], list[SourceFile]] = ([], [])
+    seen: set[str] = set()
+    for file in sorted(files):
+        if file.text in seen:
+            continue
+        seen.add(file.text)
+        place = int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:8], "big") / 2**64
+        parts[place < held_out].append(file)
+    return parts
+
+
+def tokens(files: Sequence[SourceFile], tokenizer, batch: int = 64) -> np.ndarray:
+    """All files' tokens in one row: [n] int32, the tokenizer's end-of-text token after each file. Cached on disk."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(f"tokenizer={tokenizer.name_or_path!r} has no eos_token; one is needed between files")
+    key = hashlib.sha256(json.dumps([tokenizer.backend_tokenizer.to_str(), end]).encode())
+    for file in files:
+        key.update(hashlib.sha256(file.text.encode()).digest())
+
+    def make() -> np.ndarray:
+        parts: list[np.ndarray] = []
+        with tqdm(total=len(files), desc="tokenizing", unit="file", delay=1) as bar:
+            for at in range(0, len(files), batch):
+                texts = [f.text for f in files[at : at + batch]]
+                # Source that spells a special token is text about it, not the token: hence split_special_tokens.
+                # verbose=False: a file longer than the model's context is no mistake here, it is cut into blocks later.
+                encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+                parts += [np.array([*row, end], dtype=np.int32) for row in encoded["input_ids"]]
+                bar.update(len(texts))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+    return _cached(f"tokens-{key.hexdigest()[:24]}.npy", make, np.save, np.load)
+
+
+def blocks(ids: np.ndarray, length: int, limit: int | None = None) -> torch.Tensor:
+    """`ids` [n] cut into rows: [n // length, length] int64, what is left at the end dropped.
+
+    `limit` keeps that many rows, evenly spaced over all of them, so that a few rows still see every part.
+    """
+    if length < 2:
+        raise ValueError(f"length={length!r} is too short; a block needs at least 2 tokens, one to predict the other")
+    rows = torch.from_numpy(np.asarray(ids[: len(ids) // length * length], dtype=np.int64)).view(-1, length)
+    if limit is not None and limit < len(rows):
+        rows = rows[torch.linspace(0, len(rows) - 1, limit).round().long()]
+    return rows
+
+
+class BlockDataset(torch.utils.data.Dataset):
+    """Blocks [n, length] as a dataset: each item {"input_ids": [length], "labels": [length]}, as `Trainer` takes."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+@torch.no_grad()
+def held_out_loss(model, rows: torch.Tensor, batch_size: int = 8) -> float:
+    """Mean negative log likelihood, in nats per predicted token, over `rows` [n, length].
+
+    Every row predicts its tokens 2 to `length` from those before. The sum over all of them is divided by their
+    number once, in float64: a mean of batch means would weigh a short last batch too much.
+    """
+    if len(rows) == 0:
+        raise ValueError("rows is empty; give at least one block, [n, length]")
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    total, count = 0.0, 0
+    for part in tqdm(rows.split(batch_size), desc="held-out loss", unit="batch", delay=5, leave=False):
+        part = part.to(device)
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        total, count = total + losses.double().sum().item(), count + losses.numel()
+    model.train(training)
+    return total / count

@@ -1,0 +1,302 @@
+"""A linear map of a frozen hidden state that keeps its input for backward in int8, or as it is.
+
+For `y = x W^T` with trained `W [out, dim]` and frozen `x`, backward needs `x` only for `dW = dy^T x`. Forward uses `x`
+itself, so `y` is exact; what is kept is
+
+    q = round(x / s) in int8,   s = max|x| / 127   for each block of 64 channels of each row,
+
+and `dW` uses `q * s`. Each entry of `q * s` is within `s / 2` of `x`, so `|dW error|_ij <= sum_t |dy_ti| s_tj / 2`.
+"""
+
+import torch
+
+from .dispatch import autocast_dtype, runs_triton
+
+BLOCK = 64
+# Blocks whose largest entry is below this are kept as zeros: their scale would not be a normal float32 number.
+TINY = 1e-35
+STORAGES = ("int8", "full")
+# Bytes of float32 input that the torch paths hold at a time. On CPU a chunk stays in the L2 cache from pass to pass,
+# and its buffer is small enough for malloc to hand out memory that is already mapped.
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 64 * 2**20}
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tap_linear(x: torch.Tensor, weight: torch.Tensor, storage: str = "int8") -> torch.Tensor:
+    """
+    `x @ weight.T` for a frozen hidden state `x`, keeping `x` for backward in a fourth of float32's memory.
+
+    The GEMM runs in `weight`'s dtype, or in autocast's where that is on. The weight's gradient is accumulated in
+    float32 and returned in `weight`'s dtype. Nothing is kept if `weight` needs no gradient.
+
+    Args:
+        x (`torch.Tensor`): `[..., dim]`, the tapped hidden state; must not require a gradient.
+        weight (`torch.Tensor`): `[out, dim]`, the trained projection.
+        storage (`str`): what is kept for backward. `"int8"`: `dim` bytes and `4 * ceil(dim / 64)` bytes of scales a
+            row. `"full"`: `x` itself, in its own dtype, without a copy.
+
+    Returns:
+        `torch.Tensor`: `[..., out]`.
+
+    Raises:
+        TypeError: `x` or `weight` not floating point.
+        ValueError: `x` requires a gradient, shapes that do not fit, or an unknown `storage`.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {STORAGES}, got {storage!r}")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must have a dtype of {FLOAT_DTYPES}, got {tensor.dtype}")
+    if x.dim() < 1 or x.shape[-1] < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight must be [out, dim] for x [..., dim], got {list(weight.shape)} and {list(x.shape)}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("x requires a gradient, which tap_linear does not compute: pass x.detach() or use F.linear")
+    compute_dtype = autocast_dtype(x.device.type) or weight.dtype
+    keep = torch.is_grad_enabled() and weight.requires_grad
+    y, _, _ = _tap_linear(x, weight, compute_dtype, storage, keep)
+    return y
+
+
+def quantize_taps(x: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Quantise to int8 with one absmax scale for each `block` channels of each row, rounding to nearest (ties to even).
+
+    Args:
+        x (`torch.Tensor`): `[..., dim]`, floating point.
+        block (`int`): channels that share a scale; the last block of a row may be shorter.
+
+    Returns:
+        `tuple`: int8 `[..., dim]` and float32 scales `[..., ceil(dim / block)]`. Entries of a block whose largest
+        magnitude is below 1e-35 become 0. A block with an Inf or NaN comes back as Inf or NaN throughout.
+
+    Raises:
+        TypeError: `x` not floating point.
+        ValueError: `block` below 1, or `x` without an axis.
+    """
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must have a dtype of {FLOAT_DTYPES}, got {x.dtype}")
+    if block < 1:
+        raise ValueError(f"block must be an integer >= 1, got {block}")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x must be [..., dim] with dim >= 1, got {list(x.shape)}")
+    return _quantize(x.detach(), block)
+
+
+def dequantize_taps(
+    q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK
+) -> torch.Tensor:
+    """
+    Undo `quantize_taps` up to its rounding: `q * scales`, computed in float32 and returned in `dtype`.
+
+    Args:
+        q (`torch.Tensor`): int8 `[..., dim]`.
+        scales (`torch.Tensor`): float32 `[..., ceil(dim / block)]`.
+        dtype (`torch.dtype`): floating point dtype of the result.
+        block (`int`): the `block` that `quantize_taps` was given.
+
+    Returns:
+        `torch.Tensor`: `[..., dim]`.
+
+    Raises:
+        TypeError: `q` not int8, `scales` not float32 or `dtype` not floating point.
+        ValueError: shapes that do not fit.
+    """
+    if q.dtype != torch.int8 or scales.dtype != torch.float32 or dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"q, scales and dtype must be int8, float32 and one of {FLOAT_DTYPES}, "
+            f"got {q.dtype}, {scales.dtype} and {dtype}"
+        )
+    if block < 1:
+        raise ValueError(f"block must be an integer >= 1, got {block}")
+    if q.dim() < 1 or scales.shape != (*q.shape[:-1], -(-q.shape[-1] // block)):
+        raise ValueError(
+            f"scales must be [..., ceil(dim / {block})] for q [..., dim], got {list(scales.shape)} and {list(q.shape)}"
+        )
+    return _dequantize(q, scales, dtype, block)
+
+
+@torch.library.custom_op("hf_qst::quantize_taps", mutates_args=())
+def _quantize(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quantize_rows(x, block)
+
+
+@_quantize.register_fake
+def _(x, block):
+    return _empty_quantized(x, block)
+
+
+@torch.library.custom_op("hf_qst::dequantize_taps", mutates_args=())
+def _dequantize(q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, block: int) -> torch.Tensor:
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    if q.numel():
+        _dequantize_rows(
+            q.reshape(-1, q.shape[-1]), scales.reshape(-1, scales.shape[-1]), out.view(-1, q.shape[-1]), block
+        )
+    return out
+
+
+@_dequantize.register_fake
+def _(q, scales, dtype, block):
+    return torch.empty(q.shape, dtype=dtype, device=q.device)
+
+
+@torch.library.custom_op("hf_qst::tap_linear", mutates_args=())
+def _tap_linear(
+    x: torch.Tensor, weight: torch.Tensor, compute_dtype: torch.dtype, storage: str, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`y`, and what backward needs of `x` (empty tensors where it needs nothing or `x` itself)."""
+    with torch.autocast(x.device.type, enabled=False):
+        rows = x.reshape(-1, x.shape[-1]).to(compute_dtype)
+        y = torch.mm(rows, weight.to(compute_dtype).t()).view(*x.shape[:-1], weight.shape[0])
+    if keep and storage == "int8":
+        return y, *_quantize_rows(x, BLOCK)
+    return y, *_nothing_quantized(x)
+
+
+@_tap_linear.register_fake
+def _(x, weight, compute_dtype, storage, keep):
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype)
+    quantized = _empty_quantized(x, BLOCK) if keep and storage == "int8" else _nothing_quantized(x)
+    return y, *quantized
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _, storage, _ = inputs
+    _, q, scales = output
+    ctx.mark_non_differentiable(q, scales)
+    ctx.set_materialize_grads(False)
+    ctx.storage = storage
+    ctx.weight_dtype = weight.dtype
+    if storage == "int8":
+        ctx.save_for_backward(q, scales)
+    else:
+        ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad_y, _grad_q, _grad_scales):
+    if grad_y is None:
+        return (None,) * 5
+    kept, scales = ctx.saved_tensors if ctx.storage == "int8" else (*ctx.saved_tensors, None)
+    return None, _tap_linear_grad_weight(grad_y, kept, scales, ctx.weight_dtype), None, None, None
+
+
+_tap_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("hf_qst::tap_linear_grad_weight", mutates_args=())
+def _tap_linear_grad_weight(
+    grad_y: torch.Tensor, kept: torch.Tensor, scales: torch.Tensor | None, weight_dtype: torch.dtype
+) -> torch.Tensor:
+    """`grad_y^T x` in float32 sums over chunks of rows, so that `x` is never dequantised as a whole."""
+    out_dim, dim = grad_y.shape[-1], kept.shape[-1]
+    sum_dtype = torch.promote_types(grad_y.dtype, torch.float32)
+    # CPUs without half precision units multiply half precision matrices many times slower than float32 ones
+    gemm_dtype = sum_dtype if grad_y.device.type == "cpu" else grad_y.dtype
+    total = torch.zeros(out_dim, dim, dtype=sum_dtype, device=grad_y.device)
+    if grad_y.numel() == 0 or kept.numel() == 0:
+        return total.to(weight_dtype)
+    dy = grad_y.reshape(-1, out_dim)
+    rows = kept.reshape(-1, dim)
+    row_scales = None if scales is None else scales.view(rows.shape[0], -1)
+    chunk = rows.shape[0]
+    buffer = None
+    if row_scales is not None or rows.dtype != gemm_dtype:
+        chunk = min(chunk, _chunk_rows(rows))
+        buffer = torch.empty(chunk, dim, dtype=gemm_dtype, device=grad_y.device)
+    with torch.autocast(grad_y.device.type, enabled=False):
+        for start in range(0, rows.shape[0], chunk):
+            part = rows[start : start + chunk]
+            if row_scales is not None:
+                part = _dequantize_rows(part, row_scales[start : start + chunk], buffer[: part.shape[0]], BLOCK)
+            elif buffer is not None:
+                part = buffer[: part.shape[0]].copy_(part)
+            dy_part = dy[start : start + chunk].to(gemm_dtype)
+            if gemm_dtype == sum_dtype:
+                total.addmm_(dy_part.t(), part)
+            else:
+                total.add_(torch.mm(dy_part.t(), part))
+    return total.to(weight_dtype)
+
+
+@_tap_linear_grad_weight.register_fake
+def _(grad_y, kept, scales, weight_dtype):
+    return grad_y.new_empty((grad_y.shape[-1], kept.shape[-1]), dtype=weight_dtype)
+
+
+def _empty_quantized(x, block):
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty((*x.shape[:-1], -(-x.shape[-1] // block)), dtype=torch.float32, device=x.device)
+    return q, scales
+
+
+def _nothing_quantized(x):
+    return x.new_empty(0, dtype=torch.int8), x.new_empty(0, dtype=torch.float32)
+
+
+def _chunk_rows(rows) -> int:
+    return max(1, CHUNK_BYTES.get(rows.device.type, CHUNK_BYTES["cuda"]) // (4 * rows.shape[1]))
+
+
+def _blocks(tensor, scales, block):
+    """`tensor` seen as `[rows, blocks, width]` with its scales `[rows, blocks, 1]`: the whole blocks, then the rest."""
+    whole = tensor.shape[1] // block
+    if whole:
+        yield tensor[:, : whole * block].unflatten(1, (whole, block)), scales[:, :whole].unsqueeze(2)
+    if whole * block < tensor.shape[1]:
+        yield tensor[:, whole * block :].unsqueeze(1), scales[:, whole:].unsqueeze(2)
+
+
+def _quantize_rows(x, block):
+    q, scales = _empty_quantized(x, block)
+    rows = x.reshape(-1, x.shape[-1])
+    quantize = _quantize_triton if runs_triton("quantize_taps", x) else _quantize_torch
+    quantize(rows, q.view(rows.shape), scales.view(rows.shape[0], scales.shape[-1]), block)
+    return q, scales
+
+
+def _quantize_torch(x, q, scales, block) -> None:
+    chunk = min(_chunk_rows(x), x.shape[0]) if x.numel() else 1
+    buffer = torch.empty(chunk, x.shape[1], dtype=torch.float32, device=x.device)
+    for start in range(0, x.shape[0], chunk):
+        part = x[start : start + chunk].to(torch.float32)
+        work = buffer[: part.shape[0]]
+        part_scales = scales[start : start + chunk]
+        torch.abs(part, out=work)
+        for magnitude, scale in _blocks(work, part_scales, block):
+            torch.amax(magnitude, 2, keepdim=True, out=scale)
+        # `127.0 / tensor` would multiply by a rounded reciprocal and break near-ties differently from the Triton kernel
+        factor = torch.where(part_scales < TINY, 0.0, torch.full_like(part_scales, 127.0) / part_scales)
+        part_scales.copy_(torch.where(part_scales < TINY, 0.0, part_scales / 127.0))
+        for (values, scale), (scaled, _) in zip(
+            _blocks(part, factor, block), _blocks(work, factor, block), strict=True
+        ):
+            torch.mul(values, scale, out=scaled)
+        q[start : start + chunk].copy_(work.round_())
+
+
+def _quantize_triton(x, q, scales, block) -> None:
+    from .taps_triton import quantize_rows
+
+    quantize_rows(x, q, scales, block, TINY)
+
+
+def _dequantize_rows(q, scales, out, block):
+    """`out[rows, dim] = q * scales`, through Triton or torch; returns `out`."""
+    if runs_triton("dequantize_taps", out):
+        from .taps_triton import dequantize_rows
+
+        dequantize_rows(q, scales, out, block)
+        return out
+    direct = out.dtype == torch.float32
+    chunk = q.shape[0] if direct else min(_chunk_rows(q), q.shape[0])
+    buffer = None if direct else torch.empty(chunk, q.shape[1], dtype=torch.float32, device=q.device)
+    for start in range(0, q.shape[0], chunk):
+        part = slice(start, start + chunk)
+        work = out[part] if direct else buffer[: q[part].shape[0]]
+        work.copy_(q[part])
+        for values, scale in _blocks(work, scales[part], block):
+            values.mul_(scale)
+        if not direct:
+            out[part] = work
+    return out

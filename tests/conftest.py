@@ -1,0 +1,18 @@
+"""Settings every test shares: no network, one thread, a fixed seed before each test."""
+
+import os
+
+# Read when transformers and tokenizers are imported, so it comes before them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+# One thread: the models are so small that a second one only waits at barriers, and long where the machine is busy.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

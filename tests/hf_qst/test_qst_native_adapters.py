@@ -1,0 +1,119 @@
+"""transformers' own adapter methods, which build no PEFT model and never call the tuner."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from hf_qst import QSTConfig
+from tests.architectures import CONFIGS, side_layers, side_network, side_tuned, tiny, token_batch, wake
+
+IDS = token_batch()
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base and an adapter of it on disk, and the adapter's logits."""
+    base = tiny("llama")
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    model = side_tuned(model=base, awake=True)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, logits(model)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_added_adapter_round_trips(name, tmp_path):
+    model = tiny(name)
+    base = logits(model)
+    model.add_adapter(QSTConfig(r=4, downsample_rank=4))
+    assert torch.equal(logits(model), base)
+    wake(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert "import hf_qst" in (tmp_path / "README.md").read_text()
+    fresh = tiny(name)
+    fresh.load_adapter(tmp_path)
+    assert torch.equal(logits(fresh), expected)
+    # The same files serve PEFT's own loader, which checks them against their manifest.
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(name), tmp_path)), expected)
+
+
+def test_adapter_saved_by_peft_is_loaded(saved):
+    directory, expected = saved
+    model = tiny("llama")
+    model.load_adapter(directory / "adapter")
+    assert torch.equal(logits(model), expected)
+    assert not any(p.requires_grad for p in side_network(model).parameters())
+
+
+def test_auto_model_finds_base_and_adapter(saved):
+    directory, expected = saved
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory / "adapter")), expected)
+
+
+def test_disabled_and_enabled_adapters(saved):
+    directory, expected = saved
+    model = tiny("llama")
+    base = logits(model)
+    model.load_adapter(directory / "adapter")
+    model.disable_adapters()
+    assert torch.equal(logits(model), base)
+    model.enable_adapters()
+    assert torch.equal(logits(model), expected)
+
+
+def test_switched_and_deleted_adapters(saved):
+    directory, expected = saved
+    model = tiny("llama")
+    base = logits(model)
+    model.load_adapter(directory / "adapter", adapter_name="one")
+    model.add_adapter(QSTConfig(r=2), adapter_name="two")
+    assert torch.equal(logits(model), base)
+    model.set_adapter("one")
+    assert torch.equal(logits(model), expected)
+    model.delete_adapter("two")
+    assert list(side_layers(model)[0].qst_net) == ["one"]
+    assert torch.equal(logits(model), expected)
+
+
+def test_generation_uses_the_side_network(saved):
+    directory, _ = saved
+    model = tiny("llama")
+    plain = model.generate(input_ids=IDS, max_new_tokens=8, min_new_tokens=8)
+    model.load_adapter(directory / "adapter")
+    tuned = model.generate(input_ids=IDS, max_new_tokens=8, min_new_tokens=8)
+    reference = side_tuned(model=tiny("llama"))
+    reference.load_adapter(directory / "adapter", "saved")
+    reference.set_adapter("saved")
+    assert torch.equal(tuned, reference.generate(input_ids=IDS, max_new_tokens=8, min_new_tokens=8))
+    assert not torch.equal(tuned, plain)
+
+
+def test_loaded_for_training_has_gradients(saved):
+    directory, _ = saved
+    model = tiny("llama")
+    model.load_adapter(directory / "adapter", is_trainable=True)
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in side_network(model).parameters())
+
+
+def test_trained_head_round_trips(tmp_path):
+    model = tiny("llama")
+    model.add_adapter(QSTConfig(r=4, modules_to_save=["lm_head"]))
+    wake(model)
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path)), expected)
+    fresh = tiny("llama")
+    fresh.load_adapter(tmp_path)
+    assert torch.equal(logits(fresh), expected)

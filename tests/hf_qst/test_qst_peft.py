@@ -1,0 +1,262 @@
+"""Every door PEFT has to an adapter: adding, switching, disabling, deleting, unloading, copying."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+
+from hf_qst import QSTConfig, QSTModel, SideNetworkMergeError
+from hf_qst.registration import HfQstPeftType, register_method
+from tests.architectures import CONFIGS, digest, in_nf4, side_layers, side_network, side_tuned, tiny, token_batch, wake
+
+IDS = token_batch()
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def config(**settings):
+    return QSTConfig(task_type="CAUSAL_LM", r=4, downsample_rank=4, **settings)
+
+
+def hooks_in(model):
+    return sum(
+        len(getattr(module, kind))
+        for module in model.modules()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
+    )
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_disabled_adapter_is_the_base(name):
+    base = tiny(name)
+    expected = logits(base)
+    model = side_tuned(model=base, awake=True)
+    assert not torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert not torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_unload_gives_the_base_back(name):
+    base = tiny(name)
+    expected, before, hooks = logits(base), digest(base), hooks_in(base)
+    structure = str(base)
+    unloaded = side_tuned(model=base, awake=True).unload()
+    assert unloaded is base
+    assert str(unloaded) == structure
+    assert hooks_in(unloaded) == hooks
+    assert digest(unloaded) == before
+    assert torch.equal(logits(unloaded), expected)
+
+
+def test_unload_of_a_4bit_base_leaves_no_hook(tmp_path):
+    base = in_nf4(tmp_path)
+    expected, hooks = logits(base), hooks_in(base)
+    unloaded = side_tuned(model=base, awake=True).unload()
+    assert hooks_in(unloaded) == hooks
+    assert torch.equal(logits(unloaded), expected)
+
+
+def test_base_can_be_tuned_again_after_unload():
+    base = tiny("llama")
+    side_tuned(model=base, awake=True).unload()
+    torch.manual_seed(3)
+    again = side_tuned(model=base, awake=True)
+    torch.manual_seed(3)
+    assert torch.equal(logits(again), logits(side_tuned(model=tiny("llama"), awake=True)))
+
+
+@pytest.mark.parametrize("call", ["merge_and_unload", "merge_adapter", "unmerge_adapter"])
+def test_merging_says_why_it_cannot(call):
+    model = side_tuned("llama", awake=True)
+    expected = logits(model)
+    with pytest.raises(SideNetworkMergeError, match="cannot be merged"):
+        getattr(model, call)()
+    assert torch.equal(logits(model), expected)
+
+
+def test_copy_is_equal_and_independent():
+    model = side_tuned("llama", awake=True)
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), expected)
+    wake(twin, seed=9)
+    assert not torch.equal(logits(twin), expected)
+    assert torch.equal(logits(model), expected)
+    # The copied hooks must record into the copy: its blocks, with the original's stack broken, still give its taps.
+    with torch.no_grad():
+        for parameter in side_layers(model)[0].base_layer.parameters():
+            parameter.zero_()
+    changed = copy.deepcopy(twin)
+    assert torch.equal(logits(changed), logits(twin))
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_pickled_model_is_equal_and_independent(how):
+    model = side_tuned("llama", awake=True)
+    expected = logits(model)
+    if how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert torch.equal(logits(twin), expected)
+    wake(twin, seed=9)
+    assert not torch.equal(logits(twin), expected)
+    assert torch.equal(logits(model), expected)
+
+
+def test_pickled_config_and_type_are_the_same():
+    original = config(mix="paper")
+    assert pickle.loads(pickle.dumps(original)) == original
+    assert pickle.loads(pickle.dumps(HfQstPeftType.QST)) is HfQstPeftType.QST
+
+
+@pytest.fixture
+def two_saved(tmp_path):
+    """Two adapters saved from separate models, with the logits of each."""
+    expected = {}
+    for seed, name in enumerate(("first", "second")):
+        model = wake(side_tuned("llama", r=4 if name == "first" else 2), seed=seed)
+        expected[name] = logits(model)
+        model.save_pretrained(tmp_path / name)
+    return tmp_path, expected
+
+
+def test_two_adapters_equal_separately_loaded_ones(two_saved):
+    directory, expected = two_saved
+    model = PeftModel.from_pretrained(tiny("llama"), directory / "first", adapter_name="first")
+    model.load_adapter(directory / "second", "second")
+    for name in ("first", "second", "first"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model), expected[name])
+
+
+def test_deleted_adapter_is_gone_and_the_other_stays(two_saved):
+    directory, expected = two_saved
+    model = PeftModel.from_pretrained(tiny("llama"), directory / "first", adapter_name="first")
+    model.load_adapter(directory / "second", "second")
+    model.delete_adapter("first")
+    model.set_adapter("second")
+    assert not any("qst_net.first" in name for name, _ in model.named_parameters())
+    assert torch.equal(logits(model), expected["second"])
+
+
+def test_both_adapters_are_saved_each_in_its_folder(two_saved, tmp_path):
+    directory, expected = two_saved
+    model = PeftModel.from_pretrained(tiny("llama"), directory / "first", adapter_name="first")
+    model.load_adapter(directory / "second", "second")
+    model.save_pretrained(tmp_path / "out")
+    for name in ("first", "second"):
+        loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "out" / name)
+        assert torch.equal(logits(loaded), expected[name])
+
+
+def test_training_one_adapter_leaves_the_other(two_saved):
+    directory, _ = two_saved
+    model = PeftModel.from_pretrained(tiny("llama"), directory / "first", adapter_name="first", is_trainable=True)
+    model.load_adapter(directory / "second", "second", is_trainable=True)
+    model.set_adapter("second")
+    before = {name: digest(side_network(model, name)) for name in ("first", "second")}
+    model.train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    assert digest(side_network(model, "first")) == before["first"]
+    assert digest(side_network(model, "second")) != before["second"]
+    assert all(p.grad is None for p in side_network(model, "first").parameters())
+
+
+def test_new_adapter_beside_a_trained_one_starts_at_the_base():
+    base = tiny("llama")
+    expected = logits(base)
+    model = side_tuned(model=base, awake=True)
+    trained = logits(model)
+    model.add_adapter("fresh", config())
+    model.set_adapter("fresh")
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), trained)
+
+
+def test_new_adapter_does_not_take_over():
+    model = side_tuned("llama", awake=True)
+    expected = logits(model)
+    model.add_adapter("fresh", config())
+    assert model.active_adapters == ["default"]
+    assert torch.equal(logits(model), expected)
+
+
+def test_two_active_adapters_are_refused():
+    model = side_tuned("llama")
+    model.add_adapter("second", config())
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="one side network at a time"):
+        logits(model)
+
+
+def test_side_network_on_top_of_lora_is_refused():
+    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny("llama"), "lora")
+    with pytest.raises(ValueError, match="adapters in it could not be trained"):
+        get_peft_model(model, config())
+
+
+def test_training_a_module_inside_the_base_is_refused():
+    with pytest.raises(ValueError, match="embed_tokens"):
+        get_peft_model(tiny("llama"), config(modules_to_save=["embed_tokens"]))
+
+
+def test_resized_embeddings_reach_the_base():
+    base = tiny("llama")
+    model = side_tuned(model=base, awake=True)
+    base.resize_token_embeddings(100)
+    assert logits(model).shape[-1] == 100
+    assert base.get_input_embeddings() is side_layers(model)[0].base_layer.embed_tokens
+    assert list(side_layers(model)[0]._modules) == ["base_layer", "qst_net"]
+
+
+def test_registering_twice_is_harmless_and_a_stranger_is_refused():
+    register_method(HfQstPeftType.QST, QSTConfig, QSTModel)
+    with pytest.raises(RuntimeError, match=r"already has a method 'QST'.*hf_qst\.qst\.config\.QSTConfig"):
+        register_method(HfQstPeftType.QST, LoraConfig, QSTModel)
+
+
+def test_output_hidden_states_have_the_mix_last():
+    model = side_tuned("llama", awake=True).eval()
+    with torch.no_grad():
+        out = model(input_ids=IDS, output_hidden_states=True)
+    assert len(out.hidden_states) == 4
+    assert torch.equal(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
+
+
+def test_tuple_output_equals_the_named_one():
+    model = side_tuned("llama", awake=True).eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS, return_dict=False)[0], model(input_ids=IDS).logits)
+
+
+def test_cast_model_loads_and_runs_in_half_precision(two_saved):
+    directory, expected = two_saved
+    model = PeftModel.from_pretrained(tiny("llama", dtype=torch.bfloat16), directory / "first")
+    got = logits(model)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected["first"], atol=0.25, rtol=0.1)
+
+
+def test_parameter_counts_are_reported():
+    model = side_tuned("llama")
+    trainable, total = model.get_nb_trainable_parameters()
+    side = sum(p.numel() for p in side_network(model).parameters())
+    assert trainable == side
+    assert total == side + sum(p.numel() for p in tiny("llama").parameters())

@@ -1,0 +1,118 @@
+"""The fixed projection onto principal directions, against numpy's PCA."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from hf_qst import QSTConfig
+from tests.architectures import side_network, side_tuned, tiny, token_batch, wake
+
+
+def states_of(base, batches):
+    """Rows [tokens, hidden] that each downsampler reads: the first gets the embedding's too."""
+    rows = [[] for _ in range(len(base.model.layers))]
+    for batch in batches:
+        ids = batch["input_ids"]
+        keep = batch.get("attention_mask", torch.ones_like(ids)).bool()
+        handles = [
+            base.model.layers[0].register_forward_pre_hook(lambda m, args, keep=keep: rows[0].append(args[0][keep]))
+        ]
+        for i, block in enumerate(base.model.layers):
+            handles.append(block.register_forward_hook(lambda m, a, out, i=i, keep=keep: rows[i].append(out[keep])))
+        with torch.no_grad():
+            base.model(**batch)
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(r).double().numpy() for r in rows]
+
+
+def batches(count=4, padded=False):
+    result = []
+    for seed in range(count):
+        ids = token_batch(4, 16, seed=seed)
+        batch = {"input_ids": ids}
+        if padded:
+            batch["attention_mask"] = torch.ones_like(ids)
+            batch["attention_mask"][:2, :6] = 0
+        result.append(batch)
+    return result
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_directions_are_numpys(padded):
+    data = batches(padded=padded)
+    model = side_tuned("llama", downsample="principal", calibration_data=data)
+    for part, rows in zip(side_network(model).downsample, states_of(tiny("llama"), data), strict=True):
+        mean = rows.mean(0)
+        values, vectors = np.linalg.eigh(np.cov(rows.T, bias=True))
+        expected = (vectors[:, ::-1][:, :16] / np.sqrt(values[::-1][:16])).T
+        got = part.directions.double().numpy()
+        np.testing.assert_allclose(part.mean.double().numpy(), mean, atol=1e-5)
+        # A direction's sign is arbitrary, and so is the choice within nearly equal variances.
+        for ours, theirs in zip(got, expected, strict=True):
+            sign = np.sign(ours @ theirs)
+            np.testing.assert_allclose(sign * ours, theirs, atol=0.02 * np.abs(theirs).max())
+        projected = (rows - mean) @ got.T
+        np.testing.assert_allclose(np.cov(projected.T, bias=True), np.eye(16), atol=1e-3)
+
+
+def test_padding_would_change_the_directions():
+    """A control for the test above: the mask matters."""
+    data = batches(padded=True)
+    masked = side_tuned("llama", downsample="principal", calibration_data=data)
+    unmasked = side_tuned(
+        "llama", downsample="principal", calibration_data=[{"input_ids": b["input_ids"]} for b in data]
+    )
+    left, right = (side_network(m).downsample[1].mean for m in (masked, unmasked))
+    assert not torch.allclose(left, right, atol=1e-3)
+
+
+def test_projections_are_saved_and_not_fitted_again(tmp_path, caplog):
+    model = wake(side_tuned("llama", downsample="principal", calibration_data=batches())).eval()
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    assert "principal" not in caplog.text
+    ids = token_batch()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_fixed_projections_are_no_parameters():
+    model = side_tuned("llama", downsample="principal", calibration_data=batches())
+    assert not any("directions" in name for name, _ in model.named_parameters())
+
+
+def test_calibration_leaves_mode_and_weights_of_the_base():
+    base = tiny("opt").train()
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    side_tuned(model=base, downsample="principal", calibration_data=batches())
+    assert base.training
+    assert all(torch.equal(p, before[n.replace("base_layer.", "")]) for n, p in base.named_parameters()
+               if "qst_net" not in n)  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [[], iter(())])
+def test_no_batches_are_refused(data):
+    with pytest.raises(ValueError, match="calibration_data must hold at least one batch"):
+        side_tuned("llama", downsample="principal", calibration_data=data)
+
+
+def test_without_data_directions_are_orthonormal_and_said_to_be_random(caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_qst.qst.calibrate"):
+        model = side_tuned("llama", downsample="principal")
+    assert caplog.text.count("random and orthonormal") == 1
+    directions = side_network(model).downsample[0].directions
+    torch.testing.assert_close(directions @ directions.T, torch.eye(16), atol=1e-5, rtol=0)
+
+
+def test_generator_of_batches_is_read_once():
+    config = QSTConfig(r=4, downsample="principal", calibration_data=(b for b in batches()))
+    model = tiny("llama")
+    model.add_adapter(config)
+    reference = side_tuned("llama", downsample="principal", calibration_data=batches())
+    ours, theirs = (side_network(m).downsample[2].directions for m in (model, reference))
+    torch.testing.assert_close(ours, theirs)

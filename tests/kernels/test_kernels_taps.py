@@ -1,0 +1,320 @@
+"""`tap_linear`, `quantize_taps` and `dequantize_taps` against the equations in `taps.py`."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_qst_kernels import dequantize_taps, quantize_taps, tap_linear, use_backend
+from hf_qst_kernels.taps import TINY
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1, 1), (7, 3), (5, 64), (3, 65), (2, 4, 130), (1, 1023), (9,)]
+
+
+def naive_quantize(x, block=64):
+    """Block by block in float64: the scale is the largest magnitude over 127, the value the nearest multiple of it."""
+    rows = x.reshape(-1, x.shape[-1]).double()
+    blocks = math.ceil(rows.shape[1] / block)
+    scales = torch.zeros(rows.shape[0], blocks, dtype=torch.float64)
+    q = torch.zeros_like(rows)
+    for row in range(rows.shape[0]):
+        for index in range(blocks):
+            part = slice(index * block, (index + 1) * block)
+            scales[row, index] = rows[row, part].abs().max() / 127
+            if scales[row, index] > 0:
+                q[row, part] = (rows[row, part] / scales[row, index]).round()
+    return q.view(x.shape), scales.view(*x.shape[:-1], blocks)
+
+
+def spread(scales, dim, block=64):
+    """Scales [..., blocks] as one number a channel [..., dim]."""
+    return scales.repeat_interleave(block, -1)[..., :dim]
+
+
+def saved_bytes(call):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t
+    ):
+        result = call()
+    return sum(sizes), result
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN (or -128, which no quantised value is), so that a result nobody wrote to shows."""
+
+    def fill(make):
+        def poison(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else -128)
+
+        return poison
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, fill(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantised_values_and_scales_match_the_equation(shape, dtype, poisoned):
+    x = (torch.randn(shape) * 10).to(dtype)
+    q, scales = quantize_taps(x)
+    expected_q, expected_scales = naive_quantize(x)
+    assert q.dtype == torch.int8 and scales.dtype == torch.float32
+    torch.testing.assert_close(scales.double(), expected_scales, rtol=2**-23, atol=0)
+    # float32 may put what lies within an ulp of a tie on its other side
+    off = (q.double() - expected_q).abs()
+    assert off.max() <= 1 and (off > 0).double().mean() <= 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_round_trip_is_within_half_a_step(shape, dtype, poisoned):
+    x = (torch.randn(shape) * 10).to(dtype)
+    q, scales = quantize_taps(x)
+    restored = dequantize_taps(q, scales, dtype)
+    assert restored.dtype == dtype and restored.shape == x.shape
+    step = spread(scales, x.shape[-1]).double()
+    # half a step; 127 rounded steps of float32's roundoff; the cast to dtype
+    bound = step / 2 + 127 * step * 2**-22 + restored.double().abs() * torch.finfo(dtype).eps / 2
+    assert ((restored.double() - x.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("block", [1, 5, 64, 200])
+def test_other_block_widths(block, poisoned):
+    x = torch.randn(6, 130)
+    q, scales = quantize_taps(x, block)
+    assert scales.shape == (6, math.ceil(130 / block))
+    error = (dequantize_taps(q, scales, block=block) - x).abs()
+    assert (error <= spread(scales, 130, block) * (0.5 + 127 * 2**-22)).all()
+
+
+def test_zero_blocks_stay_zero_and_outliers_hurt_only_their_block(poisoned):
+    x = torch.randn(4, 192)
+    x[:, :64] = 0
+    x[1, 64] = 3e38  # its scale is beyond float16
+    x[2, 128:] *= 1e-30
+    q, scales = quantize_taps(x)
+    restored = dequantize_taps(q, scales)
+    assert torch.equal(restored[:, :64], x[:, :64])
+    assert restored[1, 64] == pytest.approx(3e38, rel=1e-6)
+    for row, part in ((1, slice(128, 192)), (2, slice(128, 192)), (0, slice(64, 128))):
+        assert ((restored - x)[row, part].abs() <= x[row, part].abs().max() / 127 * 0.5001).all()
+
+
+def test_blocks_too_small_for_a_normal_scale_become_zero(poisoned):
+    x = torch.full((2, 64), TINY / 2)
+    x[1] = 1e-45
+    q, scales = quantize_taps(x)
+    assert not q.any() and not scales.any()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_block_that_is_not_finite_does_not_come_back_as_numbers(bad, poisoned):
+    x = torch.randn(3, 128)
+    x[1, 70] = bad
+    restored = dequantize_taps(*quantize_taps(x))
+    assert not restored[1, 64:].isfinite().any()
+    assert restored[[0, 2]].isfinite().all() and restored[1, :64].isfinite().all()
+
+
+def test_ties_round_to_even_and_runs_repeat():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5]])
+    q, _ = quantize_taps(x)
+    assert q.tolist() == [[127, 0, 2, 2, 0, -2, 126]]
+    x = torch.randn(700, 770)
+    assert all(torch.equal(a, b) for a, b in zip(quantize_taps(x), quantize_taps(x), strict=True))
+
+
+def test_strided_and_empty_inputs(poisoned):
+    x = torch.randn(10, 6, 140).transpose(0, 1)[:, ::2, ::2]
+    q, scales = quantize_taps(x)
+    expected_q, expected_scales = quantize_taps(x.clone(memory_format=torch.contiguous_format))
+    assert torch.equal(q, expected_q) and torch.equal(scales, expected_scales)
+    padded = torch.cat([q, q], -1)[..., :70]
+    assert torch.equal(dequantize_taps(padded, scales), dequantize_taps(q, scales))
+    q, scales = quantize_taps(torch.empty(0, 70))
+    assert q.shape == (0, 70) and scales.shape == (0, 2) and dequantize_taps(q, scales).shape == (0, 70)
+
+
+@pytest.mark.parametrize("storage", ["int8", "full"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_is_exact(shape, storage, poisoned):
+    x, weight = torch.randn(shape), torch.randn(6, shape[-1], requires_grad=True)
+    y = tap_linear(x, weight, storage)
+    assert y.shape == (*shape[:-1], 6)
+    torch.testing.assert_close(y, F.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_gradient_is_within_the_bound_rounding_gives(shape, dtype, poisoned):
+    """dW_ij - exact = sum_t dy_ti (q s - x)_tj, and each |q s - x| <= s / 2."""
+    x, weight = torch.randn(shape).to(dtype) * 3, torch.randn(6, shape[-1], requires_grad=True)
+    y = tap_linear(x, weight, "int8")
+    grad_y = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, weight, grad_y)
+    dy, rows = grad_y.reshape(-1, 6).double(), x.reshape(-1, shape[-1]).double()
+    _, scales = naive_quantize(x)
+    step = spread(scales.reshape(rows.shape[0], -1), shape[-1])
+    # float32's own share: of the products' sum, and of 127 steps
+    bound = dy.abs().t() @ (step / 2) * (1 + 254 * 2**-22) + dy.abs().t() @ rows.abs() * len(rows) * 2**-23
+    assert ((grad.double() - dy.t() @ rows).abs() <= bound).all()
+    assert grad.dtype == weight.dtype
+
+
+@pytest.mark.parametrize("storage", ["int8", "full"])
+def test_gradient_summed_over_chunks_of_rows(storage, monkeypatch, poisoned):
+    x, weight = torch.randn(50, 130).bfloat16(), torch.randn(6, 130, requires_grad=True)
+    grad_y = torch.randn(50, 6)
+    (whole,) = torch.autograd.grad(tap_linear(x, weight, storage), weight, grad_y)
+    monkeypatch.setattr("hf_qst_kernels.taps.CHUNK_BYTES", {"cpu": 4 * 130 * 7, "cuda": 0})
+    (chunked,) = torch.autograd.grad(tap_linear(x, weight, storage), weight, grad_y)
+    torch.testing.assert_close(chunked, whole)
+
+
+def test_full_gradient_is_exact_and_passes_gradcheck():
+    x = torch.randn(3, 4, 70, dtype=torch.float64)
+    weight = torch.randn(5, 70, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: tap_linear(x, w, "full"), weight)
+
+
+@pytest.mark.parametrize("storage", ["int8", "full"])
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+def test_mixed_dtypes_compute_in_the_weights(x_dtype, weight_dtype, storage):
+    x, weight = torch.randn(20, 70).to(x_dtype), torch.randn(5, 70).to(weight_dtype).requires_grad_()
+    y = tap_linear(x, weight, storage)
+    torch.testing.assert_close(y, F.linear(x.to(weight_dtype), weight))
+    (grad,) = torch.autograd.grad(y.float().sum(), weight)
+    assert y.dtype == grad.dtype == weight_dtype
+    # a column sum of 20 entries: half a step of at most 4 / 127 each, and the rounding of the result
+    bound = (0.35 if storage == "int8" else 1e-4) + 20 * torch.finfo(weight_dtype).eps
+    assert (grad.float() - x.float().sum(0)).abs().max() <= bound
+
+
+@pytest.mark.parametrize("storage", ["int8", "full"])
+def test_autocast_decides_the_gemms_dtype(storage):
+    x, weight = torch.randn(20, 70), torch.randn(5, 70, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = tap_linear(x, weight, storage)
+        assert torch.equal(y, F.linear(x, weight))
+    (grad,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    assert y.dtype == torch.bfloat16 and grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_kept_for_backward(dtype):
+    x, weight = torch.randn(30, 768).to(dtype), torch.randn(8, 768, requires_grad=True)
+    int8, _ = saved_bytes(lambda: tap_linear(x, weight))
+    full, _ = saved_bytes(lambda: tap_linear(x, weight, "full"))
+    assert int8 == 30 * (768 + 4 * 12)
+    assert full == 30 * 768 * x.element_size()
+    with torch.no_grad():
+        assert saved_bytes(lambda: tap_linear(x, weight))[0] == 0
+    assert saved_bytes(lambda: tap_linear(x, weight.detach()))[0] == 0
+
+
+@pytest.mark.parametrize("storage", ["int8", "full"])
+def test_opcheck(storage):
+    x, weight = torch.randn(3, 5, 70), torch.randn(4, 70, requires_grad=True)
+    torch.library.opcheck(torch.ops.hf_qst.tap_linear.default, (x, weight, torch.float32, storage, True))
+    torch.library.opcheck(torch.ops.hf_qst.tap_linear.default, (x, weight.detach(), torch.bfloat16, storage, False))
+    torch.library.opcheck(torch.ops.hf_qst.quantize_taps.default, (x, 64))
+    q, scales = quantize_taps(x)
+    torch.library.opcheck(torch.ops.hf_qst.dequantize_taps.default, (q, scales, torch.float16, 64))
+    grad_y = torch.randn(3, 5, 4)
+    kept = (q, scales) if storage == "int8" else (x, None)
+    torch.library.opcheck(torch.ops.hf_qst.tap_linear_grad_weight.default, (grad_y, *kept, torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("storage", ["int8", "full"])
+def test_compiles_into_one_graph(storage, backend):
+    x, weight = torch.randn(3, 5, 70), torch.randn(4, 70, requires_grad=True)
+
+    def step(weight):
+        return tap_linear(x * 2, weight, storage).square().mean()
+
+    loss = torch.compile(step, fullgraph=True, backend=backend)(weight)
+    torch.testing.assert_close(loss, step(weight))
+    torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(step(weight), weight))
+
+
+def test_meta_tensors_give_meta_tensors():
+    x, weight = torch.randn(3, 70, device="meta"), torch.randn(4, 70, device="meta", requires_grad=True)
+    y = tap_linear(x, weight)
+    y.sum().backward()
+    assert y.shape == (3, 4) and weight.grad.shape == (4, 70)
+
+
+def test_public_quantiser_compiles_and_exports():
+    def round_trip(x):
+        return dequantize_taps(*quantize_taps(x))
+
+    class RoundTrip(torch.nn.Module):
+        def forward(self, x):
+            return round_trip(x)
+
+    x = torch.randn(3, 70)
+    assert torch.equal(torch.compile(round_trip, fullgraph=True, backend="aot_eager")(x), round_trip(x))
+    assert torch.equal(torch.export.export(RoundTrip(), (x,)).module()(x), round_trip(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: tap_linear(torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)),
+            ValueError,
+            "x requires a gradient",
+        ),
+        (lambda: tap_linear(torch.randn(3, 4), torch.randn(2, 5)), ValueError, r"weight must be .*got \[2, 5\]"),
+        (
+            lambda: tap_linear(torch.randn(3, 4), torch.randn(2, 4), "int4"),
+            ValueError,
+            "storage must be one of .*'int4'",
+        ),
+        (lambda: tap_linear(torch.ones(3, 4, dtype=torch.int32), torch.randn(2, 4)), TypeError, "x must have a dtype"),
+        (lambda: quantize_taps(torch.ones(3, 4, dtype=torch.int64)), TypeError, "x must have a dtype"),
+        (lambda: quantize_taps(torch.ones(3, 4), 0), ValueError, "block must be an integer >= 1, got 0"),
+        (lambda: quantize_taps(torch.ones(())), ValueError, r"x must be \[..., dim\]"),
+        (
+            lambda: dequantize_taps(torch.ones(3, 65, dtype=torch.int8), torch.ones(3, 1)),
+            ValueError,
+            r"scales must be .*got \[3, 1\] and \[3, 65\]",
+        ),
+        (lambda: dequantize_taps(torch.ones(3, 4), torch.ones(3, 1)), TypeError, "q, scales and dtype must be int8"),
+    ],
+)
+def test_refuses_with_the_argument_and_its_value(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 4096)], ids=str)
+def test_on_cuda_as_on_cpu(backend, dtype, shape):
+    x = (torch.randn(shape) * 10).to(dtype)
+    weight = torch.randn(6, shape[-1], requires_grad=True)
+    grad_y = torch.randn(*shape[:-1], 6)
+    (expected,) = torch.autograd.grad(tap_linear(x, weight), weight, grad_y)
+    cuda_weight = weight.detach().cuda().requires_grad_()
+    with use_backend(backend):
+        q, scales = quantize_taps(x.cuda())
+        restored = dequantize_taps(q, scales, dtype)
+        (grad,) = torch.autograd.grad(tap_linear(x.cuda(), cuda_weight), cuda_weight, grad_y.cuda())
+    expected_q, expected_scales = quantize_taps(x)
+    # an ulp in the scale (CUDA divides by a number through its reciprocal) may move a value over a tie
+    torch.testing.assert_close(scales.cpu(), expected_scales, rtol=2**-22, atol=0)
+    assert (q.cpu().int() - expected_q.int()).abs().max() <= 1
+    step = spread(expected_scales, shape[-1])
+    assert ((restored.cpu().float() - x.float()).abs() <= step * 0.501 + x.float().abs() * torch.finfo(dtype).eps).all()
+    moved = grad_y.reshape(-1, 6).abs().t() @ step.reshape(-1, shape[-1])
+    assert ((grad.cpu() - expected).abs() <= 1e-2 * moved + 1e-4 * expected.abs().max()).all()
