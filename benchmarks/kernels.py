@@ -51,6 +51,10 @@ def head_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tup
 
     variants = {"GEMMs alone": floor, "F.linear + F.cross_entropy": plain}
     variants["linear_cross_entropy"] = lambda: linear_cross_entropy(hidden, weight, labels)
+    for chunk in (64, tokens):
+        variants[f"  chunk_size={chunk}"] = lambda chunk=chunk: linear_cross_entropy(
+            hidden, weight, labels, chunk_size=chunk
+        )
     return variants, [hidden, weight, labels]
 
 

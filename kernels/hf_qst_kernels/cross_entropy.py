@@ -127,7 +127,7 @@ def _check(hidden, weight, labels, bias, label_smoothing, logit_softcap, logit_s
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if logit_softcap is not None and not (0.0 < logit_softcap < math.inf):
         raise ValueError(f"logit_softcap must be None or a finite number > 0, got {logit_softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")

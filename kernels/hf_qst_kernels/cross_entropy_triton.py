@@ -46,7 +46,7 @@ def cross_entropy_rows(
     if SOFTCAP:
         label_logit = softcap * _tanh(label_logit / softcap)
 
-    row_max = -float("inf")
+    row_max = -3.0e38  # finite: a first block of -inf (words masked out by the bias) must not give inf - inf
     normalizer = 0.0
     total = 0.0
     for start in range(0, vocab, BLOCK):

@@ -324,15 +324,16 @@ def test_opcheck(ignored):
     torch.library.opcheck(torch.ops.hf_qst.scale_gradient.default, (hidden.detach().half(), torch.tensor(0.3)))
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_into_one_graph(backend):
+def test_compiles_into_one_graph(backend, dynamic):
     hidden, weight, labels, bias = problem(7, 11, ignored=2, bias=True)
 
     def step(hidden):
         return linear_cross_entropy(torch.tanh(hidden), weight, labels, bias, label_smoothing=0.1) * 2
 
     expected = step(hidden)
-    loss = torch.compile(step, fullgraph=True, backend=backend)(hidden)
+    loss = torch.compile(step, fullgraph=True, backend=backend, dynamic=dynamic)(hidden)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden))
 

@@ -231,15 +231,16 @@ def test_opcheck(storage):
     torch.library.opcheck(torch.ops.hf_qst.tap_linear_grad_weight.default, (grad_y, *kept, torch.bfloat16))
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("storage", ["int8", "full"])
-def test_compiles_into_one_graph(storage, backend):
+def test_compiles_into_one_graph(storage, backend, dynamic):
     x, weight = torch.randn(3, 5, 70), torch.randn(4, 70, requires_grad=True)
 
     def step(weight):
         return tap_linear(x * 2, weight, storage).square().mean()
 
-    loss = torch.compile(step, fullgraph=True, backend=backend)(weight)
+    loss = torch.compile(step, fullgraph=True, backend=backend, dynamic=dynamic)(weight)
     torch.testing.assert_close(loss, step(weight))
     torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(step(weight), weight))
 

@@ -51,7 +51,7 @@ def test_cross_entropy_kernel_equals_its_torch_twin(distances, options, dtype):
 
 def test_kernel_handles_rows_that_are_usually_dropped(distances):
     names = ["ignored row", "label out of range", "rows beside them", "gradients beside them"]
-    names.append("logits untouched without a gradient")
+    names += ["masked words", "logits untouched without a gradient"]
     assert {name: distances[name] for name in names if not distances[name] <= 1e-6} == {}
 
 

@@ -76,6 +76,13 @@ def cross_entropy_rows_kept():
     yield "label out of range", 0.0 if losses[2].isnan() else float("inf")
     yield "rows beside them", distance(torch.stack([losses[0], losses[3]]), -log_p[[0, 3], [3, 999]])
     yield "gradients beside them", distance(logits[[0, 3]], expected[[0, 3]])
+    masked = torch.randn(1, 3000)
+    masked[:, :1500] = -float("inf")
+    expected = torch.softmax(masked, 1)
+    expected[0, 2000] -= 1
+    log_p = torch.log_softmax(masked, 1)
+    cross_entropy_triton.cross_entropy_chunk(masked, torch.tensor([2000]), losses[:1], -100, 0.0, None, True)
+    yield "masked words", max(distance(losses[:1], -log_p[:, 2000]), distance(masked, expected))
     before = torch.randn(2, 50)
     after = before.clone()
     cross_entropy_triton.cross_entropy_chunk(after, torch.tensor([0, 1]), losses[:2], -100, 0.0, None, False)
