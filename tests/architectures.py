@@ -53,7 +53,14 @@ CONFIGS = {
         **_common("intermediate_size", "num_key_value_heads"), ffn_dim=128, word_embed_proj_dim=64, dropout=0.1
     ),
     "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCAB,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        n_positions=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "phi": lambda: PhiConfig(**_common("num_key_value_heads")),
     "gpt_neox": lambda: GPTNeoXConfig(**_common("num_key_value_heads"), rotary_pct=0.5),

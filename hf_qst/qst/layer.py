@@ -7,11 +7,13 @@ call the tuner's forward.
 from __future__ import annotations
 
 import inspect
+import threading
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from hf_qst import manifest
 from hf_qst.decoder_stack import DecoderStack
 from hf_qst.frozen_head import LOSS_REQUEST
 from hf_qst.qst.cache import with_side_layers
@@ -61,10 +63,14 @@ class _Recorder:
         self.contexts.append(context)
 
 
-class _Tape:
-    """Where the blocks' hooks find the recorder of the forward that is running; None outside one."""
+class _Tape(threading.local):
+    """Where the blocks' hooks find the recorder of the forward that runs in their thread; None outside one."""
 
     recorder: _Recorder | None = None
+
+    def __reduce__(self):
+        # A copy of a model starts without a running forward.
+        return type(self), ()
 
 
 class _BlockHook:
@@ -112,6 +118,8 @@ class QSTLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.num_layers = len(stack.blocks)
         self.tape = _Tape()
+        # Manifests by adapter name, of networks that have not run yet.
+        self.unchecked: dict[str, dict | None] = {}
         self._parameters_of_base = list(inspect.signature(type(base_layer).forward).parameters)[1:]
         self.hook_handles = [
             block.register_forward_hook(_BlockHook(i, block, self.tape), with_kwargs=True)
@@ -135,7 +143,14 @@ class QSTLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.qst_net]
         if len(names) > 1:
             raise ValueError(f"QST runs one side network at a time, but {names} are active; call set_adapter(name)")
-        return self.qst_net[names[0]] if names else None
+        return self._checked(names[0]) if names else None
+
+    def _checked(self, name: str) -> SideNetwork:
+        """The network of this name; before it first runs, what transformers' own loader put into it is checked."""
+        if not torch.compiler.is_compiling() and self.unchecked.get(name) is not None:
+            manifest.check_in_memory(self.unchecked[name], self.qst_net[name])
+            self.unchecked[name] = None
+        return self.qst_net[name]
 
     def forward(self, *args, **kwargs):
         if getattr(self, "_is_replica", False):

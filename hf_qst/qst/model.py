@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 
 import torch
 from peft.config import PeftConfig
@@ -75,13 +76,22 @@ class QSTModel(BaseTuner):
             layer.hook_handles += loss.install(self.model)
             layer.hook_handles += keep_packed_weights(target)
             self._replace_module(parent, target_name, layer, target)
-            layer.train(self.model.training)
         layer.update_layer(adapter_name, network, peft_config.inference_mode)
+        layer.train(self.model.training)
+        layer.unchecked[adapter_name] = peft_config.manifest
         if peft_config.downsample == "principal" and peft_config.manifest is None:
             fit_principal(self.model, layer, network, peft_config.calibration_data)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "QST runs one side network for a whole batch and cannot mix adapter_names in it; call set_adapter(name)"
+            )
+        yield
 
     def _check_merge_allowed(self):
         raise SideNetworkMergeError()

@@ -32,13 +32,19 @@ class Float32Parameter(nn.Module):
         self.value = nn.Parameter(torch.full((size,), float(value)))
 
     def _apply(self, fn, recurse=True):
+        exact = self.value.detach()
         super()._apply(fn, recurse)
+        if self.value.dtype != torch.float32:
+            # Not through the 16 bits it was cast to.
+            self.value.data = exact.to(self.value.device, torch.float32)
         self.restore()
         return self
 
     def restore(self) -> None:
         if self.value.dtype != torch.float32:
             self.value.data = self.value.data.float()
+        if self.value.grad is not None and self.value.grad.dtype != torch.float32:
+            self.value.grad = self.value.grad.float()
 
 
 class _Mix(torch.autograd.Function):

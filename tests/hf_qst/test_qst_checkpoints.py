@@ -110,7 +110,7 @@ def test_key_of_a_newer_version_gives_one_warning(saved):
 def test_truncated_file_is_refused(saved):
     content = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(content[:-100])
-    with pytest.raises(Exception, match="(?i)incomplete|truncat|invalid|header|checksum"):
+    with pytest.raises(Exception, match=r"(?i)incomplete|truncat|invalid|header|checksum"):
         PeftModel.from_pretrained(tiny("llama"), saved)
 
 

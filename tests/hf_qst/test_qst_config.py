@@ -71,7 +71,7 @@ def test_reduction_that_does_not_divide_the_width_is_refused(r):
 
 def test_reduction_without_an_even_head_size_is_refused():
     # A side width of 1 has no even head size.
-    with pytest.raises(ValueError, match="QSTConfig.r=64 .* side width of 1 .* base's head size 16"):
+    with pytest.raises(ValueError, match=r"QSTConfig\.r=64 .* side width of 1 .* base's head size 16"):
         side_tuned("llama", r=64)
     # 16 channels of a head divided by 16 leave 1.
     with pytest.raises(ValueError, match="side_heads='keep'"):

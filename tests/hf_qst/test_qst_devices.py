@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from accelerate import cpu_offload
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
+from hf_qst import QSTConfig
 from hf_qst.decoder_stack import find_decoder_stack
 from hf_qst.qst import SideNetwork, side_network
-from tests.architectures import QSTConfig, side_tuned, tiny, token_batch
 from tests.architectures import side_network as network_of
+from tests.architectures import side_tuned, tiny, token_batch
 
 
 def train(model, batches):
@@ -91,11 +93,5 @@ def test_offloaded_base_runs_and_trains():
 
 def test_side_network_made_on_the_meta_device_has_no_storage():
     with torch.device("meta"):
-        model = side_tuned(model=tiny_on_meta())
+        model = side_tuned(model=AutoModelForCausalLM.from_config(tiny("llama").config))
     assert all(p.is_meta for p in model.parameters())
-
-
-def tiny_on_meta():
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(tiny("llama").config)

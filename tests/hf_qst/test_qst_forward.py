@@ -141,8 +141,8 @@ def test_output_equals_the_equations(kind, settings, grad):
 def test_pools_are_over_windows_of_neighbouring_channels(kind):
     hidden = torch.randn(2, 5, 12)
     pool = PoolDownsample(3, kind, layernorm=False, dropout=0.0)
-    expected = torch.stack([getattr(hidden[..., 4 * j : 4 * j + 4], "amax" if kind == "maxpool" else "mean")(-1)
-                            for j in range(3)], -1)  # fmt: skip
+    reduce = torch.amax if kind == "maxpool" else torch.mean
+    expected = torch.stack([reduce(hidden[..., 4 * j : 4 * j + 4], -1) for j in range(3)], -1)
     torch.testing.assert_close(pool.finish(pool.tap(hidden)), expected, rtol=0, atol=0)
 
 
@@ -191,7 +191,9 @@ def test_states_after_the_first_tap_are_the_bases_own():
     assert all(torch.equal(a, b) for a, b in zip(seen, states, strict=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "opt", "phi", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "opt", "phi", "gpt_neox", "qwen3"]
+)
 def test_side_network_is_causal_and_ignores_padding(name):
     model = side_tuned(name, awake=True).eval()
     ids = token_batch(1, 10)

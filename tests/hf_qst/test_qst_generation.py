@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, QuantizedLayer
 
-from tests.architectures import CONFIGS, side_network, side_tuned, tiny, token_batch, wake
+from tests.architectures import CONFIGS, in_nf4, side_network, side_tuned, tiny, token_batch, wake
 
 NAMES = sorted(CONFIGS)
 WINDOWED = ["mistral", "gemma2", "gemma3_text"]
@@ -233,3 +235,80 @@ def test_compiled_forward_equals_eager():
         eager = model(input_ids=ids, use_cache=False).logits
         compiled = torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(compiled, eager, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_compiled_decoding_with_a_static_cache_equals_greedy(name):
+    """What `generate` does by itself on a GPU, in one graph."""
+    model = side_tuned(name, awake=True).eval()
+    ids = token_batch()
+    settings = GenerationConfig(
+        **LONG, cache_implementation="static", compile_config=CompileConfig(backend="eager", fullgraph=True)
+    )
+    settings.compile_config._compile_all_devices = True
+    counters.clear()
+    compiled = model.generate(input_ids=ids, generation_config=settings)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert torch.equal(compiled, model.generate(input_ids=ids, **LONG))
+
+
+def test_hidden_states_and_scores_are_returned(llama):
+    out = llama.generate(
+        input_ids=token_batch(), **LONG, return_dict_in_generate=True, output_hidden_states=True, output_logits=True
+    )
+    assert len(out.hidden_states) == 10
+    head = llama.get_output_embeddings()
+    for states, logits in zip(out.hidden_states, out.logits, strict=True):
+        torch.testing.assert_close(head(states[-1])[:, -1], logits, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_bfloat16_base_with_a_float32_side_network(cache):
+    model = side_tuned(model=tiny("llama", dtype=torch.bfloat16), awake=True).eval()
+    ids = token_batch()
+    cached = model.generate(input_ids=ids, cache_implementation=cache, **LONG)
+    assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **LONG))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_nf4_base(beams, tmp_path):
+    model = side_tuned(model=in_nf4(tmp_path), awake=True).eval()
+    cached, uncached = both(model, left_padded(), num_beams=beams)
+    assert torch.equal(cached, uncached)
+
+
+class UnquantizedLayer(QuantizedLayer):
+    """A quantised cache layer without the optional package that quantises."""
+
+    def _quantize(self, tensor, axis):
+        return tensor.clone()
+
+    def _dequantize(self, q_tensor):
+        return q_tensor
+
+
+def test_quantized_cache_of_the_base_has_plain_side_layers(llama):
+    ids = token_batch()
+    cache = Cache(layers=[UnquantizedLayer(residual_length=4) for _ in range(3)])
+    assert torch.equal(llama.generate(input_ids=ids, past_key_values=cache, **LONG), llama.generate(ids, **LONG))
+    assert [type(layer) for layer in cache.layers[3:]] == [DynamicLayer] * 3
+
+
+def test_unknown_kind_of_cache_is_named(llama):
+    class StrangeLayer(CacheLayerMixin):
+        is_initialized = False
+
+        def __getattr__(self, name):
+            raise AssertionError("not read before it is refused")
+
+    StrangeLayer.__abstractmethods__ = frozenset()
+    with pytest.raises(NotImplementedError, match="StrangeLayer"):
+        llama(input_ids=token_batch(), past_key_values=Cache(layers=[StrangeLayer() for _ in range(3)]))
+
+
+def test_bare_dynamic_cache_serves_a_windowed_model():
+    model = side_tuned("mistral", awake=True).eval()
+    ids = token_batch()
+    bare = model.generate(input_ids=ids, past_key_values=DynamicCache(), **LONG)
+    assert torch.equal(bare, model.generate(input_ids=ids, **LONG))

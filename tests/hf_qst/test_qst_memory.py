@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests.architectures import side_network, side_tuned, tiny, token_batch
 
@@ -128,8 +129,6 @@ def test_int8_taps_give_nearly_the_gradients_of_full_ones():
 
 def test_a_fourth_of_the_memory_of_lora_at_most():
     """The figure of the method, coarse enough to hold on a toy."""
-    from peft import LoraConfig, get_peft_model
-
     base = tiny("llama", num_hidden_layers=6)
     lora = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     expected = size(saved_tensors(lora))

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_qst import QSTConfig
+from hf_qst import CheckpointError, QSTConfig
 from tests.architectures import CONFIGS, side_layers, side_network, side_tuned, tiny, token_batch, wake
 
 IDS = token_batch()
+WEIGHTS = "adapter_model.safetensors"
 
 
 def logits(model):
@@ -117,3 +119,76 @@ def test_trained_head_round_trips(tmp_path):
     fresh = tiny("llama")
     fresh.load_adapter(tmp_path)
     assert torch.equal(logits(fresh), expected)
+
+
+def damaged(directory, change):
+    tensors = load_file(directory / "adapter" / WEIGHTS)
+    name = next(key for key in tensors if key.endswith("blocks.1.mlp.up_proj.weight"))
+    change(tensors, name)
+    save_file(tensors, directory / "adapter" / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors, name: tensors.pop(name), "is missing"),
+        (lambda tensors, name: tensors[name][0].fill_(torch.nan), "NaN"),
+        (lambda tensors, name: tensors.update({name: tensors[name].bfloat16()}), "checksum"),
+        (lambda tensors, name: tensors[name].view(torch.int32)[0, 0].bitwise_xor_(1), "checksum"),
+    ],
+    ids=["missing", "nan", "dtype", "flipped_bit"],
+)
+def test_damaged_tensor_is_named_before_the_network_runs(saved, change, reason, is_trainable):
+    directory, _ = saved
+    damaged(directory, change)
+    model = tiny("llama")
+    model.load_adapter(directory / "adapter", is_trainable=is_trainable)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=rf"blocks\.1\.mlp\.up_proj.*{reason}"):
+            model(input_ids=IDS, labels=IDS)
+
+
+def test_weights_changed_after_loading_are_no_damage(saved):
+    directory, _ = saved
+    model = tiny("llama")
+    model.load_adapter(directory / "adapter")
+    wake(model, seed=5)
+    changed = logits(model)
+    other = tiny("llama")
+    other.load_adapter(directory / "adapter")
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), changed)
+
+
+def test_cast_after_loading_is_no_damage(saved):
+    directory, expected = saved
+    model = tiny("llama")
+    model.load_adapter(directory / "adapter")
+    assert torch.isfinite(logits(model.bfloat16())).all()
+    model = tiny("llama", dtype=torch.bfloat16)
+    model.load_adapter(directory / "adapter")
+    torch.testing.assert_close(logits(model).float(), expected, atol=0.25, rtol=0.1)
+
+
+def test_fresh_adapter_with_the_settings_of_a_saved_one_is_no_damage(saved):
+    directory, _ = saved
+    config = PeftConfig.from_pretrained(directory / "adapter")
+    model = tiny("llama")
+    base = logits(model)
+    model.add_adapter(config)
+    assert torch.equal(logits(model), base)
+    assert torch.equal(logits(get_peft_model(tiny("llama"), config)), base)
+
+
+def test_resized_embeddings_round_trip(saved):
+    """transformers writes the new embeddings beside the side network, after the manifest."""
+    directory, _ = saved
+    models = [AutoModelForCausalLM.from_pretrained(directory / "base") for _ in range(2)]
+    for model in models:
+        model.resize_token_embeddings(110)
+    models[0].add_adapter(QSTConfig(r=4))
+    wake(models[0])
+    models[0].save_pretrained(directory / "resized")
+    loaded = PeftModel.from_pretrained(models[1], directory / "resized")
+    assert torch.equal(logits(loaded), logits(models[0]))

@@ -3,10 +3,11 @@
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, prepare_model_for_kbit_training
 
 from hf_qst import QSTConfig, QSTModel, SideNetworkMergeError
 from hf_qst.registration import HfQstPeftType, register_method
@@ -70,8 +71,9 @@ def test_base_can_be_tuned_again_after_unload():
     side_tuned(model=base, awake=True).unload()
     torch.manual_seed(3)
     again = side_tuned(model=base, awake=True)
+    fresh = tiny("llama")
     torch.manual_seed(3)
-    assert torch.equal(logits(again), logits(side_tuned(model=tiny("llama"), awake=True)))
+    assert torch.equal(logits(again), logits(side_tuned(model=fresh, awake=True)))
 
 
 @pytest.mark.parametrize("call", ["merge_and_unload", "merge_adapter", "unmerge_adapter"])
@@ -260,3 +262,72 @@ def test_parameter_counts_are_reported():
     side = sum(p.numel() for p in side_network(model).parameters())
     assert trainable == side
     assert total == side + sum(p.numel() for p in tiny("llama").parameters())
+
+
+def test_threads_do_not_see_each_others_states():
+    model = side_tuned("llama", awake=True).eval()
+    batches = [token_batch(2, 12, seed=seed) for seed in range(12)]
+
+    def run(ids):
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False).logits
+
+    expected = [run(ids) for ids in batches]
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(run, batches))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_failed_forward_leaves_nothing_behind():
+    model = side_tuned("llama", awake=True)
+    expected = logits(model)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[500]]))
+    assert side_layers(model)[0].tape.recorder is None
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_new_network_has_the_mode_of_its_base(training):
+    base = tiny("llama").train(training)
+    model = side_tuned(model=base, downsample_dropout=0.5)
+    assert side_network(model).training == training
+    model.add_adapter("second", config(downsample_dropout=0.5))
+    assert side_network(model, "second").training == training
+
+
+def test_frozen_second_adapter_leaves_the_first_trainable(tmp_path):
+    side_tuned("llama").save_pretrained(tmp_path)
+    model = side_tuned("llama")
+    model.load_adapter(tmp_path, "second")
+    assert all(p.requires_grad for p in side_network(model).parameters())
+    assert not any(p.requires_grad for p in side_network(model, "second").parameters())
+
+
+def test_base_prepared_for_kbit_training_trains(tmp_path):
+    model = side_tuned(model=prepare_model_for_kbit_training(in_nf4(tmp_path)), awake=True).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in side_network(model).parameters())
+    assert all(p.grad is None for name, p in model.named_parameters() if "qst_net" not in name)
+
+
+@pytest.mark.slow
+def test_compiled_training_step_equals_eager():
+    model = side_tuned("llama", awake=True).train()
+    expected = model(input_ids=IDS, labels=IDS).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = torch.compile(model, backend="aot_eager")(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_different_adapters_in_one_batch_are_refused():
+    model = side_tuned("llama", awake=True).eval()
+    with pytest.raises(NotImplementedError, match="cannot mix adapter_names"):
+        model(input_ids=IDS, adapter_names=["default", "__base__"])
+    with pytest.raises(NotImplementedError, match="cannot mix adapter_names"):
+        model.generate(input_ids=IDS, adapter_names=["default", "__base__"], max_new_tokens=2)

@@ -1,8 +1,11 @@
 """Side tuning through TRL's `SFTTrainer`, which computes losses of its own and casts what it trains."""
 
+import math
+
 import pytest
 import torch
-from trl import SFTConfig, SFTTrainer
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_qst import QSTConfig
 from tests.architectures import digest, in_nf4, side_network, tiny, token_batch
@@ -27,9 +30,7 @@ def sft(directory, base, **settings):
     }
     arguments = SFTConfig(str(directory), **{**defaults, **settings})
     config = QSTConfig(task_type="CAUSAL_LM", r=4, downsample_rank=4)
-    return SFTTrainer(
-        base, arguments, train_dataset=text_dataset(64), processing_class=tokenizer(), peft_config=config
-    )
+    return SFTTrainer(base, arguments, train_dataset=text_dataset(64), processing_class=tokenizer(), peft_config=config)
 
 
 def losses(trainer):
@@ -83,3 +84,33 @@ def test_chunked_nll_loss_trains_alike(tmp_path):
         run.train()
         results.append(torch.tensor(losses(run)))
     torch.testing.assert_close(results[1], results[0], atol=2e-3, rtol=2e-3)
+
+
+def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "packing": True}
+    straight = sft(tmp_path / "straight", tiny("llama"), **settings)
+    straight.train()
+    resumed = sft(tmp_path / "resumed", tiny("llama"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    expected = side_network(straight.model).state_dict()
+    for name, tensor in side_network(resumed.model).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_preference_training_starts_at_the_base_and_learns(tmp_path):
+    """DPO takes the base for its reference by disabling the adapter: at the start both are equal."""
+    rows = {"prompt": ["t5 t6"] * 8, "chosen": ["t7 t8"] * 8, "rejected": ["t9 t10"] * 8}
+    arguments = DPOConfig(
+        str(tmp_path), max_steps=4, report_to=[], use_cpu=True, bf16=False, learning_rate=1e-2, logging_steps=1,
+        gradient_checkpointing=False, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    run = DPOTrainer(
+        tiny("llama"),
+        args=arguments,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer(),
+        peft_config=QSTConfig(task_type="CAUSAL_LM", r=4),
+    )
+    run.train()
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(run)[-1] < 0.6

@@ -205,7 +205,7 @@ def test_frozen_adapter_cannot_be_trained(tmp_path):
     side_tuned("llama").save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny("llama"), tmp_path)
     run = trainer(model, tmp_path / "out")
-    with pytest.raises(ValueError, match="zero trainable parameters.*is_trainable=True"):
+    with pytest.raises(ValueError, match=r"zero trainable parameters.*is_trainable=True"):
         run.train()
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_qst.qst.side_network import OutputMix
 from tests.architectures import CONFIGS, digest, in_nf4, side_layers, side_network, side_tuned, tiny, token_batch, wake
 
 NAMES = sorted(CONFIGS)
@@ -104,8 +105,6 @@ def test_first_step_of_the_papers_mix_moves_alpha_only():
 @pytest.mark.parametrize("shape", ["scalar", "vector"])
 @pytest.mark.parametrize("lr_scale", [1.0, 10.0])
 def test_gradients_of_the_mix_equal_autograds(mix, shape, lr_scale):
-    from hf_qst.qst.side_network import OutputMix
-
     module = OutputMix(mix, 1 if shape == "scalar" else 8, lr_scale)
     base, side = torch.randn(2, 3, 8), torch.randn(2, 3, 8, requires_grad=True)
     value = module.alpha.value
@@ -152,11 +151,20 @@ def test_classifier_head_is_trained():
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half"])
 def test_gates_stay_in_float32_when_the_model_is_cast(cast):
-    model = getattr(side_tuned("llama"), cast)()
+    model = side_tuned("llama")
     network = side_network(model)
+    with torch.no_grad():
+        for small in (*network.gates, network.mix.alpha):
+            small.value.fill_(0.123456)
+    getattr(model, cast)()
     small = [*(gate.value for gate in network.gates), network.mix.alpha.value]
     assert {p.dtype for p in small} == {torch.float32}
-    assert network.upsample.weight.dtype == getattr(torch, cast)
+    # Exactly, and not by way of 16 bits.
+    assert all(p.item() == pytest.approx(0.123456, abs=1e-8) for p in small)
+    step(model)
+    model.to(torch.float64).to(torch.bfloat16)
+    assert {p.grad.dtype for p in small} == {torch.float32}
+    assert network.upsample.weight.dtype == torch.bfloat16
 
 
 def test_gates_cast_by_data_are_float32_again_in_training():
