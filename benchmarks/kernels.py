@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import profile
 
-from benchmarks.measure import SavedForBackward, environment, synchronize, write_json
+from benchmarks.measure import environment, synchronize, write_json
+from hf_qst.saved_bytes import SavedForBackward
 from hf_qst_kernels import dequantize_taps, linear_cross_entropy, quantize_taps, tap_linear
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,11 +1,4 @@
-"""What the benchmarks measure with: saved-for-backward bytes, peak memory, the machine, files written whole.
-
-with SavedForBackward(model) as saved:
-    loss = model(**batch).loss
-    at_end_of_forward = saved.live
-    loss.backward()
-saved.peak
-"""
+"""What the benchmarks measure with: peak memory, the machine, files written whole."""
 
 from __future__ import annotations
 
@@ -21,99 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.utils.checkpoint
-from torch.multiprocessing.reductions import StorageWeakRef
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class _Kept:
-    """What autograd holds in place of a saved tensor; its end is the end of the tensor's saving."""
-
-    __slots__ = ("counter", "key", "tensor")
-
-    def __init__(self, counter: SavedForBackward, key: int, tensor: torch.Tensor):
-        self.counter, self.key, self.tensor = counter, key, tensor
-
-    def __del__(self):
-        self.counter._release(self.key)
-
-
-class SavedForBackward:
-    """Counts the bytes autograd keeps for the backward pass, as they come and go.
-
-    Each storage counts once, whatever number of views of it are saved; parameters and buffers of `model` do not count.
-    What a checkpointed block saves again while it is recomputed counts while it lives.
-
-    Attributes:
-        live (`int`): bytes kept now.
-        peak (`int`): most bytes kept at any time so far.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        fixed = [*model.parameters(), *model.buffers()]
-        self._excluded = {tensor.untyped_storage()._cdata for tensor in fixed}
-        self._kept: dict[int, list[int]] = {}  # storage: [number of savings, bytes]
-        self._recomputed: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._kept_bytes = 0
-        self.peak = 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: getattr(kept, "tensor", kept))
-
-    @property
-    def live(self) -> int:
-        for key, (reference, _) in list(self._recomputed.items()):
-            if reference.expired():
-                del self._recomputed[key]
-        return self._kept_bytes + sum(n for key, (_, n) in self._recomputed.items() if key not in self._kept)
-
-    def _pack(self, tensor: torch.Tensor):
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._excluded:
-            return tensor
-        entry = self._kept.setdefault(key, [0, storage.nbytes()])
-        if entry[0] == 0:
-            self._kept_bytes += entry[1]
-        entry[0] += 1
-        self.peak = max(self.peak, self.live)
-        return _Kept(self, key, tensor)
-
-    def _release(self, key: int) -> None:
-        entry = self._kept[key]
-        entry[0] -= 1
-        if entry[0] == 0:
-            self._kept_bytes -= entry[1]
-            del self._kept[key]
-
-    def _recompute(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._excluded:
-            self._recomputed[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-            self.peak = max(self.peak, self.live)
-
-    def __enter__(self) -> SavedForBackward:
-        # Inside a checkpointed block torch's own hooks are in force, so its recomputation has to be watched there.
-        counter, original = self, torch.utils.checkpoint._recomputation_hook
-
-        class Watched(original):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                pack = self.pack_hook
-
-                def watch(tensor):
-                    counter._recompute(tensor)
-                    return pack(tensor)
-
-                self.pack_hook = watch
-
-        self._original = original
-        torch.utils.checkpoint._recomputation_hook = Watched
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._hooks.__exit__(*error)
-        torch.utils.checkpoint._recomputation_hook = self._original
 
 
 # --- memory of the process and the device ----------------------------------------------------------------------------

@@ -9,24 +9,20 @@ are kept; QLoRA stands beside them. Every variant runs at each learning rate of 
 
 import argparse
 import copy
-import json
 import math
-import platform
-import subprocess
 import time
 from pathlib import Path
 
-import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, get_linear_schedule_with_warmup, set_seed
 
+from benchmarks.measure import environment, write_json
 from examples.corpus import blocks, held_out_loss, split, tokens, transformers_files
 from examples.demo import BASE, load_base
 from hf_qst import QSTConfig
-from hf_qst.manifest import write_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -91,12 +87,6 @@ def train(base, config, rate: float, data: dict, args) -> dict:
     }
 
 
-def commit() -> str:
-    """Short hash of the checkout, "unknown" outside one."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(BASE), help="base model: a folder or a hub name")
@@ -104,7 +94,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="blocks a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a block")
     parser.add_argument("--held-blocks", type=int, default=96)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3])
     parser.add_argument("--only", nargs="+", help="groups to run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -141,13 +131,10 @@ def main() -> None:
     report = {
         "base_loss": start,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}",
-        "commit": commit(),
+        **environment(torch.device(args.device)),
         "rows": table,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(str(args.output), json.dumps(report, indent=1) + "\n")
+    write_json(args.output, report)
     print(f"Wrote {args.output}")
 
 

@@ -32,7 +32,8 @@ from benchmarks.side_tuning_methods import METHODS, Floor, Run
 from benchmarks.side_tuning_report import paired_ratio, plots, table, targets
 
 DEFAULT_SHAPES = ("demo", "100m", "100m-128k")
-RSS_STEPS = 2
+PEAK_STEPS = 2  # the optimiser's state is there from the second on
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PACKED = "bitsandbytes' bf16 (AVX512-BF16) where the base is in eval mode, else dequantise and float32"
 
 
@@ -49,8 +50,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the table")
     add("--batch", type=int, help="sequences per step; without it, the shape's")
     add("--seq", type=int, help="tokens per sequence; without it, the shape's")
-    add("--repeats", type=int, help="timed rounds; without it 10, or 3 for shapes that are there for their memory")
-    add("--warmup", type=int, default=2, help="rounds before them")
+    add("--repeats", type=int, help="timed rounds; without it 10, or 2 for shapes that are there for their memory")
+    add("--warmup", type=int, help="rounds before them; without it 2, or 1 for shapes that are there for their memory")
     add("--steps", type=int, default=150, help="training steps of the loss curves (--shape demo); 0 for none")
     add("--eval-every", type=int, default=15, help="steps between two points of a loss curve")
     add("--held-out-blocks", type=int, default=32, help="sequences the held-out loss is measured on")
@@ -59,10 +60,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--packed", action="store_true", help="let bitsandbytes use its inference-only bf16 kernel on CPU where it can")
     add("--no-rss", action="store_true", help="leave out the peak RSS, which takes a process for each method")
     add("--threads", type=int, default=2, help="CPU threads")
+    add("--clock", choices=CLOCKS, default="wall",
+        help="cpu: processor time of one thread, for a machine that others use too; ratios only mean something then")  # fmt: skip
     add("--seed", type=int, default=0, help="of weights, batches and order")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     add("--rss-of", metavar="METHOD", choices=[*METHODS, "floor"], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        parser.error("--clock cpu needs --threads 1 and --device cpu: waiting threads would count as working")
     for name in ("batch", "seq", "repeats", "threads", "held_out_blocks", "sweep_steps", "eval_every"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0")
@@ -82,7 +87,9 @@ class Bench:
         self.device = torch.device(args.device)
         settings = bases.SHAPES[shape]
         self.batch, self.seq = args.batch or settings.batch, args.seq or settings.seq
-        self.repeats = args.repeats or (3 if settings.memory_only else 10)
+        self.memory_only = settings.memory_only
+        self.repeats = args.repeats or (2 if self.memory_only else 10)
+        self.warmup = (1 if self.memory_only else 2) if args.warmup is None else args.warmup
         self.trained = settings.config is None
         self.model = args.model if self.trained else None
         self.base = bases.load_base(shape, self.model, self.device, args.packed, args.seed)
@@ -107,7 +114,7 @@ def _short(error: Exception) -> str:
 
 
 def prepare(bench: Bench) -> tuple[dict[str, Run], dict[str, dict]]:
-    """Build each method, take a step, measure what needs no clock. A method that fails has its error as its row."""
+    """Build each method and measure what needs no clock. A method that fails has its error as its row."""
     runs, rows = {}, {}
     cuda = bench.device.type == "cuda"
     for name in tqdm(bench.args.methods, desc="building and counting bytes", unit="method"):
@@ -118,9 +125,9 @@ def prepare(bench: Bench) -> tuple[dict[str, Run], dict[str, dict]]:
                 before = torch.cuda.memory_allocated(bench.device)
                 torch.cuda.reset_peak_memory_stats(bench.device)
             run = bench.run(name)
-            for _ in range(RSS_STEPS):
-                run.step(bench.ids)
             if cuda:
+                for _ in range(PEAK_STEPS):
+                    run.step(bench.ids)
                 row["device_bytes"] = torch.cuda.max_memory_allocated(bench.device) - before
             row["saved_with_head"] = run.saved_bytes(bench.ids, head=True)
             row["saved_without_head"] = run.saved_bytes(bench.ids, head=False)
@@ -132,21 +139,30 @@ def prepare(bench: Bench) -> tuple[dict[str, Run], dict[str, dict]]:
     return runs, rows
 
 
-def time_steps(bench: Bench, runs: dict[str, Run]) -> dict[str, list[float]]:
-    """Seconds of each round of each method, of the floor, and of the bare forward within the floor's place."""
+def time_steps(bench: Bench, runs: dict[str, Run]) -> dict[str, list[float | None]]:
+    """Seconds of each round of each method, of the floor, and of the bare forward that is most of it.
+
+    One step of each in turn, so that drift of the machine hits all alike. Variants sit out every second round (None), and
+    all rounds of a shape that is there for its memory.
+    """
     floor = Floor(bases.copy_of(bench.base), bench.device)
     work = {"floor": floor.step, "forward": floor.forward, **{name: run.step for name, run in runs.items()}}
-    times: dict[str, list[float]] = {name: [] for name in work}
-    rounds = bench.args.warmup + bench.repeats
-    with tqdm(total=rounds * len(work), desc="timing", unit="step") as bar:
-        for turn in range(rounds):
+    clock = CLOCKS[bench.args.clock]
+    variants = {name for name, run in runs.items() if not run.method.main}
+    if bench.memory_only:
+        work = {name: step for name, step in work.items() if name not in variants}
+    times: dict[str, list[float | None]] = {name: [] for name in work}
+    with tqdm(total=(bench.warmup + bench.repeats) * len(work), desc="timing", unit="step") as bar:
+        for turn in range(-bench.warmup, bench.repeats):
             for name, step in work.items():
-                start = time.perf_counter()
-                step(bench.ids)
-                spent = time.perf_counter() - start
-                if turn >= bench.args.warmup:
-                    times[name].append(spent)
                 bar.update()
+                spent = None
+                if name not in variants or turn % 2 == 0:
+                    start = clock()
+                    step(bench.ids)
+                    spent = clock() - start
+                if turn >= 0:
+                    times[name].append(spent)
     return times
 
 
@@ -155,7 +171,7 @@ def rss_above_base(bench: Bench, name: str) -> int:
     ids = bench.ids
     before = settle_rss()
     worker = Floor(bench.base, bench.device) if name == "floor" else bench.run(name)
-    for _ in range(RSS_STEPS):
+    for _ in range(PEAK_STEPS):
         worker.step(ids)
     return peak_rss() - before
 
@@ -178,12 +194,15 @@ def measure(bench: Bench) -> dict:
     runs, rows = prepare(bench)
     times = time_steps(bench, runs)
     rows = {"forward": {"label": "floor: bare forward"}, "floor": {"label": "floor: forward and head"}, **rows}
-    for name, spent in times.items():
+    for name, rounds in times.items():
+        spent = [seconds for seconds in rounds if seconds is not None]
         rows[name]["step_seconds"] = median(spent)
         rows[name]["fastest_seconds"] = min(spent)
+        rows[name]["rounds"] = len(spent)
         rows[name]["tokens_per_second"] = bench.batch * bench.seq / median(spent)
         rows[name]["of_floor"] = paired_ratio(times, name, "floor")
-    used = vars(args) | {"shape": bench.shape, "batch": bench.batch, "seq": bench.seq, "repeats": bench.repeats}
+    used = vars(args) | {"shape": bench.shape, "batch": bench.batch, "seq": bench.seq}
+    used |= {"repeats": bench.repeats, "warmup": bench.warmup}
     result = {
         **environment(bench.device),
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in used.items() if k not in ("rss_of", "sweep")},
@@ -195,8 +214,12 @@ def measure(bench: Bench) -> dict:
     if bench.trained and args.steps:
         del runs
         gc.collect()
-        names = [n for n in args.methods if METHODS[n].main and n != "qlora-ckpt" and "error" not in rows[n]]
-        curves = train_curves([bench.run(n) for n in names], bench.text, bench.batch, args.steps, args.eval_every)
+        # Checkpointed QLoRA has QLoRA's losses; the demo's own setting of QST is shown beside the default.
+        wanted = (*(n for n in args.methods if METHODS[n].main and n != "qlora-ckpt"), "qst-r4")
+        names = [n for n in wanted if n in args.methods and "error" not in rows[n]]
+        curves = train_curves(
+            [bench.run(n) for n in names], bench.text, bench.batch, args.steps, args.eval_every, CLOCKS[args.clock]
+        )
         result["losses"] = loss_results(curves, args.steps)
     if bench.device.type == "cpu" and not args.no_rss:
         names = ["floor", *(n for n in args.methods if METHODS[n].main and "error" not in rows[n])]

@@ -21,7 +21,7 @@ DEMO_MODEL = ROOT / "examples" / "base_model"
 class Shape:
     """A base and the batch it is measured with. `config` is None for a trained model with real text.
 
-    `memory_only` shapes are for bytes: they get fewer timed steps.
+    `memory_only` shapes are for bytes: they get a few timed rounds of the main methods alone.
     """
 
     config: dict | None
@@ -47,8 +47,8 @@ def _llama(vocab, hidden, layers, heads, intermediate, kv_heads=None, theta=1000
 
 SHAPES = {
     "demo": Shape(None, batch=4, seq=256),
-    "100m": Shape(_llama(8192, 768, 12, 12, 2048), batch=4, seq=256),
-    "100m-128k": Shape(_llama(131072, 768, 12, 12, 2048), batch=4, seq=256, memory_only=True),
+    "100m": Shape(_llama(8192, 768, 12, 12, 2048), batch=2, seq=256),
+    "100m-128k": Shape(_llama(131072, 768, 12, 12, 2048), batch=2, seq=256, memory_only=True),
     "tiny": Shape(_llama(512, 64, 2, 4, 192), batch=2, seq=32),
     "llama-2-7b": Shape(_llama(32000, 4096, 32, 32, 11008), batch=4, seq=512, device="cuda"),
     "llama-3-8b": Shape(_llama(128256, 4096, 32, 32, 14336, 8, 500000.0), batch=4, seq=512, device="cuda"),

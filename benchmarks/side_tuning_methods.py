@@ -12,10 +12,12 @@ import torch
 from peft import LoraConfig, ShadowConfig, get_peft_model
 from torch import nn
 
-from benchmarks.measure import SavedForBackward, synchronize
+from benchmarks.measure import synchronize
 from hf_qst import QSTConfig
+from hf_qst.saved_bytes import SavedForBackward
 
-# Each method's best of `--sweep` on the demo's base and text (benchmarks/results/side_tuning_demo_sweep.json).
+# Starting points of `--sweep`, to be replaced by its best on the demo's base and text, which it writes to
+# benchmarks/results/side_tuning_demo_sweep.json.
 QST_LR = 4e-3
 LORA_LR = 1e-3
 SHADOW_LR = 1e-3
@@ -32,7 +34,7 @@ class Method:
         make: base -> PEFT model; `calibration` batches are for methods that look at data before they start.
         lr: learning rate of its loss curve.
         family: which learning-rate sweep it takes part in.
-        main: rows that are also measured for peak RSS and loss; the others are variants.
+        main: rows that are timed in every round and measured for peak RSS and loss; the others are variants.
         runs_base: whether the base is only run forward, in eval mode.
     """
 
@@ -80,6 +82,7 @@ def _variant(label: str, **changes) -> Method:
 
 METHODS = {
     "qst": Method("QST", _qst(), QST_LR, "qst", runs_base=True),
+    "qst-r4": _variant("QST, r=4", r=4),
     "qst-principal": _variant("QST, principal", downsample="principal"),
     "qst-avgpool": _variant("QST, average pooling", downsample="avgpool"),
     "qst-full-taps": _variant("QST, full taps", tap_storage="full"),

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from examples.corpus import BlockDataset, blocks, held_out_loss, split, stdlib_files, tokens, transformers_files
 from hf_qst import QSTConfig
-from hf_qst.saved_bytes import SavedBytes
+from hf_qst.saved_bytes import SavedForBackward
 
 BASE = Path(__file__).parent / "base_model"
 # The best of {...} for each method on this base and task, by held-out loss (docs/results.md).
@@ -54,7 +54,12 @@ class Run:
 
 
 def load_base(model: str, device: str):
-    """The base in NF4 with double quantisation, computing in float32 on a CPU and bfloat16 on a GPU."""
+    """The base in NF4 with double quantisation, computing in float32 on a CPU and bfloat16 on a GPU.
+
+    On processors with AVX512-BF16 bitsandbytes repacks a layer for a bfloat16 kernel at its first forward in eval mode.
+    That kernel has no backward: after one evaluation, LoRA inside the base would train on without most of its gradient.
+    Both methods here get the float32 product instead.
+    """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -62,7 +67,11 @@ def load_base(model: str, device: str):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4, dtype=dtype, device_map={"": device})
+    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4, dtype=dtype, device_map={"": device})
+    for layer in base.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return base
 
 
 def adapters() -> dict:
@@ -95,7 +104,7 @@ def bytes_for_backward(model, rows: torch.Tensor) -> int:
     """The most bytes one training step on `rows` keeps for its backward pass."""
     model.train()
     rows = rows.to(next(model.parameters()).device)
-    with SavedBytes(exclude=[*model.parameters(), *model.buffers()]) as saved:
+    with SavedForBackward(model) as saved:
         model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
     model.zero_grad()
     return saved.peak

@@ -397,17 +397,19 @@ def train(args: argparse.Namespace) -> None:
 
 
 PROMPTS = (
-    "def read_lines(path):\n",
-    "class Stack:\n",
-    "import unittest\n\n\nclass TestQueue(unittest.TestCase):\n",
+    "def read_lines(path):",
+    "class Stack:",
+    "import unittest\n\n\nclass TestQueue(unittest.TestCase):",
 )
+"""No prompt ends in a blank: a line break is one token with the indentation after it, so a prompt that ends in one says
+that the next line is not indented."""
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompt: str, new_tokens: int = 160, seed: int = 0) -> str:
     """`prompt` and what the model makes of it, drawn at temperature 0.7 from the likeliest 95 %."""
     torch.manual_seed(seed)
-    inputs = tokenizer(END_OF_TEXT + prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     made = model.generate(
         **inputs,
         max_new_tokens=new_tokens,
@@ -497,7 +499,7 @@ The `.py` files of the standard library of Python {python}, its tests included, 
 |---|---|
 | steps | {steps:,} of {batch} windows of {seq} tokens |
 | tokens seen | {tokens:,}, or {epochs:.2f} passes over the data |
-| time | {minutes:.0f} minutes on one {machine} |
+| time | {minutes:.0f} minutes on one {machine}{threads}, {speed:,.0f} tokens a second |
 | precision | matrix products in {precision}, weights in float32 |
 | optimizer | {optimizer}; learning rate up over the first {warmup:.0%} of the schedule, then down to 0 |
 | last training loss | {train_loss:.3f} |
@@ -529,7 +531,9 @@ model = AutoModelForCausalLM.from_pretrained("examples/base_model")
 tokenizer = AutoTokenizer.from_pretrained("examples/base_model")
 ```
 
-A text starts after `<|endoftext|>`, which the tokenizer does not add by itself.
+A prompt that is the start of a file goes after `<|endoftext|>`, which the tokenizer does not add by itself; a piece from
+within one stands alone. End a prompt before a blank or a line break, not after: a line break is one token with the
+indentation that follows, and a word with the blank before it.
 
 ## Limits
 
@@ -556,6 +560,10 @@ def card(out: Path, config: LlamaConfig, state: dict, results: dict) -> str:
     settings = state["settings"]
     measured = ("python", "train_files", "train_tokens", "parameters")
     command = state["command"]
+    if settings["resume"]:  # the continuation as it was started last: it may have moved the end of the schedule
+        again = [f"--{k}={settings[k]}" for k in ("minutes", "steps", "threads") if settings[k]]
+        again += ["--compile"] * settings["compile"]
+        command += f"\n    python -m examples.train_base --run {settings['run']} --resume {' '.join(again)}"
     if "--out" not in command:
         command += f"\n    python -m examples.train_base --run {settings['run']} --export-only {out}"
     return CARD.format(
@@ -580,6 +588,8 @@ def card(out: Path, config: LlamaConfig, state: dict, results: dict) -> str:
         train_loss=state["log"][-1]["train_loss"],
         command=command,
         machine=state["machine"],
+        threads=f" ({settings['threads']} thread)" if settings["threads"] else "",
+        speed=state["tokens"] / state["elapsed"],
         table=table,
         samples="\n\n".join(f"```python\n{text.rstrip()}\n```" for text in results["samples"]),
     )

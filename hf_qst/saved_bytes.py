@@ -1,71 +1,107 @@
 """Counts the bytes a training step keeps for its backward pass, on any device.
 
+    with SavedForBackward(model) as saved:
+        loss = model(**batch).loss
+        at_end_of_forward = saved.live
+        loss.backward()
+    saved.peak
+
 An allocator's peak says how much was held; this says how much of it was held because of autograd, so methods can be
 compared where no allocator reports (on a CPU) and without what the base itself takes.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
-
 import torch
+import torch.utils.checkpoint
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
-class SavedBytes:
-    """Context manager: bytes of the distinct storages autograd keeps alive while it is active.
+class _Kept:
+    """What autograd holds in place of a saved tensor; its end is the end of the tensor's saving."""
 
-    Storages that exist anyway (`exclude`, usually the model's parameters and buffers) do not count, nor does a storage
-    kept by several nodes count twice. What a checkpointed region saves again when it is recomputed counts while it
-    lives.
+    __slots__ = ("counter", "key", "tensor")
 
-    Args:
-        exclude: tensors that are not counted.
+    def __init__(self, counter: SavedForBackward, key: int, tensor: torch.Tensor):
+        self.counter, self.key, self.tensor = counter, key, tensor
+
+    def __del__(self):
+        self.counter._release(self.key)
+
+
+class SavedForBackward:
+    """Counts the bytes autograd keeps for the backward pass, as they come and go.
+
+    Each storage counts once, whatever number of views of it are saved; parameters and buffers of `model` do not count.
+    What a checkpointed block saves again while it is recomputed counts while it lives.
 
     Attributes:
-        now (`int`): bytes alive at this moment.
-        peak (`int`): the most there were at once.
-        shapes (`list[tuple]`): (shape, dtype) of each storage's first tensor, in the order they were saved.
+        live (`int`): bytes kept now.
+        peak (`int`): most bytes kept at any time so far.
     """
 
-    def __init__(self, exclude: Iterable[torch.Tensor] = ()):
-        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-        self._users: dict[int, int] = {}
-        self.now = self.peak = 0
-        self.shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
+    def __init__(self, model: torch.nn.Module):
+        fixed = [*model.parameters(), *model.buffers()]
+        self._excluded = {tensor.untyped_storage()._cdata for tensor in fixed}
+        self._kept: dict[int, list[int]] = {}  # storage: [number of savings, bytes]
+        self._recomputed: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._kept_bytes = 0
+        self.peak = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: getattr(kept, "tensor", kept))
 
-    def __enter__(self) -> SavedBytes:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
+    @property
+    def live(self) -> int:
+        for key, (reference, _) in list(self._recomputed.items()):
+            if reference.expired():
+                del self._recomputed[key]
+        return self._kept_bytes + sum(n for key, (_, n) in self._recomputed.items() if key not in self._kept)
+
+    def _pack(self, tensor: torch.Tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._excluded:
+            return tensor
+        entry = self._kept.setdefault(key, [0, storage.nbytes()])
+        if entry[0] == 0:
+            self._kept_bytes += entry[1]
+        entry[0] += 1
+        self.peak = max(self.peak, self.live)
+        # Detached, or an operation that saves its own output would be kept alive by it.
+        return _Kept(self, key, tensor.detach())
+
+    def _release(self, key: int) -> None:
+        entry = self._kept[key]
+        entry[0] -= 1
+        if entry[0] == 0:
+            self._kept_bytes -= entry[1]
+            del self._kept[key]
+
+    def _recompute(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._excluded:
+            self._recomputed[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self.peak = max(self.peak, self.live)
+
+    def __enter__(self) -> SavedForBackward:
+        # Inside a checkpointed block torch's own hooks are in force, so its recomputation has to be watched there.
+        counter, original = self, torch.utils.checkpoint._recomputation_hook
+
+        class Watched(original):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                pack = self.pack_hook
+
+                def watch(tensor):
+                    counter._recompute(tensor)
+                    return pack(tensor)
+
+                self.pack_hook = watch
+
+        self._original = original
+        torch.utils.checkpoint._recomputation_hook = Watched
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._hooks.__exit__(*exception)
-
-    def _pack(self, tensor: torch.Tensor) -> _Saved:
-        saved = _Saved(tensor)
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key in self._excluded or not size:
-            return saved
-        if key not in self._users:
-            self._users[key] = 0
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            self.shapes.append((tuple(tensor.shape), tensor.dtype))
-        self._users[key] += 1
-        weakref.finalize(saved, self._free, key, size)
-        return saved
-
-    def _free(self, key: int, size: int) -> None:
-        self._users[key] -= 1
-        if not self._users[key]:
-            del self._users[key]
-            self.now -= size
-
-
-class _Saved:
-    """A tensor autograd keeps, in an object whose end can be watched."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
+    def __exit__(self, *error) -> None:
+        self._hooks.__exit__(*error)
+        torch.utils.checkpoint._recomputation_hook = self._original

@@ -5,12 +5,13 @@ import json
 import bitsandbytes as bnb
 import pytest
 import torch
+from torch import nn
+
 from benchmarks import side_tuning
 from benchmarks.side_tuning_bases import SHAPES, copy_of, forbid_packing, random_base, random_tokens
 from benchmarks.side_tuning_losses import at_seconds
 from benchmarks.side_tuning_methods import METHODS, Run
 from benchmarks.side_tuning_report import paired_ratio, table
-from torch import nn
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"].config
