@@ -407,9 +407,9 @@ that the next line is not indented."""
 
 @torch.no_grad()
 def sample(model, tokenizer, prompt: str, new_tokens: int = 160, seed: int = 0) -> str:
-    """`prompt` and what the model makes of it, drawn at temperature 0.7 from the likeliest 95 %."""
+    """`prompt`, as the start of a file, and what the model makes of it: temperature 0.7, the likeliest 95 %."""
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(END_OF_TEXT + prompt, return_tensors="pt").to(model.device)
     made = model.generate(
         **inputs,
         max_new_tokens=new_tokens,
@@ -499,7 +499,7 @@ The `.py` files of the standard library of Python {python}, its tests included, 
 |---|---|
 | steps | {steps:,} of {batch} windows of {seq} tokens |
 | tokens seen | {tokens:,}, or {epochs:.2f} passes over the data |
-| time | {minutes:.0f} minutes on one {machine}{threads}, {speed:,.0f} tokens a second |
+| time | {minutes:.0f} minutes on one {machine}, {speed:,.0f} tokens a second |
 | precision | matrix products in {precision}, weights in float32 |
 | optimizer | {optimizer}; learning rate up over the first {warmup:.0%} of the schedule, then down to 0 |
 | last training loss | {train_loss:.3f} |
@@ -518,7 +518,8 @@ same training tokens, measured on the same held-out tokens. Bits per byte do not
 
 ## Samples
 
-Three prompts, drawn once each at temperature 0.7 and top-p 0.95, seed 0, as they came:
+Three prompts, each as the start of a file, drawn once at temperature 0.7 and top-p 0.95 with seed 0, as they came and
+cut at 160 tokens:
 
 {samples}
 
@@ -531,9 +532,9 @@ model = AutoModelForCausalLM.from_pretrained("examples/base_model")
 tokenizer = AutoTokenizer.from_pretrained("examples/base_model")
 ```
 
-A prompt that is the start of a file goes after `<|endoftext|>`, which the tokenizer does not add by itself; a piece from
-within one stands alone. End a prompt before a blank or a line break, not after: a line break is one token with the
-indentation that follows, and a word with the blank before it.
+A prompt that starts a file goes after `<|endoftext|>`, which the tokenizer does not add by itself; a prompt without it
+reads as a piece from anywhere in one, at any indentation. End a prompt before a blank or a line break, not after: a line
+break is one token with the indentation that follows, and a word with the blank before it.
 
 ## Limits
 
@@ -588,7 +589,6 @@ def card(out: Path, config: LlamaConfig, state: dict, results: dict) -> str:
         train_loss=state["log"][-1]["train_loss"],
         command=command,
         machine=state["machine"],
-        threads=f" ({settings['threads']} thread)" if settings["threads"] else "",
         speed=state["tokens"] / state["elapsed"],
         table=table,
         samples="\n\n".join(f"```python\n{text.rstrip()}\n```" for text in results["samples"]),

@@ -1,5 +1,6 @@
 """The shipped base model is what its card says, and a training run that was interrupted ends as if it had not been."""
 
+import codeop
 import json
 import math
 import platform
@@ -62,6 +63,38 @@ def test_the_loss_is_what_the_card_says(model, tokenizer, results):
     same = results["python"] == platform.python_version()
     assert loss == pytest.approx(results["check"]["loss"], abs=0.005 if same else 0.3)
     assert loss < results["stdlib"]["ngram_loss"] - 0.7
+
+
+def is_start_of_python(text):
+    """Whether `text` is Python, or would be with more after it."""
+    try:
+        codeop.compile_command(text, symbol="exec")
+    except (SyntaxError, ValueError, OverflowError):
+        return False
+    return True
+
+
+STARTS = [
+    "import os\nimport sys\n\n\ndef main():",
+    "import re\n\n\ndef words(text):",
+    "import unittest\n\n\nclass Tests(unittest.TestCase):",
+    "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y =",
+    "import os\n\n\nfor name in os.listdir(path):",
+    "import sys\n\n\nclass Error(Exception):",
+    "import io\n\n\nclass Reader(io.RawIOBase):\n    def read(self, size=-1):",
+]
+
+
+def test_what_it_writes_is_python(model, tokenizer):
+    """Greedy continuations, up to the last whole line: nearly all are the start of a program that compiles."""
+    good = 0
+    for start in STARTS:
+        inputs = tokenizer(tokenizer.bos_token + start, return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        text = tokenizer.decode(made[0], skip_special_tokens=True)
+        assert text.startswith(start)
+        good += text.count("\n", len(start)) > 0 and is_start_of_python(text[: text.rindex("\n")])
+    assert good >= len(STARTS) - 2
 
 
 def test_the_card_quotes_the_log(results):
