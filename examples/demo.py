@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", default=str(BASE), help="base model: a folder or a hub name (default: the project's)"
     )
-    parser.add_argument("--steps", type=int, default=120, help="training steps of each method")
+    parser.add_argument("--steps", type=int, default=90, help="training steps of each method")
     parser.add_argument("--batch", type=int, default=8, help="blocks a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a block")
     parser.add_argument("--files", type=int, default=500, help="training files, drawn at random")
