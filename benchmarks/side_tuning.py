@@ -215,7 +215,7 @@ def measure(bench: Bench) -> dict:
         del runs
         gc.collect()
         # Checkpointed QLoRA has QLoRA's losses; the demo's own setting of QST is shown beside the default.
-        wanted = (*(n for n in args.methods if METHODS[n].main and n != "qlora-ckpt"), "qst-r4")
+        wanted = (*(n for n in args.methods if METHODS[n].main and n != "qlora-ckpt"), "qst-r2")
         names = [n for n in wanted if n in args.methods and "error" not in rows[n]]
         curves = train_curves(
             [bench.run(n) for n in names], bench.text, bench.batch, args.steps, args.eval_every, CLOCKS[args.clock]

@@ -82,10 +82,11 @@ def _variant(label: str, **changes) -> Method:
 
 METHODS = {
     "qst": Method("QST", _qst(), QST_LR, "qst", runs_base=True),
-    "qst-r4": _variant("QST, r=4", r=4),
+    "qst-r2": _variant("QST, r=2, principal", r=2, downsample="principal"),
     "qst-principal": _variant("QST, principal", downsample="principal"),
     "qst-avgpool": _variant("QST, average pooling", downsample="avgpool"),
     "qst-full-taps": _variant("QST, full taps", tap_storage="full"),
+    "qst-recompute": _variant("QST, blocks recomputed", side_checkpointing=True),
     "qst-no-recompute": _variant("QST, no recomputation", side_checkpointing=False),
     "qst-paper": _variant("QST, paper's settings", config=QSTConfig.paper),
     "qlora": Method("QLoRA", _qlora(False), LORA_LR, "qlora"),

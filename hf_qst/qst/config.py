@@ -69,8 +69,10 @@ class QSTConfig(PeftConfig):
             `"scalar"` or `"vector"` (one alpha a channel).
         mix_lr_scale (`float`):
             Multiplies the learning rate of alpha: alpha is `start + mix_lr_scale * parameter`.
-        side_checkpointing (`bool`):
-            Recompute each side block in the backward pass instead of keeping its activations.
+        side_checkpointing (`bool` or `str`):
+            What the backward pass recomputes instead of keeping it: `"mlp"` the MLP half of each side block (the larger
+            part of its activations, the lesser part of its time), `True` the whole block (least memory), `False`
+            nothing.
         chunked_loss (`bool`):
             In training, compute the language-model loss from the frozen head in chunks of tokens, so that the logits
             never exist at once; the model then returns a loss and no logits. Pass `logits_to_keep=0` to a call to get
@@ -94,7 +96,9 @@ class QSTConfig(PeftConfig):
     mix: str = field(default="residual", metadata={"help": f"One of {', '.join(MIX_KINDS)}."})
     mix_shape: str = field(default="scalar", metadata={"help": "scalar or vector."})
     mix_lr_scale: float = field(default=1.0, metadata={"help": "Multiplies the learning rate of the mix's alpha."})
-    side_checkpointing: bool = field(default=True, metadata={"help": "Recompute side blocks in the backward pass."})
+    side_checkpointing: bool | str = field(
+        default="mlp", metadata={"help": "Recompute each side block's MLP ('mlp'), all of it (True) or nothing (False)."}
+    )
     chunked_loss: bool = field(default=True, metadata={"help": "Training loss from the frozen head in chunks."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules outside the decoder stack to train and save in full."}
@@ -127,7 +131,9 @@ class QSTConfig(PeftConfig):
         self._require("mix_shape", self.mix_shape in ("scalar", "vector"), "scalar or vector")
         self._require("gate_init", _is_finite(self.gate_init), "a finite number")
         self._require("mix_lr_scale", _is_finite(self.mix_lr_scale) and self.mix_lr_scale > 0, "positive and finite")
-        for name in ("downsample_layernorm", "side_checkpointing", "chunked_loss"):
+        whole = isinstance(self.side_checkpointing, bool)
+        self._require("side_checkpointing", whole or self.side_checkpointing == "mlp", "True, False or 'mlp'")
+        for name in ("downsample_layernorm", "chunked_loss"):
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         names = self.modules_to_save
         is_list = names is None or (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -205,13 +206,21 @@ class SideBlock(nn.Module):
         self.attention_post_norm = norm() if spec.post_norms else nn.Identity()
         self.mlp_post_norm = norm() if spec.post_norms else nn.Identity()
 
-    def forward(self, hidden: torch.Tensor, context: BlockContext, cache=None, layer_idx: int = 0) -> torch.Tensor:
-        """[batch, seq, d_s] -> [batch, seq, d_s]."""
+    def forward(
+        self, hidden: torch.Tensor, context: BlockContext, cache=None, layer_idx: int = 0, recompute_mlp: bool = False
+    ) -> torch.Tensor:
+        """[batch, seq, d_s] -> [batch, seq, d_s]; with `recompute_mlp` the MLP half keeps its input alone."""
         normed = self.attention_norm(hidden)
         attended = self.attention_post_norm(self.attention(normed, context, cache, layer_idx))
         if self.parallel is None:
             hidden = hidden + attended
-            return hidden + self.mlp_post_norm(self.mlp(self.mlp_norm(hidden)))
+            return hidden + self._mlp_half(hidden, recompute_mlp)
+        return hidden + attended + self._mlp_half(normed if self.mlp_norm is None else hidden, recompute_mlp)
+
+    def _mlp_half(self, hidden: torch.Tensor, recompute: bool) -> torch.Tensor:
+        if recompute:
+            # There is no dropout in it.
+            return checkpoint(self._mlp_half, hidden, False, use_reentrant=False, preserve_rng_state=False)
         if self.mlp_norm is not None:
-            normed = self.mlp_norm(hidden)
-        return hidden + attended + self.mlp(normed)
+            hidden = self.mlp_norm(hidden)
+        return self.mlp_post_norm(self.mlp(hidden))

@@ -162,23 +162,25 @@ class SideNetwork(nn.Module):
             U(N_g(g_L)), [batch, seq, d_out].
         """
         count = len(taps)
-        recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
+        recompute = self.checkpointing if cache is None and torch.is_grad_enabled() else False
         side = self.downsample[0].finish(embedding)
         for i, (tapped, context) in enumerate(zip(taps, contexts, strict=True)):
-            if recompute:
+            if recompute is True:
                 side = checkpoint(
                     self._step, i, tapped, side, context, use_reentrant=False, preserve_rng_state=self._has_dropout(i)
                 )
             else:
-                side = self._step(i, tapped, side, context, cache, count + i)
+                side = self._step(i, tapped, side, context, cache, count + i, recompute == "mlp")
         return self.upsample(self.norm(side).to(self.upsample.weight.dtype))
 
-    def _step(self, i: int, tapped, side, context: BlockContext, cache=None, layer_idx: int = 0) -> torch.Tensor:
+    def _step(
+        self, i: int, tapped, side, context: BlockContext, cache=None, layer_idx: int = 0, recompute_mlp: bool = False
+    ) -> torch.Tensor:
         down = self.downsample[i].finish(tapped)
         beta = torch.sigmoid(self.gates[i].value)
         mixed = torch.lerp(down.float(), side.to(down.device).float(), beta.expand(down.shape[-1]))
         weight = self.blocks[i].attention.q_proj.weight
-        return self.blocks[i](mixed.to(weight.dtype), context, cache, layer_idx)
+        return self.blocks[i](mixed.to(weight.dtype), context, cache, layer_idx, recompute_mlp)
 
     def _has_dropout(self, i: int) -> bool:
         rate = max(self.downsample[i].dropout.p, self.blocks[i].attention.spec.attention_dropout)

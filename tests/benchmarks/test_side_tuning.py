@@ -85,7 +85,7 @@ def test_every_method_trains_its_adapter_and_nothing_else(base, name):
 def test_saved_bytes_order_the_methods(base):
     ids = random_tokens(TINY["vocab_size"], 2, 32)
     saved = {}
-    for name in ("qst", "qst-no-recompute", "qlora", "qlora-ckpt"):
+    for name in ("qst-recompute", "qst", "qst-no-recompute", "qlora-ckpt", "qlora"):
         run = Run(name, copy_of(base), CPU, [])
         saved[name] = {head: run.saved_bytes(ids, head=head) for head in (True, False)}
         for counts in saved[name].values():
@@ -93,8 +93,8 @@ def test_saved_bytes_order_the_methods(base):
         assert all(p.grad is None for p in run.model.parameters())
     logits = 2 * 32 * TINY["vocab_size"] * 4
     for head in (True, False):
-        assert saved["qst"][head]["peak"] < saved["qst-no-recompute"][head]["peak"] < saved["qlora-ckpt"][head]["peak"]
-        assert saved["qlora-ckpt"][head]["peak"] < saved["qlora"][head]["peak"]
+        order = [saved[name][head]["peak"] for name in saved]
+        assert order == sorted(set(order))
     assert saved["qlora"][True]["peak"] - saved["qlora"][False]["peak"] >= logits
     assert saved["qst"][True]["peak"] - saved["qst"][False]["peak"] < logits
 

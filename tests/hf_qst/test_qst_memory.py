@@ -36,7 +36,7 @@ def size(tensors):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "lora", "linear"])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, "mlp", False])
 def test_int8_taps_keep_no_wide_float_of_any_layer(kind, checkpointing):
     model = side_tuned("llama", downsample=kind, tap_storage="int8", side_checkpointing=checkpointing, awake=True)
     kept = saved_tensors(model)
@@ -56,7 +56,7 @@ def test_full_taps_keep_one_wide_float_for_each_layer(kind):
 
 
 @pytest.mark.parametrize("kind", ["maxpool", "avgpool", "principal"])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, "mlp", False])
 def test_taps_without_parameters_keep_nothing_wide(kind, checkpointing):
     model = side_tuned("llama", downsample=kind, side_checkpointing=checkpointing, awake=True)
     kept = saved_tensors(model)
@@ -69,7 +69,7 @@ def test_deeper_model_keeps_no_more_wide_floats():
     assert len(kept[0]) == len(kept[1])
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, "mlp", False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_nothing_quadratic_in_the_sequence_is_kept(checkpointing, attention):
     base = tiny("llama", _attn_implementation=attention)
@@ -96,24 +96,27 @@ def test_side_checkpointing_changes_no_gradient_and_keeps_less(name):
     model = side_tuned(model=tiny(name, attn_pdrop=0.0), awake=True)
     network = side_network(model)
     results = {}
-    for on in (True, False):
-        network.checkpointing = on
-        results[on] = gradients(model), size(saved_tensors(model))
-    for key, gradient in results[True][0].items():
-        torch.testing.assert_close(gradient, results[False][0][key], atol=1e-6, rtol=1e-6)
+    for what in (True, "mlp", False):
+        network.checkpointing = what
+        results[what] = gradients(model), size(saved_tensors(model))
+    for what in (True, "mlp"):
+        for key, gradient in results[what][0].items():
+            torch.testing.assert_close(gradient, results[False][0][key], atol=1e-6, rtol=1e-6)
     assert results[True][1] < 0.7 * results[False][1]
+    assert results[True][1] < results["mlp"][1] < 0.85 * results[False][1]
 
 
 def test_side_checkpointing_replays_the_same_dropout():
     model = side_tuned("llama", downsample_dropout=0.3, awake=True)
     network = side_network(model)
     results = []
-    for on in (True, False):
-        network.checkpointing = on
+    for what in (True, "mlp", False):
+        network.checkpointing = what
         torch.manual_seed(2)
         results.append(gradients(model))
-    for key, gradient in results[0].items():
-        torch.testing.assert_close(gradient, results[1][key], atol=1e-6, rtol=1e-6)
+    for other in results[1:]:
+        for key, gradient in results[0].items():
+            torch.testing.assert_close(gradient, other[key], atol=1e-6, rtol=1e-6)
 
 
 def test_int8_taps_give_nearly_the_gradients_of_full_ones():

@@ -77,7 +77,7 @@ def test_checkpoint_holds_the_adapter_only(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["float32", "nf4"])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, "mlp", False])
 def test_resumed_training_gives_the_weights_of_an_uninterrupted_run(tmp_path, base, checkpointing):
     if base == "nf4":
         in_nf4(tmp_path / "base")
