@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from benchmarks import side_tuning_bases as bases
 from benchmarks.measure import ROOT, environment, peak_rss, settle_rss, write_json
-from benchmarks.side_tuning_losses import loss_results, sweep, train_curves
+from benchmarks.side_tuning_losses import CURVES, loss_results, sweep, train_curves
 from benchmarks.side_tuning_methods import METHODS, Floor, Run
 from benchmarks.side_tuning_report import paired_ratio, plots, table, targets
 
@@ -214,9 +214,7 @@ def measure(bench: Bench) -> dict:
     if bench.trained and args.steps:
         del runs
         gc.collect()
-        # Checkpointed QLoRA has QLoRA's losses; the demo's own setting of QST is shown beside the default.
-        wanted = (*(n for n in args.methods if METHODS[n].main and n != "qlora-ckpt"), "qst-r2")
-        names = [n for n in wanted if n in args.methods and "error" not in rows[n]]
+        names = [n for n in CURVES if n in args.methods and "error" not in rows[n]]
         curves = train_curves(
             [bench.run(n) for n in names], bench.text, bench.batch, args.steps, args.eval_every, CLOCKS[args.clock]
         )
@@ -238,7 +236,8 @@ def _parameters(base) -> int:
 
 
 def run_sweep(bench: Bench) -> dict:
-    found = sweep(bench.run, bench.text, bench.batch, bench.args.sweep_steps)
+    names = [name for name in CURVES if name in bench.args.methods]
+    found = sweep(bench.run, names, bench.text, bench.batch, bench.args.sweep_steps)
     where = {"model": bench.model or "examples/base_model", "batch": bench.batch, "seq": bench.seq}
     return {**environment(bench.device), **where, **found}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -189,6 +189,34 @@ class SideMLP(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
+class _Recomputed(torch.autograd.Function):
+    """`function(x)`, of which only x is kept: backward runs it again. For functions without randomness.
+
+    `torch.utils.checkpoint` does the same for any function, at a cost that is a good part of such a small one's time.
+    `parameters` are those the function uses, given so that their gradients come out where autograd expects them.
+    """
+
+    @staticmethod
+    def forward(ctx, function, x, *parameters):
+        ctx.function = function
+        kind = x.device.type
+        ctx.autocast = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
+        ctx.autocast["dtype"] = torch.get_autocast_dtype(kind)
+        ctx.save_for_backward(x, *parameters)
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, *parameters = ctx.saved_tensors
+        x = x.detach().requires_grad_(ctx.needs_input_grad[1])
+        inputs = [t for t, needed in zip((x, *parameters), ctx.needs_input_grad[1:], strict=True) if needed]
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            output = ctx.function(x)
+        gradients = iter(torch.autograd.grad(output, inputs, grad))
+        return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
+
+
 class SideBlock(nn.Module):
     """One decoder block of the side network, in the residual layout of the base's."""
 
@@ -218,9 +246,10 @@ class SideBlock(nn.Module):
         return hidden + attended + self._mlp_half(normed if self.mlp_norm is None else hidden, recompute_mlp)
 
     def _mlp_half(self, hidden: torch.Tensor, recompute: bool) -> torch.Tensor:
+        parts = [part for part in (self.mlp_norm, self.mlp, self.mlp_post_norm) if part is not None]
         if recompute:
-            # There is no dropout in it.
-            return checkpoint(self._mlp_half, hidden, False, use_reentrant=False, preserve_rng_state=False)
-        if self.mlp_norm is not None:
-            hidden = self.mlp_norm(hidden)
-        return self.mlp_post_norm(self.mlp(hidden))
+            parameters = [p for part in parts for p in part.parameters()]
+            return _Recomputed.apply(lambda x: self._mlp_half(x, False), hidden, *parameters)
+        for part in parts:
+            hidden = part(hidden)
+        return hidden
