@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks.measure import ROOT
+from hf_qst.packed_weights import forbid_packing
 
 DEMO_MODEL = ROOT / "examples" / "base_model"
 
@@ -142,17 +143,6 @@ def load_base(shape: str, model: str | None, device: torch.device, packed: bool,
     if not packed:
         forbid_packing(base)
     return base
-
-
-def forbid_packing(base: nn.Module) -> None:
-    """Keep bitsandbytes from its inference-only layout on processors with AVX512-BF16.
-
-    In eval mode Linear4bit there repacks its weight for a bfloat16 kernel, whatever its compute type, and stays so:
-    a LoRA trained on it afterwards gets no gradient through the layer. Without it all methods do the same arithmetic.
-    """
-    for part in base.modules():
-        if isinstance(part, bnb.nn.Linear4bit):
-            part.support_avx512bf16_for_cpu = False
 
 
 def copy_of(base: nn.Module, own_quantized: bool = False) -> nn.Module:

@@ -23,6 +23,7 @@ LORA_LR = 1e-3
 SHADOW_LR = 1e-3
 
 LORA_RANK = 16
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Run:
         self.model = self.method.make(base, calibration).train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.lr = self.method.lr if lr is None else lr
-        # Trainer's default optimiser.
+        # Trainer's default optimiser, and its clipping of gradients in `step`.
         self.optimizer = torch.optim.AdamW(self.trainable, lr=self.lr, weight_decay=0.0, fused=True)
 
     def _autocast(self):
@@ -128,6 +129,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_scale
         self.loss(ids).backward()
+        nn.utils.clip_grad_norm_(self.trainable, MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         synchronize(self.device)

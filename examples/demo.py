@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from examples.corpus import BlockDataset, blocks, held_out_loss, split, stdlib_files, tokens, transformers_files
 from hf_qst import QSTConfig
+from hf_qst.packed_weights import forbid_packing
 from hf_qst.saved_bytes import SavedForBackward
 
 BASE = Path(__file__).parent / "base_model"
@@ -57,9 +58,7 @@ class Run:
 def load_base(model: str, device: str):
     """The base in NF4 with double quantisation, computing in float32 on a CPU and bfloat16 on a GPU.
 
-    On processors with AVX512-BF16 bitsandbytes repacks a layer for a bfloat16 kernel at its first forward in eval mode.
-    That kernel has no backward: after one evaluation, LoRA inside the base would train on without most of its gradient.
-    Both methods here get the float32 product instead.
+    Both methods get the float32 product, on processors with AVX512-BF16 too: LoRA needs it, see `forbid_packing`.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     nf4 = BitsAndBytesConfig(
@@ -69,9 +68,7 @@ def load_base(model: str, device: str):
         bnb_4bit_compute_dtype=dtype,
     )
     base = AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4, dtype=dtype, device_map={"": device})
-    for layer in base.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+    forbid_packing(base)
     return base
 
 

@@ -1,4 +1,4 @@
-"""Keeps a 4-bit base's bytes as they are while its state dict is collected.
+"""What to do about bitsandbytes' packed layout of 4-bit weights.
 
 On processors with AVX512-BF16, bitsandbytes repacks the weights of a `Linear4bit` at its first forward in eval mode, and
 `state_dict()` packs them back in place. The way back re-quantises the block scales and is not exact, so that every
@@ -12,12 +12,26 @@ import copy
 from torch import nn
 
 
+def forbid_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from the packed layout and its bfloat16 kernel, which has no backward.
+
+    Once packed, a layer stays so, whatever its compute type: a LoRA inside the base that trains on after an evaluation gets
+    no gradient through the layers above it. Without the packed kernel the product is bitsandbytes' float32 one, exact and
+    several times slower on such processors.
+    """
+    for layer in _four_bit_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _four_bit_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+
+
 def keep_packed_weights(stack: nn.Module) -> list:
     """Make `state_dict()` leave the 4-bit layers of `stack` as they were; returns the handles that undo it."""
-    layers = [module for module in stack.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     return [
         handle
-        for layer in layers
+        for layer in _four_bit_layers(stack)
         for handle in (layer.register_state_dict_pre_hook(_set_aside), layer.register_state_dict_post_hook(_put_back))
     ]
 

@@ -97,7 +97,8 @@ class QSTConfig(PeftConfig):
     mix_shape: str = field(default="scalar", metadata={"help": "scalar or vector."})
     mix_lr_scale: float = field(default=1.0, metadata={"help": "Multiplies the learning rate of the mix's alpha."})
     side_checkpointing: bool | str = field(
-        default="mlp", metadata={"help": "Recompute each side block's MLP ('mlp'), all of it (True) or nothing (False)."}
+        default="mlp",
+        metadata={"help": "Recompute each side block's MLP ('mlp'), all of it (True) or nothing (False)."},
     )
     chunked_loss: bool = field(default=True, metadata={"help": "Training loss from the frozen head in chunks."})
     modules_to_save: list[str] | None = field(

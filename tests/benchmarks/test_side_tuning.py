@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from benchmarks import side_tuning
-from benchmarks.side_tuning_bases import SHAPES, copy_of, forbid_packing, random_base, random_tokens
+from benchmarks.side_tuning_bases import SHAPES, copy_of, random_base, random_tokens
 from benchmarks.side_tuning_losses import at_seconds
 from benchmarks.side_tuning_methods import METHODS, Run
 from benchmarks.side_tuning_report import paired_ratio, table
+from hf_qst.packed_weights import forbid_packing
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"].config
