@@ -16,6 +16,7 @@ CURVES = ("qst", "qst-r2", "qlora", "shadow")
 WARMUP_STEPS = 10
 SWEEP = {
     "qst": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "qst-r2": (5e-4, 1e-3, 2e-3, 4e-3),
     "qlora": (1e-3, 2e-3, 4e-3, 8e-3),
     "shadow": (1e-3, 2e-3, 4e-3, 8e-3),
 }

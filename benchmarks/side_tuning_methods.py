@@ -18,8 +18,9 @@ from hf_qst.saved_bytes import SavedForBackward
 
 # Starting points of `--sweep`, to be replaced by its best on the demo's base and text, which it writes to
 # benchmarks/results/side_tuning_demo_sweep.json.
-QST_LR = 4e-3
-LORA_LR = 1e-3
+QST_LR = 8e-3
+QST_R2_LR = 2e-3
+LORA_LR = 4e-3
 SHADOW_LR = 1e-3
 
 LORA_RANK = 16
@@ -76,14 +77,13 @@ def _shadow(base, calibration):
     return get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0))
 
 
-def _variant(label: str, **changes) -> Method:
-    config = changes.pop("config", QSTConfig)
-    return Method(label, _qst(config, **changes), QST_LR, "qst", main=False, runs_base=True)
+def _variant(label: str, lr: float = QST_LR, family: str = "qst", config=QSTConfig, **changes) -> Method:
+    return Method(label, _qst(config, **changes), lr, family, main=False, runs_base=True)
 
 
 METHODS = {
     "qst": Method("QST", _qst(), QST_LR, "qst", runs_base=True),
-    "qst-r2": _variant("QST, r=2, principal", r=2, downsample="principal"),
+    "qst-r2": _variant("QST, r=2, principal", QST_R2_LR, "qst-r2", r=2, downsample="principal"),
     "qst-principal": _variant("QST, principal", downsample="principal"),
     "qst-avgpool": _variant("QST, average pooling", downsample="avgpool"),
     "qst-full-taps": _variant("QST, full taps", tap_storage="full"),
