@@ -43,9 +43,10 @@ def targets(shape: str, result: dict) -> list[dict]:
         found.clear()
     if "losses" in result:
         equal = next((v for k, v in result["losses"]["at_equal_seconds"].items() if k.startswith("as qlora")), {})
-        both = equal.get("qst"), equal.get("qlora")
-        reached = both[0] / both[1] if None not in both else None
-        add("held-out loss at equal seconds, QST / QLoRA", "<=", 1.02, reached)
+        for name, label in (("qst-r2", "the demo's QST (r=2, principal)"), ("qst", "QST as it is by default")):
+            both = equal.get(name), equal.get("qlora")
+            reached = both[0] / both[1] if None not in both else None
+            add(f"held-out loss at equal seconds, {label} / QLoRA", "<=", 1.02, reached)
     return found
 
 
