@@ -3,16 +3,44 @@
 Importing this package registers its methods with PEFT.
 """
 
+from importlib import import_module
+
 from hf_qst.decoder_stack import UnsupportedArchitectureError
 from hf_qst.manifest import CheckpointError
 from hf_qst.qst import QSTConfig, QSTModel, SideNetworkMergeError
 from hf_qst.version import __version__
 
+# The plugins import this package, so their names are looked up when they are first asked for.
+_OF_PLUGINS = {
+    "AdaptiveTemperatureLogitsProcessor": "hf_qst_plugins.adaptive_temperature",
+    "LastTokenTemperatureLogitsProcessor": "hf_qst_plugins.adaptive_temperature",
+    "VLLMAdaptiveTemperature": "hf_qst_plugins.adaptive_temperature",
+    "adaptive_generate_kwargs": "hf_qst_plugins.adaptive_temperature",
+    "install_adaptive_temperature": "hf_qst_plugins.adaptive_temperature",
+    "uninstall_adaptive_temperature": "hf_qst_plugins.adaptive_temperature",
+}
+
 __all__ = [
+    "AdaptiveTemperatureLogitsProcessor",
     "CheckpointError",
+    "LastTokenTemperatureLogitsProcessor",
     "QSTConfig",
     "QSTModel",
     "SideNetworkMergeError",
     "UnsupportedArchitectureError",
+    "VLLMAdaptiveTemperature",
     "__version__",
+    "adaptive_generate_kwargs",
+    "install_adaptive_temperature",
+    "uninstall_adaptive_temperature",
 ]
+
+
+def __getattr__(name: str):
+    if name in _OF_PLUGINS:
+        return getattr(import_module(_OF_PLUGINS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

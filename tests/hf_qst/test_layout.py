@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import hf_qst
 from hf_qst import QSTConfig
 
 ROOT = Path(__file__).parents[2]
@@ -85,9 +86,16 @@ import torch
 assert dict(os.environ) == before
 assert list(peft.PeftType) == types
 assert not torch.cuda.is_initialized()
-print(sorted({m.split(".")[0] for m in set(sys.modules) - loaded} & {"triton", "bitsandbytes", "trl", "datasets"}))
+print(sorted({m.split(".")[0] for m in set(sys.modules) - loaded} & {"triton", "bitsandbytes", "trl", "datasets", "hf_qst_plugins"}))
 """
     assert python(code) == "[]"
+
+
+def test_every_public_name_is_there():
+    assert all(hasattr(hf_qst, name) for name in hf_qst.__all__)
+    assert set(hf_qst.__all__) <= set(dir(hf_qst))
+    with pytest.raises(AttributeError, match="no attribute 'QTSConfig'"):
+        hf_qst.QTSConfig  # noqa: B018
 
 
 def test_unpickled_config_registers_the_method():

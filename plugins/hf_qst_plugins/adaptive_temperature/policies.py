@@ -1,0 +1,295 @@
+"""Policies: which temperature each row is drawn at. One interface, so that they can be exchanged and combined.
+
+A policy is a function of `(input_ids, scores)` without state: `generate` rewinds rows (assisted decoding), reorders
+them (beams) and uses one object for several models and calls, so anything counted between calls would be wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+
+from hf_qst_plugins.adaptive_temperature.distribution import entropy
+from hf_qst_plugins.adaptive_temperature.rules import TokenRule, rule_for
+from hf_qst_plugins.adaptive_temperature.token_automaton import DeviceCopies, TokenAutomaton
+from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
+
+Temperature = float | torch.Tensor
+REGIONS = ("all", "fenced")
+WINDOWS = {"line": 16, "line+col0": 16, "reference": 16, "block": 128}
+"""How many tokens back a scope looks: indentation is short, the end of the line before a block start less so."""
+
+
+def positive(name: str, value: float) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: it is no finite number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"{name} must be a finite number above 0 (for greedy decoding use do_sample=False), got {value!r}"
+        )
+    return float(value)
+
+
+def runs_on_host(tensor: torch.Tensor) -> bool:
+    """Whether reading values as Python numbers costs nothing: on the CPU, outside of `torch.compile`."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class TemperaturePolicy(ABC):
+    """A temperature per row from the row's ids and its scores."""
+
+    @abstractmethod
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Temperature:
+        """The temperatures, finite and above 0.
+
+        Args:
+            input_ids (`torch.LongTensor` `[batch, length]`): prompt and tokens so far; the length may be 0.
+            scores (`torch.FloatTensor` `[batch, vocabulary]`): raw logits of the next token, -inf where it is ruled out.
+
+        Returns:
+            A float where all rows share one temperature, else float32 `[batch]`.
+        """
+
+
+class BlockStart(TemperaturePolicy):
+    """The paper's rule: `block_temperature` where a block of code starts, `temperature` for all other tokens.
+
+    Zhu et al., "Hot or Cold? Adaptive Temperature Sampling for Code Generation with Large Language Models", AAAI 2024,
+    arXiv 2309.02772: T(t) = a if the token to be drawn is a challenging one, else b.
+
+    Args:
+        table (`VocabularyTable`): the vocabulary, with the language.
+        block_temperature (`float`): the paper's a.
+        temperature (`float`): the paper's b.
+        scope (`str`): what counts as the start of a block. `"line"`: any indented line. `"line+col0"`: any line.
+            `"block"`: the first indented line behind a block opener. `"reference"`: what the authors' code does, behind
+            a newline token and one or more tab or four-space tokens.
+        region (`str`): `"all"`, or `"fenced"`: only within ``` fences, for chat answers. The fences of the whole row are
+            counted, the prompt's included, so a step then costs a gather over the row.
+        window (`int`, *optional*): how many tokens the rule looks back, a power of two; by default 16, for `"block"` 128.
+        rule (`TokenRule`, *optional*): a rule of your own in place of a scope.
+
+    Raises:
+        ValueError: a value out of range, naming it.
+    """
+
+    def __init__(
+        self,
+        table: VocabularyTable,
+        block_temperature: float = 0.8,
+        temperature: float = 0.5,
+        scope: str = "line",
+        region: str = "all",
+        window: int | None = None,
+        rule: TokenRule | None = None,
+    ):
+        self.block_temperature = positive("block_temperature", block_temperature)
+        self.temperature = positive("temperature", temperature)
+        if region not in REGIONS:
+            raise ValueError(f"region must be one of {', '.join(REGIONS)}, got {region!r}")
+        self.scope = scope if rule is None else "own rule"
+        self.region = region
+        self.automaton = TokenAutomaton(
+            table,
+            rule_for(scope, table.language) if rule is None else rule,
+            WINDOWS.get(self.scope, 16) if window is None else window,
+        )
+        hot = torch.tensor(self.automaton.hot_states)
+        self._hot_states = DeviceCopies(hot)
+        self._state_temperatures = DeviceCopies(
+            torch.where(hot, self.block_temperature, self.temperature).to(torch.float32)
+        )
+        self._fences = _fences(table) if region == "fenced" else None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Temperature:
+        if self.block_temperature == self.temperature:
+            return self.temperature
+        if runs_on_host(input_ids):
+            return self._from_rows(self.hot_rows(input_ids))
+        temperatures = self._state_temperatures.on(input_ids.device)[self.automaton.states(input_ids)]
+        if self._fences is not None:
+            temperatures = torch.where(self._fenced(input_ids), temperatures, self.temperature)
+        return temperatures
+
+    def _from_rows(self, hot: list[bool]) -> Temperature:
+        if any(hot):
+            if all(hot):
+                return self.block_temperature
+            return torch.tensor([self.block_temperature if row else self.temperature for row in hot])
+        return self.temperature
+
+    def hot_rows(self, input_ids: torch.LongTensor) -> list[bool]:
+        """Whether the next token of each row is drawn hot, `input_ids` `[batch, length]` on the CPU."""
+        hot = self.automaton.hot_rows(input_ids)
+        if self._fences is not None and any(hot):
+            hot = [bool(row and fenced) for row, fenced in zip(hot, self._fenced(input_ids).tolist(), strict=True)]
+        return hot
+
+    def hot_along(self, ids: torch.LongTensor) -> torch.Tensor:
+        """Whether each token of one text was drawn hot: bool `[length]` from `[length]`, the first from an empty row.
+
+        For analysis: the same verdicts as generating the text would have met, all at once.
+        """
+        hot = self._hot_states.on(ids.device)[self.automaton.states_along(ids)]
+        if self._fences is not None:
+            marks = self._fence_counts(ids).cumsum(0)
+            hot = hot & (torch.cat([marks.new_zeros(1), marks[:-1]]) % 2 == 1)
+        return hot
+
+    def _fence_counts(self, ids: torch.Tensor) -> torch.Tensor:
+        table = self._fences.on(ids.device)
+        return table[ids.clamp(max=len(table) - 1)]
+
+    def _fenced(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self._fence_counts(input_ids).sum(-1) % 2 == 1
+
+
+def _fences(table: VocabularyTable) -> DeviceCopies:
+    """How many fences each token holds, with one entry more for ids the table does not know.
+
+    Raises:
+        ValueError: none holds one, so that fences are always spread over tokens.
+    """
+    counts = [(text or "").count("```") for text in table.texts]
+    if not any(counts):
+        raise ValueError('region="fenced" needs a token that holds a whole ``` fence, this vocabulary has none')
+    return DeviceCopies(torch.tensor([*counts, 0], dtype=torch.uint8))
+
+
+class EntropyTemperature(TemperaturePolicy):
+    """Hot where the model is uncertain, whatever the position.
+
+    `kind="edt"` (Zhang et al., arXiv 2403.14541): T = max_temperature * 0.8^(theta / H).
+    `kind="power"` (llama.cpp's dynamic temperature): T = min + (max - min) * (H / ln V)^exponent, V the vocabulary.
+    H is the entropy in nats of the softmax of the raw scores. Both rise with H; `"edt"` is cut off at `min_temperature`.
+
+    Args:
+        max_temperature (`float`): of an uncertain row.
+        min_temperature (`float`): of a certain row.
+        kind (`str`): `"edt"` or `"power"`.
+        theta (`float`): of `"edt"`, how uncertain a row must be to be hot, in units of 4.5 nats.
+        exponent (`float`): of `"power"`; below 1 heats sooner.
+
+    Raises:
+        ValueError: a value out of range, naming it.
+    """
+
+    BASE = 0.8
+
+    def __init__(
+        self,
+        max_temperature: float = 0.8,
+        min_temperature: float = 0.2,
+        kind: str = "edt",
+        theta: float = 0.1,
+        exponent: float = 1.0,
+    ):
+        if kind not in ("edt", "power"):
+            raise ValueError(f"kind must be edt or power, got {kind!r}")
+        self.max_temperature, self.min_temperature = temperature_range(max_temperature, min_temperature)
+        self.kind = kind
+        self.theta = positive("theta", theta)
+        self.exponent = positive("exponent", exponent)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        return self.of_entropy(entropy(scores), scores.shape[-1])
+
+    def of_entropy(self, nats: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """The temperatures for entropies `[batch]` over a vocabulary of this size."""
+        low, high = self.min_temperature, self.max_temperature
+        if self.kind == "edt":
+            # H = 0 gives 0.8^inf = 0, which the clamp lifts to `min_temperature`.
+            return (high * self.BASE ** (self.theta / nats)).clamp(min=low)
+        share = (nats / math.log(max(vocabulary, 2))).clamp(0, 1)
+        return low + (high - low) * share**self.exponent
+
+
+def temperature_range(max_temperature: float, min_temperature: float) -> tuple[float, float]:
+    """Both as floats.
+
+    Raises:
+        ValueError: one is not above 0 and finite, or the maximum is below the minimum.
+    """
+    high, low = positive("max_temperature", max_temperature), positive("min_temperature", min_temperature)
+    if high < low:
+        raise ValueError(f"max_temperature must be at least min_temperature={low}, got {high}")
+    return high, low
+
+
+class EntropyGate(TemperaturePolicy):
+    """Another policy's temperature where the model is uncertain, one cold temperature where it is not.
+
+    On most block starts a trained model is certain, and heating those can only do harm or nothing.
+
+    Args:
+        policy (`TemperaturePolicy`): asked for the temperature of uncertain rows.
+        min_entropy (`float`): rows above it, in nats, are uncertain.
+        temperature (`float`, *optional*): of the other rows; by default the policy's own `temperature`.
+
+    Raises:
+        ValueError: a value out of range, naming it.
+    """
+
+    def __init__(self, policy: TemperaturePolicy, min_entropy: float = 0.05, temperature: float | None = None):
+        if isinstance(min_entropy, bool) or not (math.isfinite(min_entropy) and min_entropy >= 0):
+            raise ValueError(f"min_entropy must be a finite number of nats >= 0, got {min_entropy!r}")
+        self.policy = policy
+        self.min_entropy = float(min_entropy)
+        self.temperature = positive("temperature", policy.temperature if temperature is None else temperature)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Temperature:
+        temperatures = self.policy(input_ids, scores)
+        if isinstance(temperatures, float):
+            if temperatures == self.temperature:
+                return temperatures
+            temperatures = torch.full(scores.shape[:1], temperatures, device=scores.device)
+        if not runs_on_host(scores):
+            return torch.where(entropy(scores) > self.min_entropy, temperatures, self.temperature)
+        # The entropy is what costs: on the host it is taken of the rows alone where it decides something.
+        asked = (temperatures != self.temperature).nonzero()[:, 0]
+        certain = asked[entropy(scores[asked]) <= self.min_entropy]
+        return temperatures.index_fill(0, certain, self.temperature)
+
+
+class _Combined(TemperaturePolicy):
+    def __init__(self, policies: tuple[TemperaturePolicy, ...], how: str):
+        self.policies = policies
+        self.how = how
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        rows, device = scores.shape[0], scores.device
+        each = torch.stack(
+            [
+                torch.full((rows,), t, device=device) if isinstance(t, float) else t
+                for t in (policy(input_ids, scores) for policy in self.policies)
+            ]
+        )
+        if self.how == "product":
+            return each.prod(0)
+        return each.amax(0) if self.how == "max" else each.amin(0)
+
+
+def combine(*policies: TemperaturePolicy, how: str = "max", min_entropy: float = 0.05) -> TemperaturePolicy:
+    """One policy out of several.
+
+    Args:
+        policies (`TemperaturePolicy`): two or more; exactly one for `how="gate"`.
+        how (`str`): `"max"`, `"min"` or `"product"` of their temperatures, or `"gate"`: the policy's temperature where
+            the entropy is above `min_entropy`, else its cold one (`EntropyGate`).
+        min_entropy (`float`): of `"gate"`, in nats.
+
+    Raises:
+        ValueError: an unknown `how`, or the wrong number of policies for it.
+    """
+    if how not in ("max", "min", "product", "gate"):
+        raise ValueError(f"how must be max, min, product or gate, got {how!r}")
+    if (len(policies) != 1) if how == "gate" else (len(policies) < 2):
+        raise ValueError(
+            f"how={how!r} combines {'one policy' if how == 'gate' else 'two or more'}, got {len(policies)}"
+        )
+    return EntropyGate(policies[0], min_entropy) if how == "gate" else _Combined(policies, how)

@@ -1,0 +1,155 @@
+"""A rule over a vocabulary as tables: where a row of ids leaves the rule, without text and without a loop over rows.
+
+Each token is a function from states to states, so a window of tokens is the composition of their functions, which is
+associative: a window of W tokens needs log2(W) gathers, whatever the length of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+import torch.nn.functional as F
+
+from hf_qst_plugins.adaptive_temperature.rules import TokenRule
+from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
+
+DEPENDS = 2
+"""In `_verdict`: whether the next token is hot depends on what came before the last one."""
+
+
+class _BeforeText:
+    """The state before a text to which the tokenizer adds a space of its own."""
+
+
+class DeviceCopies:
+    """A constant tensor, copied once to each device that asks for it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+        self._copies: dict[torch.device, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        if device == self.tensor.device:
+            return self.tensor
+        if device not in self._copies:
+            self._copies[device] = self.tensor.to(device)
+        return self._copies[device]
+
+    def __getstate__(self) -> dict:
+        return {"tensor": self.tensor, "_copies": {}}  # another process may not have the devices
+
+
+class TokenAutomaton:
+    """The states a rule is in after rows of token ids.
+
+    Reads the last `window` ids of a row and nothing else, so that its answer is a function of the ids alone and its
+    work does not grow with the row. What lies before the window is taken for the middle of a line.
+
+    Args:
+        table (`VocabularyTable`): the vocabulary.
+        rule (`TokenRule`): the rule.
+        window (`int`): how many ids it looks back, a power of two.
+
+    Raises:
+        ValueError: `window` is no power of two; or no sequence of tokens can make the rule hot.
+    """
+
+    def __init__(self, table: VocabularyTable, rule: TokenRule, window: int):
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1 or window & (window - 1):
+            raise ValueError(f"window must be a power of two, got {window!r}")
+        self.window = window
+        self.state_values, transitions = _tabulate(table, rule)
+        self._unknown = len(table)
+        self._before_text = len(table) + 1
+        self._inside = self.state_values.index(rule.inside)
+        self.hot_states = [bool(rule.hot(rule.start if value is _BeforeText else value)) for value in self.state_values]
+        if not any(self.hot_states):
+            raise ValueError(
+                "the rule would never fire: no tokens of this vocabulary lead to one of its hot states (for "
+                'scope="reference" there must be a newline token and one of exactly four spaces or a tab)'
+            )
+        # Few functions are different, so the tokens share them; looking one up costs no call.
+        shared: dict[bytes, bytes] = {}
+        self._functions = [shared.setdefault(row, row) for row in map(bytes, transitions.tolist())]
+        hot = torch.tensor(self.hot_states)[transitions.long()]
+        decided = hot.all(-1) | ~hot.any(-1)
+        self._verdict = hot[:, 0].to(torch.uint8).masked_fill(~decided, DEPENDS).numpy().tobytes()
+        self._transitions = DeviceCopies(transitions)
+
+    # --- one row at a time, on the host --------------------------------------------------------------------------------
+
+    def is_hot(self, ids) -> bool:
+        """Whether the token behind `ids`, a row of Python integers (all of it, or its last `window`), is hot."""
+        functions, unknown = self._functions, self._unknown
+        state = functions[self._before_text][0] if len(ids) < self.window else self._inside
+        ids = ids[-self.window :]
+        if max(ids, default=0) > unknown:
+            ids = [min(token, unknown) for token in ids]
+        for token in ids:
+            state = functions[token][state]
+        return self.hot_states[state]
+
+    def hot_rows(self, input_ids: torch.Tensor) -> list[bool]:
+        """Whether the next token of each row is hot, `input_ids` `[batch, length]` on the CPU.
+
+        Nearly always the last token decides; only the other rows are read further back.
+        """
+        if input_ids.shape[1] == 0:
+            return [self.is_hot(())] * input_ids.shape[0]
+        verdict, unknown = self._verdict, self._unknown
+        hot = [verdict[min(token, unknown)] for token in input_ids[:, -1].tolist()]
+        for row, answer in enumerate(hot):
+            if answer == DEPENDS:
+                hot[row] = self.is_hot(input_ids[row, -self.window :].tolist())
+        return hot
+
+    # --- all rows at once, on any device -------------------------------------------------------------------------------
+
+    def states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The index into `state_values` of each row's state: int64 `[batch]` from `[batch, length]`. No host sync."""
+        ids = input_ids[:, -self.window :].clamp(max=self._unknown)
+        ids = F.pad(ids, (self.window - ids.shape[1], 0), value=self._before_text)
+        return self._compose(ids)
+
+    def states_along(self, ids: torch.Tensor) -> torch.Tensor:
+        """The state before each token of one text: int64 `[length]` from `[length]`, as `states(ids[:t])` gives it."""
+        padded = F.pad(ids[:-1].clamp(max=self._unknown), (self.window, 0), value=self._before_text)
+        windows = padded.unfold(0, self.window, 1)
+        return torch.cat([self._compose(part) for part in windows.split(4096)])
+
+    def _compose(self, ids: torch.Tensor) -> torch.Tensor:
+        functions = self._transitions.on(ids.device)[ids].long()  # [batch, window, states]
+        while functions.shape[1] > 1:
+            functions = functions[:, 1::2].gather(2, functions[:, 0::2])
+        return functions[:, 0, self._inside]
+
+
+def _tabulate(table: VocabularyTable, rule: TokenRule) -> tuple[list[Hashable], torch.Tensor]:
+    """(states, next state of each token and state): uint8 `[vocabulary + 2, states]`.
+
+    The two last rows are an id the table does not know, which is content, and the place before a text.
+    """
+    start = _BeforeText if table.adds_leading_space else rule.start
+
+    def after(state: Hashable, text: str) -> Hashable:
+        if state is _BeforeText:
+            return rule.after(rule.start, text.removeprefix(" ")) if text else state
+        return rule.after(state, text)
+
+    reduced = [None if text is None else rule.reduce(text) for text in [*table.texts, "x", None]]
+    kinds_of_text = dict.fromkeys(text for text in reduced if text is not None)
+    states = list(dict.fromkeys([start, rule.inside]))
+    index = {state: i for i, state in enumerate(states)}
+    functions: dict[str | None, list[int]] = {text: [] for text in kinds_of_text}
+    for state in states:  # grows as states are found
+        for text, targets in functions.items():
+            target = after(state, text)
+            if target not in index:
+                index[target] = len(states)
+                states.append(target)
+            targets.append(index[target])
+    if len(states) > 256:
+        raise ValueError(f"the rule has {len(states)} states on this vocabulary, at most 256 are supported")
+    functions[None] = [index[start]] * len(states)
+    return states, torch.tensor([functions[text] for text in reduced], dtype=torch.uint8)

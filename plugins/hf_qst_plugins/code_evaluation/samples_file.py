@@ -1,0 +1,108 @@
+"""The JSONL file of an evaluation: a header with the settings, then one line a sample, whole lines only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+KEYS = ("task_id", "sample", "completion", "program_parses", "outcome", "detail", "tokens", "seconds")
+
+
+class SamplesFileError(ValueError):
+    """A file of samples belongs to a run with other settings, or is damaged."""
+
+
+def _parse(path: Path, data: bytes) -> tuple[dict, list[dict], int]:
+    """Settings, samples, and how many bytes of the file are whole lines."""
+    whole = data.rfind(b"\n") + 1
+    settings: dict = {}
+    samples: list[dict] = []
+    seen: set[tuple] = set()
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if number == 1:
+                settings = record["settings"]
+                continue
+            missing = [key for key in KEYS if key not in record]
+            if missing:
+                raise ValueError(f"{missing[0]!r} is missing")
+            key = (record["task_id"], record["sample"])
+            if key in seen:
+                raise ValueError(f"sample {key} was there before")
+        except (ValueError, KeyError, TypeError) as error:
+            raise SamplesFileError(f"{path}, line {number}: not a line of an evaluation: {error}") from None
+        seen.add(key)
+        samples.append(record)
+    return settings, samples, whole
+
+
+def read_samples(path: str | Path) -> tuple[dict, list[dict]]:
+    """(settings, samples) of a file; a line cut short at its end is left out.
+
+    Raises:
+        SamplesFileError: naming file and line.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    settings, samples, whole = _parse(path, path.read_bytes())
+    if not whole:
+        raise SamplesFileError(f"{path}: holds no header; it is not the file of an evaluation")
+    return settings, samples
+
+
+class SamplesFile:
+    """Appends samples to `path`; opens an earlier file of the same settings and goes on behind its last whole line.
+
+    Raises:
+        SamplesFileError: the file has other settings (named, with both values), is damaged, or another process is
+            writing to it.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping, overwrite: bool = False):
+        self.path = Path(path)
+        settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (closed by __exit__)
+        try:
+            self.samples = self._open(settings, overwrite)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self, settings: dict, overwrite: bool) -> list[dict]:
+        import fcntl  # POSIX only, like the sandbox
+
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SamplesFileError(f"{self.path}: another run is writing to this file; give another one") from None
+        self._file.seek(0)
+        found, samples, whole = ({}, [], 0) if overwrite else _parse(self.path, self._file.read())
+        self._file.truncate(whole)
+        if not whole:
+            self._write({"settings": settings})
+            return []
+        for name in sorted(found.keys() | settings.keys()):
+            if found.get(name) != settings.get(name):
+                raise SamplesFileError(
+                    f"{self.path}: holds samples made with {name}={found.get(name)!r}, this run has "
+                    f"{settings.get(name)!r}; use another file, the same setting, or overwrite=True (--overwrite)"
+                )
+        return samples
+
+    def _write(self, record: Mapping) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")  # one write of one line
+
+    def append(self, sample: Mapping) -> None:
+        """Add one sample with the keys `KEYS`."""
+        record = {key: sample[key] for key in KEYS}
+        self._write(record)
+        self.samples.append(record)
+
+    def __enter__(self) -> SamplesFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
