@@ -5,9 +5,20 @@ Importing this package registers its methods with PEFT.
 
 from importlib import import_module
 
+from hf_qst.calibration import CalibrationError
 from hf_qst.decoder_stack import UnsupportedArchitectureError
 from hf_qst.manifest import CheckpointError
+from hf_qst.mixed_rank import (
+    BudgetError,
+    LowRankLinear,
+    MixedRankConfig,
+    MixedRankModel,
+    NoDenseWeightsError,
+    compress_model,
+    rank_report,
+)
 from hf_qst.qst import QSTConfig, QSTModel, SideNetworkMergeError
+from hf_qst.reshaped_models import ReshapedModelError, register_kind, reshape_model, to_dense
 from hf_qst.version import __version__
 
 # The plugins import this package, so their names are looked up when they are first asked for.
@@ -22,16 +33,28 @@ _OF_PLUGINS = {
 
 __all__ = [
     "AdaptiveTemperatureLogitsProcessor",
+    "BudgetError",
+    "CalibrationError",
     "CheckpointError",
     "LastTokenTemperatureLogitsProcessor",
+    "LowRankLinear",
+    "MixedRankConfig",
+    "MixedRankModel",
+    "NoDenseWeightsError",
     "QSTConfig",
     "QSTModel",
+    "ReshapedModelError",
     "SideNetworkMergeError",
     "UnsupportedArchitectureError",
     "VLLMAdaptiveTemperature",
     "__version__",
     "adaptive_generate_kwargs",
+    "compress_model",
     "install_adaptive_temperature",
+    "rank_report",
+    "register_kind",
+    "reshape_model",
+    "to_dense",
     "uninstall_adaptive_temperature",
 ]
 

@@ -17,6 +17,7 @@ class HfQstPeftType(str, enum.Enum):
     """The PEFT types this package brings."""
 
     QST = "QST"
+    MIXED_RANK = "MIXED_RANK"
 
 
 def register_method(peft_type: HfQstPeftType, config_class: type, tuner_class: type) -> None:

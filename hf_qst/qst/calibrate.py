@@ -8,29 +8,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_qst.calibration import SecondMoment
 from hf_qst.qst.downsample import PrincipalDownsample
 
 logger = logging.getLogger(__name__)
-
-
-class SecondMoment:
-    """Streaming mean [d] and covariance [d, d] of the rows it is shown."""
-
-    def __init__(self, size: int, device: torch.device):
-        self.count = 0
-        self.sum = torch.zeros(size, dtype=torch.float64, device=device)
-        self.products = torch.zeros(size, size, dtype=torch.float64, device=device)
-
-    def add(self, rows: torch.Tensor) -> None:
-        """rows: [n, d], of any floating dtype."""
-        rows = rows.float()
-        self.count += rows.shape[0]
-        self.sum += rows.sum(0)
-        self.products += rows.T @ rows
-
-    def mean_and_covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = self.sum / self.count
-        return mean, self.products / self.count - torch.outer(mean, mean)
 
 
 class _Statistics:

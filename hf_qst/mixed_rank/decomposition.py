@@ -1,0 +1,159 @@
+"""Stage 1: the best factors of one weight for the inputs it sees.
+
+A linear layer is y = x W + b with W [d_in, d_out]; C = E[x'x] [d_in, d_in] is the second moment of its rows x. The
+rank-r W^ that minimises E||x W - x W^||^2 is W V V', where V [d_out, r] holds the leading eigenvectors of W'CW; the
+error is the sum of the other eigenvalues. No inverse is needed, and C need not have full rank.
+
+Every metric here is this one solve with another C: the identity gives the plain SVD, a diagonal the scaling of ASVD.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_qst.calibration import MeanInput, SecondMoment
+
+METRICS = ("second_moment", "normalized", "representative", "diagonal", "plain")
+# Directions that no input excites are ordered by the weight itself; far below what the others' errors can show.
+_NULL_SPACE_RIDGE = 1e-12
+# The representative input has the rank of its number of positions at most.
+_REPRESENTATIVE_RIDGE = 1e-3
+
+
+def metric_matrix(
+    statistic: SecondMoment | MeanInput | None,
+    metric: str = "second_moment",
+    shrinkage: str | float | None = "ledoit_wolf",
+    shrinkage_scale: float = 1.0,
+) -> torch.Tensor | None:
+    """The matrix C [d_in, d_in] in which `metric` measures a layer's error; None stands for the identity.
+
+    Args:
+        statistic: what `hf_qst.calibration.collect_statistics` collected; not needed by `"plain"`.
+        metric (`str`):
+            `"second_moment"` and `"normalized"` (the statistic's own second moment), `"representative"` (with a ridge),
+            `"diagonal"` (ASVD with exponent 0.5: the root mean square of each input channel), `"plain"`.
+        shrinkage (`str` or `float`, *optional*):
+            Part of the second moment that is replaced by its mean diagonal: `"ledoit_wolf"` estimates it, a float in
+            [0, 1] gives it, None is 0. Without it the factors can be worse than the plain SVD's on new data.
+        shrinkage_scale (`float`):
+            Multiplies the estimate, which is too small when rows are correlated.
+    """
+    if metric == "plain":
+        return None
+    if metric == "diagonal":
+        return statistic.second_moment().diagonal().sqrt().diag()
+    if metric == "representative":
+        moment = statistic.second_moment()
+        moment.diagonal().add_(_REPRESENTATIVE_RIDGE * moment.trace() / len(moment))
+        return moment
+    return statistic.shrunk(shrinkage_intensity(statistic, shrinkage, shrinkage_scale))
+
+
+def shrinkage_intensity(statistic: SecondMoment, shrinkage: str | float | None, scale: float = 1.0) -> float:
+    """The part in [0, 1] that `metric_matrix` replaces."""
+    if shrinkage == "ledoit_wolf":
+        return min(statistic.ledoit_wolf() * scale, 1.0)
+    return float(shrinkage or 0.0)
+
+
+class _Problem:
+    """The symmetric eigenproblem of one layer, on the smaller of its two sides, in float64 and in units of the mean
+    input.
+
+    Its eigenvalues are the output energies. On the output side its matrix is W'CW. On the input side, with C = R'R, it
+    is R W W'R', which has the same eigenvalues, and whose eigenvectors U span the output directions as U'R W.
+    """
+
+    def __init__(self, weight: torch.Tensor, moment: torch.Tensor):
+        self.unit = (moment.trace() / len(moment)).to(weight.device)
+        moment = moment.double().to(weight.device) / self.unit
+        moment.diagonal().add_(_NULL_SPACE_RIDGE)
+        self.scaled: torch.Tensor | None = None
+        if weight.shape[1] <= weight.shape[0]:
+            self.matrix = weight.T @ moment @ weight
+        else:
+            self.scaled = _square_root(moment) @ weight
+            self.matrix = self.scaled @ self.scaled.T
+
+    def energies(self) -> torch.Tensor:
+        """[m], descending."""
+        return torch.linalg.eigvalsh(self.matrix).flip(0).clamp(min=0) * self.unit
+
+    def directions(self) -> torch.Tensor:
+        """Orthonormal output directions [d_out, m], by descending energy."""
+        vectors = torch.linalg.eigh(self.matrix).eigenvectors.flip(1)
+        if self.scaled is None:
+            return vectors
+        return torch.linalg.qr(_unit_rows(vectors.T @ self.scaled).T).Q
+
+
+def _is_plain(moment: torch.Tensor | None) -> bool:
+    # Where no input is ever anything but zero, all factors are equally good; the plain ones are as safe as any.
+    return moment is None or moment.trace() <= 0
+
+
+def _unit_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, so that an orthonormal basis treats weak directions as it treats strong ones."""
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def _square_root(moment: torch.Tensor) -> torch.Tensor:
+    """R [d, d] with R'R = C."""
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    if not failed:
+        return lower.T
+    values, vectors = torch.linalg.eigh(moment)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def output_energies(weight: torch.Tensor, moment: torch.Tensor | None = None) -> torch.Tensor:
+    """Energies [min(d_in, d_out)] of a layer's output along its principal directions, descending.
+
+    The best factors of rank r leave the error `energies[r:].sum()`, a mean over rows.
+    """
+    weight = weight.double()
+    return torch.linalg.svdvals(weight).square() if _is_plain(moment) else _Problem(weight, moment).energies()
+
+
+def factorize(
+    weight: torch.Tensor, rank: int, moment: torch.Tensor | None = None, balance: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best factors of a weight for inputs with this second moment.
+
+    Args:
+        weight: [d_in, d_out].
+        rank (`int`): from 1 to min(d_in, d_out).
+        moment: C [d_in, d_in], or None for the plain SVD.
+        balance (`bool`): share the scale evenly: better to train and to quantise; the product is the same.
+
+    Returns:
+        A [d_in, rank] and B [rank, d_out] in float64, on the weight's device.
+
+    Raises:
+        ValueError: a rank out of its range, or a weight that is not finite.
+    """
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(f"rank must be from 1 to {min(weight.shape)} for a {list(weight.shape)} weight, got {rank}")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"weight [{weight.shape[0]}, {weight.shape[1]}] holds NaN or infinite values")
+    weight = weight.double()
+    if _is_plain(moment):
+        directions = torch.linalg.svd(weight, full_matrices=False).Vh.T
+    else:
+        directions = _Problem(weight, moment).directions()
+    right = directions[:, :rank].T
+    left = weight @ right.T
+    if not balance:
+        return left, right
+    basis, values, rotation = torch.linalg.svd(left, full_matrices=False)
+    root = values.sqrt()
+    return basis * root, root[:, None] * (rotation @ right)
+
+
+def output_error(difference: torch.Tensor, moment: torch.Tensor | None) -> float:
+    """E||x D||^2 for D [d_in, d_out] and inputs x with this second moment."""
+    difference = difference.double()
+    if moment is None:
+        return difference.square().sum().item()
+    return ((moment.double() @ difference) * difference).sum().item()

@@ -1,0 +1,163 @@
+"""The PEFT tuner of mixed-rank compression."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from hf_qst import manifest
+from hf_qst.manifest import WEIGHTS_NAME, CheckpointError
+from hf_qst.mixed_rank.compression import compress, finished
+from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError, dense_shape, is_linear
+from hf_qst.mixed_rank.targets import matches
+from hf_qst.reshaped_models import ReshapedModel, to_dense
+
+
+class MixedRankModel(BaseTuner):
+    """Replaces a model's linear layers by factors, as `get_peft_model(model, MixedRankConfig(...))` does.
+
+    Without a saved manifest the configuration is compressed from its calibration data; with one, empty factors of the
+    saved ranks are made, which the loaded weights fill.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the dense model.
+        config ([`MixedRankConfig`]): is not changed; the model's own copy (`peft_config[name]`) holds the chosen ranks.
+        adapter_name (`str`)
+    """
+
+    prefix = "mixed_rank_"
+    tuner_layer_cls = MixedRankLayer
+    target_module_mapping = {}
+
+    def _check_new_adapter_config(self, config) -> None:
+        super()._check_new_adapter_config(config)
+        if any(isinstance(module, MixedRankLayer) for module in self.model.modules()):
+            raise ValueError(
+                "a model can be compressed by mixed rank once: its dense weights are gone. Merge it first "
+                "(merge_and_unload), or load the base model again."
+            )
+        if any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            raise ValueError(
+                "MixedRankConfig replaces dense weights, but the model has adapters of another method on them; merge "
+                "or unload these first"
+            )
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        config = self.peft_config[name] = copy.copy(peft_config)
+        if config.manifest is None or config.calibration_data is not None:
+            found = compress(self.model, config)
+            if not found.factors:
+                raise ValueError(
+                    f"MixedRankConfig.keep_ratio={config.keep_ratio} leaves all {len(found.dense)} targets dense: "
+                    "there is nothing to compress"
+                )
+            self._factors = found.factors
+            config.rank_pattern, config.dense_modules = found.ranks, found.dense
+            config.statistics = found.statistics
+        else:
+            self._factors = {n: self._empty(n, rank, config.mode) for n, rank in config.rank_pattern.items()}
+        config.calibration_data = config.reference_model = None
+        if config.target_modules == "all-linear":
+            # PEFT would replace it by its own list.
+            config.target_modules = None
+        return config
+
+    def _empty(self, name: str, rank: int, mode: str) -> LowRankLinear:
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(
+                f"rank_pattern names {name!r}, which {type(self.model).__name__} does not have"
+            ) from None
+        if not is_linear(module) or rank > min(dense_shape(module)):
+            found = f"a linear layer of {list(dense_shape(module))}" if is_linear(module) else type(module).__name__
+            raise CheckpointError(f"rank_pattern gives {name!r} rank {rank}, but it is {found}")
+        bias = module.bias is not None and mode == "replace"
+        layer = LowRankLinear.from_description(module, {"kind": KIND, "rank": rank, "bias": bias})
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                # Should weights never be loaded, their absence shows.
+                parameter.fill_(torch.nan)
+        return layer
+
+    @staticmethod
+    def _check_target_module_exists(peft_config, key: str):
+        if key in peft_config.rank_pattern:
+            return True
+        # PEFT wants to know what was excluded, and warns when nothing was; the ranks alone would not say.
+        found = matches(peft_config, key, ".*")
+        return False if found else found
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        factors = self._factors.pop(current_key)
+        layer = MixedRankLayer(adapter_name, factors, target if peft_config.mode == "residual" else None)
+        layer.set_adapter([adapter_name], inference_mode=peft_config.inference_mode)
+        layer.train(target.training)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # PEFT's would give the dense weight to the new module.
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The factors are the model's weights and keep its dtype."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self.peft_config[adapter_name].mode == "replace":
+            raise NoDenseWeightsError("deleted")
+        super().delete_adapter(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, MixedRankLayer) and module.is_residual and not module.weight.is_floating_point():
+                raise NotImplementedError(
+                    f"the residual of {name!r} cannot be merged into a quantised weight: rounding would undo it. Keep "
+                    "it as an adapter (save_pretrained), or take the base back with unload()."
+                )
+
+    def to_dense(self) -> nn.Module:
+        """The base model with dense weights of the original shapes and the compressed model's outputs."""
+        small = self.merge_and_unload()
+        return to_dense(small) if isinstance(small, ReshapedModel) else small
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        return finished(super()._unload_and_optionally_merge(merge=merge, **kwargs))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f"mixed_rank_factors.{adapter_name}.", "mixed_rank_factors.", 1)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
+        manifest.remember(config, saved, {})
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        _check_ranks(config.rank_pattern, state_dict)
+        if config.manifest is not None:
+            saved = {k.replace(f".modules_to_save.{adapter_name}.", ".", 1): v for k, v in state_dict.items()}
+            manifest.check(config.manifest, saved)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _check_ranks(ranks: dict[str, int], state_dict: dict[str, torch.Tensor]) -> None:
+    """Check that the ranks a configuration gives are those of the tensors beside it.
+
+    Raises:
+        CheckpointError: naming the layer and both ranks.
+    """
+    for key, tensor in state_dict.items():
+        found = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.mixed_rank_factors\.down\.weight", key)
+        if found and tensor.shape[0] != ranks.get(found[1], 0):
+            raise CheckpointError(
+                f"{WEIGHTS_NAME}: the factors of {found[1]!r} have rank {tensor.shape[0]}, rank_pattern says "
+                f"{ranks.get(found[1], 0)}"
+            )

@@ -1,0 +1,139 @@
+"""Which layers of a model are compressed, and how many parameters that leaves them."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_qst.decoder_stack import ARCHITECTURES, UnsupportedArchitectureError, find_decoder_stack
+from hf_qst.mixed_rank.layer import LowRankLinear, dense_shape, is_linear
+
+logger = logging.getLogger(__name__)
+
+# Where vision models keep their blocks; decoder-only language models are in `hf_qst.decoder_stack`.
+VISION_BLOCKS = {"vit": "vit.layers", "deit": "deit.layers", "swin": "swin.encoder.layers"}
+
+
+def find_blocks(model: nn.Module) -> str | None:
+    """Path of the list of a model's transformer blocks; None for a model of no known type.
+
+    A `PeftModel` and a bare backbone are no known types either.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in ARCHITECTURES:
+        stack = find_decoder_stack(model)
+        return f"{stack.path}.{stack.architecture.blocks}"
+    path = VISION_BLOCKS.get(model_type)
+    return path if path in dict(model.named_modules()) else None
+
+
+def find_targets(model: nn.Module, config) -> list[str]:
+    """Full names of the linear layers that `config` names, in the model's own order.
+
+    Raises:
+        UnsupportedArchitectureError: all linear layers are asked for, but where the blocks are is not known.
+        ValueError: nothing matches, or something is compressed already or shares its weight.
+    """
+    wanted = config.target_modules
+    everything = wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear")
+    blocks = find_blocks(model)
+    if everything and blocks is None:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} is not of a type whose blocks are known ("
+            f"{', '.join(sorted([*ARCHITECTURES, *VISION_BLOCKS]))}, with a head): name its layers in "
+            "MixedRankConfig.target_modules"
+        )
+    compressed = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    found = []
+    for name, module in model.named_modules():
+        if everything and not name.startswith(f"{blocks}."):
+            continue
+        if not (is_linear(module) or name in compressed) or not matches(config, name, ".*" if everything else wanted):
+            continue
+        if any(name == other or name.startswith(f"{other}.") for other in compressed):
+            raise ValueError(f"MixedRankConfig.target_modules: {name!r} is compressed already")
+        found.append(name)
+    if not found:
+        raise ValueError(
+            f"MixedRankConfig.target_modules={wanted!r} with exclude_modules={config.exclude_modules!r} matches no "
+            f"linear layer of {type(model).__name__}"
+        )
+    _refuse_outside(model, found)
+    _refuse_shared(model, found)
+    _name_what_is_left_out(model)
+    return found
+
+
+def matches(config, name: str, target_modules):
+    """PEFT's answer to whether a module's name is one of `target_modules` and not left out."""
+    return check_target_module_exists(
+        SimpleNamespace(
+            target_modules=target_modules,
+            exclude_modules=config.exclude_modules,
+            modules_to_save=config.modules_to_save,
+            target_parameters=None,
+        ),
+        name,
+    )
+
+
+def _refuse_outside(model: nn.Module, names: list[str]) -> None:
+    """The saved form of a compressed model describes changed modules by their path in the backbone."""
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return
+    for name in names:
+        if not name.startswith(f"{model.base_model_prefix}."):
+            raise ValueError(
+                f"MixedRankConfig.target_modules: {name!r} lies outside {model.base_model_prefix!r}; only layers of "
+                "the backbone can be compressed"
+            )
+
+
+def _refuse_shared(model: nn.Module, names: list[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in names:
+        shared = owners[id(model.get_submodule(name).weight)]
+        if len(shared) > 1:
+            raise ValueError(
+                f"MixedRankConfig.target_modules: {name!r} shares its weight ({' = '.join(shared)}) and cannot be "
+                "compressed; leave it out, or load the model with tie_word_embeddings=False"
+            )
+
+
+def _name_what_is_left_out(model: nn.Module) -> None:
+    # A leading 1 is a batch dimension, as of position embeddings.
+    experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and parameter.shape[0] > 1]
+    if experts:
+        logger.warning(
+            "%d three-dimensional weights (stacked experts, such as %s) are not compressed", len(experts), experts[0]
+        )
+
+
+def weight_count(model: nn.Module) -> int:
+    """Parameters of a model; a quantised weight counts with its shape before packing."""
+    packed = {id(module.weight): module for module in model.modules() if is_linear(module)}
+    count = 0
+    for parameter in model.parameters():
+        module = packed.get(id(parameter))
+        count += parameter.numel() if module is None else dense_shape(module)[0] * dense_shape(module)[1]
+    return count
+
+
+def parameter_budget(model: nn.Module, names: list[str], keep_ratio: float, scope: str) -> int:
+    """Parameters that the weights of the named layers may have together.
+
+    Args:
+        keep_ratio (`float`): the part to keep.
+        scope (`str`): of what: `"targets"`, the named layers' weights, or `"model"`, all of the model's parameters.
+    """
+    targets = sum(shape[0] * shape[1] for shape in (dense_shape(model.get_submodule(name)) for name in names))
+    if scope == "targets":
+        return int(keep_ratio * targets)
+    total = weight_count(model)
+    return int(keep_ratio * total) - (total - targets)

@@ -1,0 +1,352 @@
+"""Model and config classes that follow a description of changed modules.
+
+A reshaped model is an instance of a subclass of its architecture's class, made here when it is first needed. Its config
+answers in memory like the architecture's, `model_type` included, so that transformers, PEFT and this package treat the
+model as what it is. Only the file says `MODEL_TYPE`: a process that has not imported this package then refuses the
+folder, instead of filling an unchanged model with random values. The model class has a name of its own for the same
+reason: pipelines and TRL look for the name in `config.architectures` among transformers' classes, and load with that.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_qst.manifest import CheckpointError
+from hf_qst.packed_weights import forbid_packing
+from hf_qst.reshaped_models.folder import check_folder, write_folder
+from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules
+
+MODEL_TYPE = "hf_qst_reshaped"
+FORMAT = 1
+CLASS_PREFIX = "Reshaped"
+_PACKAGE = __name__.rpartition(".")[0]
+_FIELDS = ("base_model_type", "hf_qst_format", "reshaped_modules")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _as_architecture(config_dict: dict, model_type: str) -> dict:
+    """The content of a reshaped model's `config.json` as its architecture's config class takes it."""
+    found = config_dict.get("hf_qst_format")
+    if found != FORMAT:
+        raise ReshapedModelError(
+            f"config.json says hf_qst_format {found!r}, this hf_qst reads {FORMAT}"
+            + ("; update hf_qst" if isinstance(found, int) and found > FORMAT else ": not a reshaped model's folder")
+        )
+    return {**config_dict, "model_type": model_type}
+
+
+class ReshapedConfig:
+    """The part of every reshaped model's config that is not its architecture's.
+
+    `base_model_type` is the architecture's model type, `hf_qst_format` the version of this format, and
+    `reshaped_modules` the description of each changed module by its path inside the base model.
+    """
+
+    plain_class: type[PreTrainedConfig]
+    auto_map = {}  # TRL reads it of a config whose `architectures` are not transformers' own
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        return _as_architecture(config_dict, cls.model_type), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(_as_architecture(config_dict, cls.model_type), **kwargs)
+
+    def to_diff_dict(self):
+        return {**super().to_diff_dict(), "model_type": MODEL_TYPE}
+
+
+class _AnyReshapedConfig(PreTrainedConfig):
+    """What `AutoConfig` finds under `MODEL_TYPE`; it hands on to the config class of the architecture."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        base = _as_architecture(config_dict, MODEL_TYPE).get("base_model_type")
+        if base == MODEL_TYPE or base not in CONFIG_MAPPING:
+            raise ReshapedModelError(f"config.json says base_model_type {base!r}, which transformers does not know")
+        return _registered_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+
+
+class ReshapedModel:
+    """The part of every reshaped model's class that is not its architecture's."""
+
+    plain_class: type[PreTrainedModel]
+
+    def post_init(self):
+        # The last thing every architecture's __init__ calls.
+        _build_modules(self)
+        super().post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, config=None, output_loading_info=False, **kwargs
+    ):
+        """As transformers' own, after a check of every file against the manifest saved with it.
+
+        Raises:
+            CheckpointError: naming the file and the tensor that is missing, extra, of another shape, dtype or content.
+        """
+        source = pretrained_model_name_or_path
+        if source is not None:  # without one, the tensors come with the call (`state_dict=`)
+            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            described = config
+            if not isinstance(config, ReshapedConfig):
+                described = cls.config_class.from_pretrained(source if config is None else config, **hub)
+            check_folder(os.fspath(source), described.reshaped_modules, **hub)
+        model, loading_info = super().from_pretrained(
+            source, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        _require_loaded(model, loading_info["missing_keys"])
+        _forbid_packing_of_odd_shapes(model)
+        return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """As transformers' own, whole or not at all, with a manifest and a model card.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or infinity; nothing is written.
+        """
+        save = functools.partial(
+            super().save_pretrained, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+        )
+        if push_to_hub:
+            raise ReshapedModelError(
+                "save_pretrained(push_to_hub=True) would leave out the manifest: use push_to_hub()"
+            )
+        if not is_main_process or getattr(self, "_hf_peft_config_loaded", False):  # with an adapter, only that is saved
+            save(save_directory)
+        else:
+            write_folder(save, os.fspath(save_directory), self.config.reshaped_modules, _auto_class_name(self))
+
+    def _get_name(self):
+        # What Trainer decides by whether labels are to be shifted when it smooths them.
+        return self.plain_class.__name__
+
+    # transformers tells its own classes by the module they are defined in; these answers are the architecture's.
+    @classmethod
+    def is_custom_code(cls):
+        return cls.plain_class.is_custom_code()
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return cls.plain_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return cls.plain_class._can_set_experts_implementation()
+
+
+@functools.cache
+def reshaped_class(plain: type) -> type:
+    """The subclass of an architecture's model or config class whose instances may have changed modules."""
+    ours = {"__module__": _PACKAGE, "plain_class": plain}
+    if issubclass(plain, PreTrainedConfig):
+        return type(plain.__name__, (ReshapedConfig, plain), ours)
+    ours["config_class"] = reshaped_class(plain.config_class)
+    return type(CLASS_PREFIX + plain.__name__, (ReshapedModel, plain), ours)
+
+
+@functools.cache
+def _registered_config_class(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The reshaped config class, after every Auto class that knows the plain one has been told about it."""
+    config_class = reshaped_class(plain)
+    for _, mapping in _auto_mappings(plain):
+        found = mapping[plain]
+        several = isinstance(found, (list, tuple))
+        models = tuple(reshaped_class(model) for model in (found if several else [found]))
+        # `exist_ok` because the mapping tells classes apart by name when it looks for one that is taken.
+        mapping.register(config_class, models if several else models[0], exist_ok=True)
+    return config_class
+
+
+def _auto_mappings(config_class: type[PreTrainedConfig]) -> list[tuple[str, dict]]:
+    """Name and mapping of each Auto model class that knows `config_class`."""
+    from transformers.models.auto import modeling_auto
+
+    found = [(name, getattr(auto, "_model_mapping", None)) for name, auto in vars(modeling_auto).items()]
+    return [(name, mapping) for name, mapping in found if mapping is not None and config_class in mapping]
+
+
+def _auto_class_name(model: PreTrainedModel) -> str:
+    """The Auto class that loads this model; "AutoModel" for one that no Auto class has."""
+    for name, mapping in _auto_mappings(type(model.config)):
+        found = mapping[type(model.config)]
+        if (
+            name.startswith("AutoModel")
+            and name != "AutoModelForPreTraining"
+            and type(model) in (found if isinstance(found, (list, tuple)) else [found])
+        ):
+            return name
+    return "AutoModel"
+
+
+def _build_modules(model: PreTrainedModel) -> None:
+    base, described = model.base_model, model.config.reshaped_modules
+    # Classifiers make their base with an Auto class, which has built it; some classes call post_init twice.
+    if getattr(base, "_modules_built", False):
+        return
+    base._modules_built = True
+    for path in sorted(described, key=_depth):  # what a changed module holds may be changed in turn
+        try:
+            unchanged = base.get_submodule(path)
+        except AttributeError as error:
+            raise ReshapedModelError(
+                f"config.reshaped_modules describes {path!r}, which {type(base).__name__} does not have"
+            ) from error
+        base.set_submodule(path, build_module(unchanged, described[path], path))
+        _pass_over_in_initialisation(base, path.rpartition(".")[0])
+
+
+def _pass_over_in_initialisation(base: nn.Module, parent: str) -> None:
+    """Keep an architecture from initialising what it expects inside a changed module's parent.
+
+    GPT-2 does, with `attention.c_proj.weight`. A parent without tensors of its own has nothing else to initialise: its
+    children have their own turns.
+    """
+    module = base.get_submodule(parent)
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if parent and not own:
+        module._is_hf_initialized = True
+
+
+def _depth(path: str) -> int:
+    return path.count(".")
+
+
+def _require_loaded(model: PreTrainedModel, missing: set[str]) -> None:
+    """A head may be new; a changed module whose tensors were not in the files would hold random values."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    inside = tuple(f"{prefix}{path}." for path in model.config.reshaped_modules)
+    if lost := sorted(name for name in missing if name.startswith(inside)):
+        raise CheckpointError(f"tensor {lost[0]!r} is in none of the model's files ({len(lost)} such tensors)")
+
+
+def _forbid_packing_of_odd_shapes(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights its packed layout has no room for.
+
+    On processors with AVX512-BF16 it does so at the first forward, and fails unless the output width is a multiple of
+    32 and the input width one of the block size (bitsandbytes 0.50).
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu") and (
+            layer.out_features % 32 or layer.in_features % layer.weight.blocksize
+        ):
+            forbid_packing(layer)
+
+
+def _require_tensors(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
+    """Compare the tensors of `model` with those of `model_class(config)`, which takes no memory."""
+    with torch.device("meta"):
+        twin = model_class(copy.deepcopy(config))
+    expected = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise ReshapedModelError(
+                f"tensor {name!r} of the model has shape {found.get(name)}, {model_class.__name__} built from its "
+                f"config has {expected.get(name)}"
+            )
+
+
+def _exchange_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Put `config` wherever a module of `model` refers to the model's present one."""
+    present = model.config
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is present:
+                setattr(module, name, config)
+
+
+def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a transformers model whose modules were exchanged one that saves and loads with its new shapes.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model of an architecture of transformers, some of whose modules, inside its base model, are of kinds known
+            to `register_kind`. It becomes an instance of a subclass of its class. Reshaping again after further
+            changes is fine.
+
+    Returns:
+        The same model. Its config is a new object, so that another model built from the old one is not affected.
+
+    Raises:
+        ReshapedModelError: no module, one outside the base model, or one of an unknown kind was exchanged, the
+            architecture is not known to `AutoConfig`, or the model could not be rebuilt from its description. The model
+            is unchanged.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ReshapedModelError(f"reshape_model takes a transformers model, got {type(model).__name__}")
+    described = described_modules(model.base_model)
+    if not described:
+        raise ReshapedModelError(f"no module of {type(model).__name__}'s base model is of a registered kind")
+    if outside := _outside(model):
+        raise ReshapedModelError(f"module {outside!r} lies outside the base model and cannot be of another kind")
+    plain_config = getattr(model.config, "plain_class", type(model.config))
+    if model.config.model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model.config.model_type] is not plain_config:
+        raise ReshapedModelError(
+            f"{plain_config.__name__} of model type {model.config.model_type!r} is not known to AutoConfig"
+        )
+    model_class = reshaped_class(getattr(model, "plain_class", type(model)))
+    config = copy.copy(model.config)
+    config.__class__ = _registered_config_class(plain_config)
+    config.architectures = [model_class.__name__]
+    config.base_model_type = plain_config.model_type
+    config.hf_qst_format = FORMAT
+    config.reshaped_modules = described
+    if getattr(model, "hf_quantizer", None) is None:  # packed weights have shapes of their own
+        _require_tensors(model, model_class, config)
+    model.__class__ = model_class
+    _exchange_config(model, config)
+    return model
+
+
+def _outside(model: PreTrainedModel) -> str | None:
+    inside = set(model.base_model.modules())
+    outside = (name for name, module in model.named_modules() if hasattr(module, "describe") and module not in inside)
+    return next(outside, None)
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function in the architecture's own shapes, as a plain model that loads without this package.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A reshaped model that is not quantised. It stays as it is; the result holds copies of its weights.
+
+    Raises:
+        ReshapedModelError: the model is not a reshaped one, is quantised, or one of its modules' `to_dense()` did not
+            return the architecture's shapes.
+    """
+    if not isinstance(model, ReshapedModel):
+        raise ReshapedModelError(f"to_dense takes a reshaped model, got {type(model).__name__} with its own shapes")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ReshapedModelError("to_dense takes weights that are not quantised; load without quantization_config")
+    dense = copy.deepcopy(model)
+    base: nn.Module = dense.base_model
+    for path in sorted(dense.config.reshaped_modules, key=_depth, reverse=True):
+        base.set_submodule(path, base.get_submodule(path).to_dense())
+    config = copy.copy(dense.config)
+    config.__class__ = config.plain_class
+    for name in _FIELDS:
+        delattr(config, name)
+    config.architectures = [model.plain_class.__name__]
+    for module in dense.modules():  # a classifier's base may be of a class of ours as well
+        if isinstance(module, ReshapedModel):
+            module.__class__ = module.plain_class
+    _exchange_config(dense, config)
+    _require_tensors(dense, model.plain_class, config)
+    return dense
+
+
+AutoConfig.register(MODEL_TYPE, _AnyReshapedConfig, exist_ok=True)

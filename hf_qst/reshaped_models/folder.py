@@ -1,0 +1,171 @@
+"""Folders of saved models: written whole or not at all, and checked before anything is loaded from them.
+
+transformers fills a missing tensor with random values and passes over an extra one. The manifest beside the weights
+says what every file must hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
+
+from hf_qst.manifest import CheckpointError, build, check, tensor_name, write_text
+
+MANIFEST_NAME = "hf_qst_manifest.json"
+MANIFEST_VERSION = 1
+INDEX_NAME = "model.safetensors.index.json"
+# What transformers would load from a folder in place of, or beside, the files of the manifest.
+_WEIGHTS = re.compile(r"(pytorch_)?model\b.*\.(safetensors|bin)(\.index\.json)?")
+_CARD_MARK = "<!-- hf_qst reshaped model -->"
+_CARD = f"""
+{_CARD_MARK}
+## How to load
+
+Some modules of this model have other shapes than their architecture's. The `hf_qst` package, which registers itself
+with the Auto classes when it is imported, builds them:
+
+```python
+import hf_qst  # noqa: F401  (without it transformers does not know the model type)
+from transformers import {{auto_class}}
+
+model = {{auto_class}}.from_pretrained("path/of/this/folder")
+```
+"""
+
+
+def write_folder(save: Callable[[str], None], directory: str, modules: dict, auto_class: str) -> None:
+    """Save a model's folder so that `directory` holds all of it or is left as it was.
+
+    Args:
+        save (`Callable[[str], None]`):
+            Writes configuration and weights into the empty folder it is given.
+        directory (`str`):
+            Where they go. Files of another name, such as a tokenizer's, stay; weights of an earlier save do not.
+        modules (`dict`):
+            The descriptions in the configuration, kept in the manifest too.
+        auto_class (`str`):
+            The Auto class for the model card.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity, or no safetensors file was written.
+    """
+    created = not os.path.isdir(directory)
+    os.makedirs(directory, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tmp_", dir=directory) as staging:
+            save(staging)
+            names = sorted(name for name in os.listdir(staging) if name.endswith(".safetensors"))
+            if not names:
+                raise CheckpointError(f"{directory}: nothing was saved as safetensors, the only format with a manifest")
+            files = {name: build(_read_tensors(os.path.join(staging, name)), {})["tensors"] for name in names}
+            manifest = {"version": MANIFEST_VERSION, "modules": modules, "files": files}
+            write_text(os.path.join(staging, MANIFEST_NAME), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            _write_card(staging, directory, auto_class)
+            _publish(staging, directory)
+    except BaseException:
+        if created:
+            with contextlib.suppress(OSError):  # something else was put there meanwhile
+                os.rmdir(directory)
+        raise
+
+
+def _write_card(staging: str, directory: str, auto_class: str) -> None:
+    text = ""
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(directory, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    if _CARD_MARK not in text:
+        write_text(os.path.join(staging, "README.md"), text + _CARD.format(auto_class=auto_class))
+
+
+def _publish(staging: str, directory: str) -> None:
+    new = os.listdir(staging)
+    for name in new:
+        os.replace(os.path.join(staging, name), os.path.join(directory, name))
+    for name in set(os.listdir(directory)) - set(new):
+        if _WEIGHTS.fullmatch(name):
+            os.remove(os.path.join(directory, name))
+
+
+def check_folder(source: str, modules: dict, **hub) -> None:
+    """Check a saved model against its manifest.
+
+    Args:
+        source (`str`):
+            Folder or repository, as `from_pretrained` takes it.
+        modules (`dict`):
+            The descriptions in the configuration that the model will be built from.
+        hub:
+            `revision`, `subfolder`, `token` and the like.
+
+    Raises:
+        CheckpointError: naming the file and the tensor or module that is not what was saved.
+    """
+    manifest_file = _locate(source, MANIFEST_NAME, hub)
+    manifest = _read_json(manifest_file)
+    if manifest["version"] != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{manifest_file} is of version {manifest['version']!r}, this hf_qst reads {MANIFEST_VERSION}; update it"
+        )
+    _check_modules(manifest["modules"], modules, source)
+    files = manifest["files"]
+    for name, tensors in files.items():
+        check({"tensors": tensors}, _read_tensors(_locate(source, name, hub)), file=name)
+    if len(files) > 1:
+        _check_index(_read_json(_locate(source, INDEX_NAME, hub)), files)
+    for name in sorted(set(os.listdir(os.path.dirname(manifest_file))) - {*files, INDEX_NAME}):
+        if _WEIGHTS.fullmatch(name):
+            raise CheckpointError(
+                f"{os.path.join(source, name)} is not in the manifest; remove it or save the model again"
+            )
+
+
+def _locate(source: str, name: str, hub: dict) -> str:
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        raise CheckpointError(
+            f"{os.path.join(source, name)} is missing; a folder of a model with changed shapes is written whole by the "
+            "model's save_pretrained and copied with all its files"
+        )
+    return path
+
+
+def _read_json(path: str) -> dict:
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not whole: {error}") from error
+
+
+def _read_tensors(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file; the operating system reads their content when it is looked at."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _check_modules(saved: dict, found: dict, source: str) -> None:
+    for path in sorted({*saved, *found}):
+        if saved.get(path) != found.get(path):
+            raise CheckpointError(
+                f"{source}: config.json describes module {path!r} as {found.get(path)}, saved was {saved.get(path)}"
+            )
+
+
+def _check_index(index: dict, files: dict) -> None:
+    listed = {tensor_name(name): file for name, file in index.get("weight_map", {}).items()}
+    held = {name: file for file, tensors in files.items() for name in tensors}
+    if wrong := sorted({name for name, _ in listed.items() ^ held.items()}):
+        raise CheckpointError(
+            f"{INDEX_NAME}: tensor {wrong[0]!r} is listed in {listed.get(wrong[0])}, saved was {held.get(wrong[0])}"
+        )
