@@ -269,7 +269,7 @@ def differences(rows: list[dict]) -> list[dict]:
     for k in OBJECTIVES:
         fixed = next(row for row in rows if row["family"] == "fixed temperature" and k in row["tuned_for"])
         for row in rows:
-            if k not in row["tuned_for"] or row is fixed or row["drawn"] != fixed["drawn"]:
+            if k not in row["tuned_for"] or row is fixed or row["drawn"] != fixed["drawn"] or k > row["drawn"]:
                 continue
             tasks = list(fixed["passed"])
             a, b = ([r["passed"][task] for task in tasks] for r in (row, fixed))
