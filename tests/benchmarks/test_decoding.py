@@ -90,7 +90,21 @@ def test_a_small_run_is_reported_and_resumed(tmp_path, probe, capsys):
     """On the base as it is, which solves none of the problems: what is tested is the way there."""
     (tmp_path / "work").mkdir()
     probe.save(tmp_path / "work" / "probe.json")
-    command = ["--adapter", "", "--limit", "2", "--tune-limit", "1", "--samples", "2", "--tune-samples", "2"]
+    # One thread, as everywhere in the suite: the setting outlives this test.
+    command = [
+        "--threads",
+        "1",
+        "--adapter",
+        "",
+        "--limit",
+        "2",
+        "--tune-limit",
+        "1",
+        "--samples",
+        "2",
+        "--tune-samples",
+        "2",
+    ]
     command += ["--draws", "2", "--new-tokens", "8", "--families", "greedy", "top-n-sigma", "learned", "entropy"]
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     decoding.main(command)
