@@ -16,3 +16,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    yield
+    # A script that a test ran may have set another.
+    torch.set_num_threads(1)
