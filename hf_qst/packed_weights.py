@@ -8,6 +8,8 @@ On processors with AVX512-BF16, bitsandbytes repacks the weights of a `Linear4bi
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -21,6 +23,29 @@ def forbid_packing(model: nn.Module) -> None:
     """
     for layer in _four_bit_layers(model):
         layer.support_avx512bf16_for_cpu = False
+
+
+def forbid_packing_of_odd_shapes(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights its packed layout has no room for.
+
+    It does so at the first forward in eval mode, and fails unless the output width is a multiple of 32 and the input width
+    one of the block size (bitsandbytes 0.50).
+    """
+    for layer in _four_bit_layers(model):
+        if layer.out_features % 32 or layer.in_features % layer.weight.blocksize:
+            forbid_packing(layer)
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from packing 4-bit weights meanwhile: there is no exact way back from that layout."""
+    layers = [layer for layer in _four_bit_layers(model) if layer.support_avx512bf16_for_cpu]
+    forbid_packing(model)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
 
 
 def _four_bit_layers(model: nn.Module) -> list[nn.Module]:

@@ -35,10 +35,10 @@ from hf_qst.mixed_rank.layer import (
     dense_weight,
     float_dtype,
     is_linear,
-    unpacked,
 )
 from hf_qst.mixed_rank.sequential import compress_in_order
 from hf_qst.mixed_rank.targets import find_blocks, find_targets, parameter_budget, weight_count
+from hf_qst.packed_weights import unpacked
 from hf_qst.reshaped_models import reshape_model
 
 logger = logging.getLogger(__name__)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -23,18 +20,6 @@ _PACKED_BLOCK = 64
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a dense layer this method can compress: `nn.Linear` (quantised too) or GPT-2's `Conv1D`."""
     return isinstance(module, (nn.Linear, Conv1D))
-
-
-@contextmanager
-def unpacked(model: nn.Module) -> Iterator[None]:
-    """Keep bitsandbytes from packing 4-bit weights meanwhile: there is no exact way back from that layout."""
-    layers = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
-    forbid_packing(model)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.support_avx512bf16_for_cpu = True
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_qst.manifest import CheckpointError
-from hf_qst.packed_weights import forbid_packing
+from hf_qst.packed_weights import forbid_packing_of_odd_shapes
 from hf_qst.reshaped_models.folder import check_folder, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules
 
@@ -108,7 +108,7 @@ class ReshapedModel:
             source, *model_args, config=config, output_loading_info=True, **kwargs
         )
         _require_loaded(model, loading_info["missing_keys"])
-        _forbid_packing_of_odd_shapes(model)
+        forbid_packing_of_odd_shapes(model)
         return (model, loading_info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
@@ -230,19 +230,6 @@ def _require_loaded(model: PreTrainedModel, missing: set[str]) -> None:
     inside = tuple(f"{prefix}{path}." for path in model.config.reshaped_modules)
     if lost := sorted(name for name in missing if name.startswith(inside)):
         raise CheckpointError(f"tensor {lost[0]!r} is in none of the model's files ({len(lost)} such tensors)")
-
-
-def _forbid_packing_of_odd_shapes(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights its packed layout has no room for.
-
-    On processors with AVX512-BF16 it does so at the first forward, and fails unless the output width is a multiple of
-    32 and the input width one of the block size (bitsandbytes 0.50).
-    """
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu") and (
-            layer.out_features % 32 or layer.in_features % layer.weight.blocksize
-        ):
-            forbid_packing(layer)
 
 
 def _require_tensors(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:

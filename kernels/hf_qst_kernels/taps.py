@@ -16,8 +16,7 @@ BLOCK = 64
 # Blocks whose largest entry is below this are kept as zeros: their scale would not be a normal float32 number.
 TINY = 1e-35
 STORAGES = ("int8", "full")
-# Bytes of float32 input that the torch paths hold at a time. On CPU a chunk stays in the L2 cache from pass to pass,
-# and its buffer is small enough for malloc to hand out memory that is already mapped.
+# Bytes of float32 input that the torch paths hold at a time. Smaller chunks cost more in calls than caches give back.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
