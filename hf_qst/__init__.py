@@ -7,6 +7,7 @@ from importlib import import_module
 
 from hf_qst.calibration import CalibrationError
 from hf_qst.decoder_stack import UnsupportedArchitectureError
+from hf_qst.disp import DISPConfig, DISPModel, PrunedBranch, PruningReport, prune_blocks
 from hf_qst.manifest import CheckpointError
 from hf_qst.mixed_rank import (
     BudgetError,
@@ -24,6 +25,7 @@ from hf_qst.version import __version__
 # The plugins import this package, so their names are looked up when they are first asked for.
 _OF_PLUGINS = {
     "AdaptiveTemperatureLogitsProcessor": "hf_qst_plugins.adaptive_temperature",
+    "DISPCallback": "hf_qst_plugins.pruning",
     "LastTokenTemperatureLogitsProcessor": "hf_qst_plugins.adaptive_temperature",
     "VLLMAdaptiveTemperature": "hf_qst_plugins.adaptive_temperature",
     "adaptive_generate_kwargs": "hf_qst_plugins.adaptive_temperature",
@@ -36,11 +38,16 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "CheckpointError",
+    "DISPCallback",
+    "DISPConfig",
+    "DISPModel",
     "LastTokenTemperatureLogitsProcessor",
     "LowRankLinear",
     "MixedRankConfig",
     "MixedRankModel",
     "NoDenseWeightsError",
+    "PrunedBranch",
+    "PruningReport",
     "QSTConfig",
     "QSTModel",
     "ReshapedModelError",
@@ -51,6 +58,7 @@ __all__ = [
     "adaptive_generate_kwargs",
     "compress_model",
     "install_adaptive_temperature",
+    "prune_blocks",
     "rank_report",
     "register_kind",
     "reshape_model",

@@ -35,7 +35,26 @@ class BlockSpec:
     qk_norm: bool = False  # a norm of the same kind over each query and key head
     post_norms: bool = False  # Gemma 2/3: a second norm on each branch's output
     parallel: str | None = None  # None, "one_norm" (Phi) or "two_norms" (GPT-NeoX)
+    pre_norm: bool = True  # a branch reads the normalised residual and adds to the plain one
     attention_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Paths inside a block of the linear layers that read from the residual and of those that add to it."""
+
+    attention_in: tuple[str, ...]
+    attention_out: str
+    mlp_in: tuple[str, ...]
+    mlp_out: str
+
+
+_SPLIT = Projections(
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj",
+    ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Architecture:
     """One row of the table: the names a model class gives to its parts.
 
     `stack` is the path of the decoder stack inside a model with a head, the other names are relative to it (`blocks`,
-    `final_norm`, `embeddings`) or to a block (`attention`, `mlp`).
+    `final_norm`, `embeddings`) or to a block (`attention`, `mlp`, those of `projections`).
     """
 
     stack: str
@@ -52,6 +71,7 @@ class Architecture:
     embeddings: str
     attention: str
     mlp: tuple[str, ...]
+    projections: Projections
     spec: Callable[[object], BlockSpec]
 
 
@@ -100,6 +120,7 @@ def _opt(config) -> BlockSpec:
         qkv_bias=config.enable_bias,
         out_bias=config.enable_bias,
         mlp_bias=config.enable_bias,
+        pre_norm=config.do_layer_norm_before,
         attention_dropout=config.attention_dropout,
     )
 
@@ -154,6 +175,7 @@ def _decoder(spec: Callable, attention: str = "self_attn", **changes) -> Archite
         "final_norm": "norm",
         "embeddings": "embed_tokens",
         "mlp": ("mlp",),
+        "projections": _SPLIT,
     }
     return Architecture(attention=attention, spec=spec, **{**names, **changes})
 
@@ -165,11 +187,36 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _decoder(lambda c: _llama_like(c, qk_norm=True)),
     "gemma2": _decoder(_gemma),
     "gemma3_text": _decoder(lambda c: _gemma(c, qk_norm=True)),
-    "opt": _decoder(_opt, stack="model.decoder", final_norm="final_layer_norm", mlp=("fc1", "fc2")),
-    "gpt2": _decoder(_gpt2, "attn", stack="transformer", blocks="h", final_norm="ln_f", embeddings="wte"),
-    "phi": _decoder(_phi, final_norm="final_layernorm"),
+    "opt": _decoder(
+        _opt,
+        stack="model.decoder",
+        final_norm="final_layer_norm",
+        mlp=("fc1", "fc2"),
+        projections=Projections(_SPLIT.attention_in, "self_attn.out_proj", ("fc1",), "fc2"),
+    ),
+    "gpt2": _decoder(
+        _gpt2,
+        "attn",
+        stack="transformer",
+        blocks="h",
+        final_norm="ln_f",
+        embeddings="wte",
+        projections=Projections(("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj"),
+    ),
+    "phi": _decoder(
+        _phi,
+        final_norm="final_layernorm",
+        projections=Projections(_SPLIT.attention_in, "self_attn.dense", ("mlp.fc1",), "mlp.fc2"),
+    ),
     "gpt_neox": _decoder(
-        _gpt_neox, "attention", stack="gpt_neox", final_norm="final_layer_norm", embeddings="embed_in"
+        _gpt_neox,
+        "attention",
+        stack="gpt_neox",
+        final_norm="final_layer_norm",
+        embeddings="embed_in",
+        projections=Projections(
+            ("attention.query_key_value",), "attention.dense", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"
+        ),
     ),
 }
 

@@ -10,11 +10,14 @@ The manifest is made when an adapter's tensors are collected for saving (`rememb
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 
 import torch
+from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 from torch import nn
 
@@ -24,17 +27,29 @@ CARD_TEXT = f"""
 {CARD_MARK}
 ## How to load
 
-This adapter is a side network of the `hf_qst` package, which registers itself with PEFT when it is imported:
+This adapter is of the `hf_qst` package, which registers its methods with PEFT when it is imported:
 
 ```python
-import hf_qst  # noqa: F401  (without it PEFT raises KeyError: 'QST')
-from peft import AutoPeftModelForCausalLM
+import hf_qst  # noqa: F401  (without it PEFT raises KeyError: '{{method}}')
+from peft import PeftModel
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/folder")
+model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
 ```
 
-The side network cannot be merged into the base model; the base stays as it is and is needed to run it.
+{{remark}}
 """
+CARD_REMARKS = {
+    "QST": "It is a side network, which cannot be merged into the base model; the base stays as it is and is needed to "
+    "run it.",
+    "MIXED_RANK": "It holds the low-rank factors that stand in the place of the base model's weights, or beside them. "
+    "The base model is needed to load it; where factors replace weights, `model.merge_and_unload()` gives the smaller "
+    "model, which saves and loads without the base.",
+    "DISP": "It holds what pruning learnt about the base model, which is needed to load it. `model.merge_and_unload()` "
+    "gives the smaller model, which saves and loads without the base.",
+}
+
+# What the methods call the containers of their own tensors.
+_OWN = re.compile(r"\b(?:\w+_net|mixed_rank_factors)\.")
 
 
 class CheckpointError(ValueError):
@@ -85,7 +100,7 @@ def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WE
     tensors = {tensor_name(key): tensor for key, tensor in tensors.items()}
     extra = tensors.keys() - expected.keys()
     if manifest.get("partial"):
-        extra = {name for name in extra if "qst_net." in name}
+        extra = {name for name in extra if _OWN.search(name)}
     for problem, names in (("is missing", expected.keys() - tensors), ("is not in its manifest", extra)):
         if names:
             raise CheckpointError(f"{file}: tensor {min(names)!r} {problem} ({len(names)} such tensors)")
@@ -102,7 +117,7 @@ def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WE
 
 
 def check_in_memory(manifest: Mapping, network: nn.Module) -> None:
-    """Check a side network that transformers' own `load_adapter` filled, which shows a method no file or state dict.
+    """Check a network that transformers' own `load_adapter` filled, which shows a method no file or state dict.
 
     Its loader marks every tensor it sets. Tensors changed or cast since cannot be compared and are passed over, and
     weights that came another way carry no mark.
@@ -121,7 +136,7 @@ def check_in_memory(manifest: Mapping, network: nn.Module) -> None:
     missing = parameters.keys() - loaded.keys()
     if missing:
         raise CheckpointError(f"{WEIGHTS_NAME}: tensor {min(missing)!r} is missing ({len(missing)} such tensors)")
-    expected = {key.partition("qst_net.")[2]: entry for key, entry in manifest["tensors"].items()}
+    expected = {_OWN.split(key, maxsplit=1)[-1]: entry for key, entry in manifest["tensors"].items()}
     for name, tensor in loaded.items():
         if tensor._version == 0 and name in expected:
             _require_finite(name, tensor, f"{WEIGHTS_NAME} is damaged")
@@ -141,7 +156,7 @@ def check_base(manifest: Mapping, base: Mapping[str, object]) -> None:
     for name, saved in manifest["base"].items():
         if base.get(name) != saved:
             raise CheckpointError(
-                f"this side network was saved for a base with {name} {saved!r}, the given model has {base.get(name)!r}"
+                f"this adapter was saved for a base with {name} {saved!r}, the given model has {base.get(name)!r}"
             )
 
 
@@ -156,7 +171,7 @@ def for_directory(config, directory: str) -> dict | None:
     PEFT adds fully trained modules (`modules_to_save`) to the file after a method's own tensors were collected. When
     the file on disk holds exactly the remembered tensors and more, the manifest covers all of it; transformers writes
     its file after the configuration, and then the manifest says that it is `partial`: the file may hold modules
-    beside the side network.
+    beside the method's own.
     """
     pending = getattr(config, "_pending_manifest", None)
     if pending is None:
@@ -185,11 +200,14 @@ def write_text(path: str, text: str) -> None:
 
 
 def complete_model_card(directory: str) -> None:
-    """Say in the folder's README how to load it, once."""
+    """Say in the folder's README how to load the adapter beside it, once; what it is stands in its configuration."""
     path = os.path.join(directory, "README.md")
     text = ""
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             text = file.read()
-    if CARD_MARK not in text:
-        write_text(path, text + CARD_TEXT)
+    if CARD_MARK in text:
+        return
+    with open(os.path.join(directory, CONFIG_NAME), encoding="utf-8") as file:
+        method = json.load(file)["peft_type"]
+    write_text(path, text + CARD_TEXT.format(method=method, remark=CARD_REMARKS[method]))

@@ -18,6 +18,7 @@ class HfQstPeftType(str, enum.Enum):
 
     QST = "QST"
     MIXED_RANK = "MIXED_RANK"
+    DISP = "DISP"
 
 
 def register_method(peft_type: HfQstPeftType, config_class: type, tuner_class: type) -> None:

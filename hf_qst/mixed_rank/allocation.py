@@ -15,18 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_qst.budget import BudgetError
+
 ALLOCATORS = ("hull", "gradual", "uniform")
 DENSE = 0
 # Step of the gradual search, as a part of the break-even rank.
 _GRADUAL_STEP = 0.05
-
-
-class BudgetError(ValueError):
-    """A budget of parameters that no choice of ranks meets; `smallest` is the least that one does."""
-
-    def __init__(self, message: str, smallest: int):
-        super().__init__(message)
-        self.smallest = smallest
 
 
 @dataclass

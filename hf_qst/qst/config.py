@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
-
-from hf_qst import manifest
+from hf_qst.method_config import MethodConfig, is_count, is_number
 from hf_qst.registration import HfQstPeftType
 
 DOWNSAMPLE_KINDS = ("linear", "lora", "adapter", "maxpool", "avgpool", "principal")
 MIX_KINDS = ("residual", "paper", "sigmoid")
 
 
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 @dataclass
-class QSTConfig(PeftConfig):
+class QSTConfig(MethodConfig):
     """Configuration of quantized side tuning (QST).
 
     A frozen base runs forward only; a side network `r` times narrower reads its hidden states and is all that trains.
@@ -107,31 +93,27 @@ class QSTConfig(PeftConfig):
     calibration_data: Any = field(
         default=None, repr=False, compare=False, metadata={"help": "Batches for downsample='principal'. Not saved."}
     )
-    manifest: dict | None = field(
-        default=None,
-        repr=False,
-        compare=False,
-        metadata={"help": "What the saved weights must be; written by save_pretrained, checked when they are loaded."},
-    )
     target_modules: Any = field(
         default=None, init=False, repr=False, compare=False, metadata={"help": "Set to the decoder stack's path."}
     )
 
+    not_saved: ClassVar[tuple[str, ...]] = ("calibration_data", "target_modules")
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = HfQstPeftType.QST
-        self._require("r", _is_count(self.r), "an integer >= 1")
+        self._require("r", is_count(self.r), "an integer >= 1")
         self._require("downsample", self.downsample in DOWNSAMPLE_KINDS, f"one of {', '.join(DOWNSAMPLE_KINDS)}")
-        self._require("downsample_rank", _is_count(self.downsample_rank), "an integer >= 1")
+        self._require("downsample_rank", is_count(self.downsample_rank), "an integer >= 1")
         dropout = self.downsample_dropout
-        self._require("downsample_dropout", _is_finite(dropout) and 0 <= dropout < 1, "a number in [0, 1)")
+        self._require("downsample_dropout", is_number(dropout) and 0 <= dropout < 1, "a number in [0, 1)")
         self._require("tap_storage", self.tap_storage in ("int8", "full"), "int8 or full")
         self._require("side_heads", self.side_heads in ("auto", "keep"), "auto or keep")
         self._require("gate_shape", self.gate_shape in ("scalar", "vector"), "scalar or vector")
         self._require("mix", self.mix in MIX_KINDS, f"one of {', '.join(MIX_KINDS)}")
         self._require("mix_shape", self.mix_shape in ("scalar", "vector"), "scalar or vector")
-        self._require("gate_init", _is_finite(self.gate_init), "a finite number")
-        self._require("mix_lr_scale", _is_finite(self.mix_lr_scale) and self.mix_lr_scale > 0, "positive and finite")
+        self._require("gate_init", is_number(self.gate_init), "a finite number")
+        self._require("mix_lr_scale", is_number(self.mix_lr_scale) and self.mix_lr_scale > 0, "positive and finite")
         whole = isinstance(self.side_checkpointing, bool)
         self._require("side_checkpointing", whole or self.side_checkpointing == "mlp", "True, False or 'mlp'")
         for name in ("downsample_layernorm", "chunked_loss"):
@@ -143,10 +125,6 @@ class QSTConfig(PeftConfig):
             raise ValueError(
                 f"QSTConfig.calibration_data is only used by downsample='principal', got downsample={self.downsample!r}"
             )
-
-    def _require(self, name: str, holds: bool, accepted: str) -> None:
-        if not holds:
-            raise ValueError(f"QSTConfig.{name} must be {accepted}, got {getattr(self, name)!r}")
 
     @classmethod
     def paper(cls, **changes) -> QSTConfig:
@@ -162,31 +140,3 @@ class QSTConfig(PeftConfig):
         """
         code = {"gate_shape": "vector", "gate_init": 0.5, "mix": "sigmoid", "mix_shape": "vector"}
         return cls.paper(**{**code, **changes})
-
-    def to_dict(self) -> dict:
-        """The configuration as JSON-ready data, without `calibration_data`."""
-        # asdict() deep-copies every field, so the batches are set aside first.
-        batches, self.calibration_data = self.calibration_data, None
-        try:
-            values = super().to_dict()
-        finally:
-            self.calibration_data = batches
-        for name in ("calibration_data", "target_modules"):
-            del values[name]
-        return values
-
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Save the configuration with the manifest of the weights, and complete the model card.
-
-        PEFT calls this after it wrote the weights, transformers before; see `hf_qst.manifest`.
-        """
-        os.makedirs(save_directory, exist_ok=True)
-        loaded = self.manifest
-        self.manifest = manifest.for_directory(self, save_directory) or loaded
-        try:
-            with tempfile.TemporaryDirectory(dir=save_directory, prefix=".tmp_") as whole:
-                super().save_pretrained(whole, **kwargs)
-                os.replace(os.path.join(whole, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
-        finally:
-            self.manifest = loaded
-        manifest.complete_model_card(save_directory)

@@ -1,8 +1,4 @@
-"""The PEFT layer of QST: it stands in the place of the base's decoder stack.
-
-State lives here and not on the tuner, because `generate`, TRL's fused head and transformers' own `add_adapter` never
-call the tuner's forward.
-"""
+"""The PEFT layer of QST: it stands in the place of the base's decoder stack."""
 
 from __future__ import annotations
 
@@ -10,15 +6,14 @@ import inspect
 import threading
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_qst import manifest
 from hf_qst.decoder_stack import DecoderStack
 from hf_qst.frozen_head import LOSS_REQUEST
 from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork
+from hf_qst.stack_tuner import StackLayer, with_last_hidden_state
 
 # Arguments of a base block that are not the side block's: its own state, and what concerns caches it does not use.
 _NOT_FORWARDED = {
@@ -100,85 +95,42 @@ class _BlockHook:
         recorder.record(self.index, entering, output[0] if isinstance(output, tuple) else output, context)
 
 
-class QSTLayer(nn.Module, BaseTunerLayer):
+class QSTLayer(StackLayer):
     """Wraps a decoder stack and returns its output mixed with a side network's.
 
-    The stack itself runs in eval mode and without gradients. Attributes it does not have are the stack's.
+    The stack itself runs in eval mode and without gradients.
     """
 
     adapter_layer_names = ("qst_net",)
-    other_param_names = ()
+    method = "QST"
 
     def __init__(self, base_layer: nn.Module, stack: DecoderStack):
-        super().__init__()
-        self.base_layer = base_layer
-        self.qst_net = nn.ModuleDict()
-        self.merged_adapters = []
-        self._disable_adapters = False
-        self._active_adapter = []
+        super().__init__(base_layer)
         self.num_layers = len(stack.blocks)
         self.tape = _Tape()
-        # Manifests by adapter name, of networks that have not run yet.
-        self.unchecked: dict[str, dict | None] = {}
-        self._parameters_of_base = list(inspect.signature(type(base_layer).forward).parameters)[1:]
         self.hook_handles = [
             block.register_forward_hook(_BlockHook(i, block, self.tape), with_kwargs=True)
             for i, block in enumerate(stack.blocks)
         ]
 
-    def update_layer(self, adapter_name: str, network: SideNetwork, inference_mode: bool) -> None:
-        """Add a side network under this name."""
-        self.qst_net[adapter_name] = network
-        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
-
-    def remove_hooks(self) -> None:
-        for handle in self.hook_handles:
-            handle.remove()
-        self.hook_handles = []
-
-    def active_network(self) -> SideNetwork | None:
-        """The side network in use, or None while adapters are disabled or there are none."""
-        if self.disable_adapters:
-            return None
-        names = [name for name in self.active_adapters if name in self.qst_net]
-        if len(names) > 1:
-            raise ValueError(f"QST runs one side network at a time, but {names} are active; call set_adapter(name)")
-        return self._checked(names[0]) if names else None
-
-    def _checked(self, name: str) -> SideNetwork:
-        """The network of this name; before it first runs, what transformers' own loader put into it is checked."""
-        if not torch.compiler.is_compiling() and self.unchecked.get(name) is not None:
-            manifest.check_in_memory(self.unchecked[name], self.qst_net[name])
-            self.unchecked[name] = None
-        return self.qst_net[name]
-
     def forward(self, *args, **kwargs):
-        if getattr(self, "_is_replica", False):
-            # Replicas share the blocks' hooks and run in threads: their taps would mix.
-            raise RuntimeError(
-                "QST does not run under nn.DataParallel; use one process a GPU (torchrun, accelerate launch)"
-            )
         request = kwargs.pop(LOSS_REQUEST, None)
         network = self.active_network()
         if network is None:
             output = self.base_layer(*args, **kwargs)
         else:
-            output = self._side_tuned(network, {**dict(zip(self._parameters_of_base, args, strict=False)), **kwargs})
+            output = self._side_tuned(network, self.base_arguments(args, kwargs))
         if request is not None:
             request.hidden = output[0]
         return output
 
     def _side_tuned(self, network: SideNetwork, kwargs: dict):
         config = self.base_layer.config
-        grad = torch.is_grad_enabled()
-        if kwargs.get("use_cache") is None:
-            # transformers builds a full cache in training unless told not to.
-            kwargs["use_cache"] = not grad and getattr(config, "use_cache", False)
         cache = kwargs.get("past_key_values")
         if kwargs["use_cache"] or cache is not None:
             cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers)
 
-        self.tape.recorder = recorder = _Recorder(network, grad)
+        self.tape.recorder = recorder = _Recorder(network, torch.is_grad_enabled())
         try:
             with torch.no_grad():
                 output = self.base_layer(**kwargs)
@@ -187,14 +139,7 @@ class QSTLayer(nn.Module, BaseTunerLayer):
 
         base = output[0].detach()
         side = network(recorder.embedding, recorder.taps, recorder.contexts, cache)
-        mixed = network.mix(base, side.to(base.device))
-        if isinstance(output, tuple):
-            return (mixed, *output[1:])
-        output.last_hidden_state = mixed
-        if getattr(output, "hidden_states", None) is not None:
-            # transformers' last entry is the stack's output, after the final norm.
-            output.hidden_states = (*output.hidden_states[:-1], mixed)
-        return output
+        return with_last_hidden_state(output, network.mix(base, side.to(base.device)))
 
     def train(self, mode: bool = True):
         """Training mode for the side networks; the base is always in eval mode."""
@@ -211,19 +156,3 @@ class QSTLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         raise SideNetworkMergeError()
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-    def __setattr__(self, name: str, value) -> None:
-        # Assigning a child of the stack (resize_token_embeddings does) must reach the stack.
-        base = self.__dict__.get("_modules", {}).get("base_layer")
-        if base is not None and name in base._modules:
-            setattr(base, name, value)
-        else:
-            super().__setattr__(name, value)

@@ -204,7 +204,7 @@ def test_two_active_adapters_are_refused():
     model = side_tuned("llama")
     model.add_adapter("second", config())
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="one side network at a time"):
+    with pytest.raises(ValueError, match="one network at a time"):
         logits(model)
 
 

@@ -1,0 +1,12 @@
+"""Dimension-independent structural pruning (Gao et al., NeurIPS 2024): widths of its own for every block."""
+
+from hf_qst.disp.config import DISPConfig
+from hf_qst.disp.layer import DISPLayer
+from hf_qst.disp.model import DISPModel
+from hf_qst.disp.pruned import PrunedBranch, prune_blocks
+from hf_qst.disp.report import PruningReport
+from hf_qst.registration import HfQstPeftType, register_method
+
+register_method(HfQstPeftType.DISP, DISPConfig, DISPModel)
+
+__all__ = ["DISPConfig", "DISPLayer", "DISPModel", "PrunedBranch", "PruningReport", "prune_blocks"]

@@ -1,0 +1,99 @@
+"""The configuration of DISP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_qst.disp.estimators import ESTIMATORS
+from hf_qst.disp.hardening import CONSTRAINTS
+from hf_qst.disp.hypernetwork import HYPERNETWORKS
+from hf_qst.disp.layout import SELECTIONS
+from hf_qst.method_config import BUDGET_SCOPES, MethodConfig, is_count, is_number
+from hf_qst.registration import HfQstPeftType
+
+HARDENINGS = ("budget", "threshold")
+
+
+@dataclass
+class DISPConfig(MethodConfig):
+    """Configuration of dimension-independent structural pruning (DISP).
+
+    A hypernetwork learns which channels every block's attention and MLP read from the residual and add to it, and which
+    of the MLP's own channels stay, while the model's weights are frozen. Gao et al., "DISP-LLM: Dimension-Independent
+    Structural Pruning for Large Language Models", NeurIPS 2024, arXiv 2410.11988. The defaults are the paper's, with
+    its estimator as derived rather than as printed, and a final choice that is deterministic and on the budget.
+
+    Args:
+        keep_ratio (`float`): the part of the parameters to keep, in (0, 1].
+        budget_scope (`str`): what it is a part of: `"targets"` (the blocks' matrices) or `"model"` (all parameters).
+        regularization (`float`):
+            Weight of |ln(T / budget)| beside the loss, where T counts the parameters that the sampled channels leave.
+        selections (`list[str]`): which of the five selections of a block are learned; the others keep everything.
+        constraint (`str`):
+            `"none"`; `"layer"`: the selections on the residual are one and the same within a layer; `"model"`: in all
+            layers, as when the residual itself is pruned.
+        estimator (`str`):
+            Gradients through the binary choice: `"reinmax"`, `"reinmax_as_printed"`, `"straight_through"` or
+            `"gumbel_sigmoid"`; see `hf_qst.disp.estimators`.
+        initial_bias (`float`): added to every logit; the start keeps a channel with probability sigmoid(initial_bias).
+        temperature (`float`): of `"reinmax"`, at least 1.
+        gumbel_temperature (`float`): of `"gumbel_sigmoid"`.
+        hypernetwork (`str`): `"gru"`, `"linear"` (no recurrence) or `"none"` (a parameter for each logit).
+        hypernetwork_input_size (`int`), hypernetwork_hidden_size (`int`): widths in the hypernetwork.
+        hardening (`str`):
+            The final choice: `"budget"` shifts all logits by one number so that the budget is met, `"threshold"` takes
+            them as they are.
+        width_multiple (`int`): every width is a multiple of it, or all channels.
+        min_width (`int`): no width falls below it.
+        seed (`int`): of the hypernetwork's start.
+        manifest (`dict`, *optional*): filled in on saving: names, shapes, dtypes and checksums of the tensors.
+    """
+
+    keep_ratio: float = field(default=0.5, metadata={"help": "The part of the parameters to keep."})
+    budget_scope: str = field(default="targets", metadata={"help": "'targets' or 'model'."})
+    regularization: float = field(default=6.0, metadata={"help": "Weight of the budget term."})
+    selections: list[str] = field(default_factory=lambda: list(SELECTIONS), metadata={"help": "Which are learned."})
+    constraint: str = field(default="none", metadata={"help": "Which selections on the residual are the same."})
+    estimator: str = field(default="reinmax", metadata={"help": f"One of {', '.join(ESTIMATORS)}."})
+    initial_bias: float = field(default=3.0, metadata={"help": "Added to every logit."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the estimator 'reinmax', at least 1."})
+    gumbel_temperature: float = field(default=0.4, metadata={"help": "Of the estimator 'gumbel_sigmoid'."})
+    hypernetwork: str = field(default="gru", metadata={"help": f"One of {', '.join(HYPERNETWORKS)}."})
+    hypernetwork_input_size: int = field(default=32, metadata={"help": "Width of the hypernetwork's input."})
+    hypernetwork_hidden_size: int = field(default=64, metadata={"help": "Width of its GRU in one direction."})
+    hardening: str = field(default="budget", metadata={"help": "'budget' or 'threshold'."})
+    width_multiple: int = field(default=1, metadata={"help": "Widths are multiples of it."})
+    min_width: int = field(default=1, metadata={"help": "Least width."})
+    seed: int = field(default=0, metadata={"help": "Seed of the hypernetwork's start."})
+    target_modules: Any = field(
+        default=None, init=False, repr=False, compare=False, metadata={"help": "Set to the decoder stack's path."}
+    )
+
+    not_saved: ClassVar[tuple[str, ...]] = ("target_modules",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = HfQstPeftType.DISP
+        self._require("keep_ratio", is_number(self.keep_ratio) and 0 < self.keep_ratio <= 1, "in (0, 1]")
+        for name, accepted in (
+            ("budget_scope", BUDGET_SCOPES),
+            ("constraint", CONSTRAINTS),
+            ("estimator", tuple(ESTIMATORS)),
+            ("hypernetwork", HYPERNETWORKS),
+            ("hardening", HARDENINGS),
+        ):
+            self._require_one_of(name, accepted)
+        weight = is_number(self.regularization) and self.regularization >= 0
+        self._require("regularization", weight, "a number of at least 0")
+        self._require("initial_bias", is_number(self.initial_bias), "a finite number")
+        self._require("temperature", is_number(self.temperature) and self.temperature >= 1, "a number of at least 1")
+        gumbel = is_number(self.gumbel_temperature) and self.gumbel_temperature > 0
+        self._require("gumbel_temperature", gumbel, "a number above 0")
+        for name in ("hypernetwork_input_size", "hypernetwork_hidden_size", "width_multiple", "min_width"):
+            self._require(name, is_count(getattr(self, name)), "an integer of at least 1")
+        self._require("seed", is_count(self.seed, 0), "an integer of at least 0")
+        chosen = self.selections
+        known = isinstance(chosen, (list, tuple, set)) and len(chosen) > 0 and set(chosen) <= set(SELECTIONS)
+        self._require("selections", known, f"a non-empty list out of {', '.join(SELECTIONS)}")
+        self.selections = [name for name in SELECTIONS if name in chosen]

@@ -1,0 +1,127 @@
+"""The PEFT tuner of DISP."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from hf_qst.budget import BudgetError
+from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
+from hf_qst.disp.hardening import SelectionMap, rounded_width
+from hf_qst.disp.layer import DISPLayer
+from hf_qst.disp.layout import PruningLayout
+from hf_qst.disp.pruned import find_prunable_stack, prune_blocks
+from hf_qst.disp.report import PruningReport, other_parameters
+from hf_qst.disp.selection import SelectionNetwork
+from hf_qst.packed_weights import forbid_packing, is_packed
+from hf_qst.reshaped_models import ReshapedModel, to_dense
+from hf_qst.stack_tuner import StackTuner
+
+
+class DISPModel(StackTuner):
+    """Learns which channels each block reads and writes, as `get_peft_model(model, DISPConfig(...))` does.
+
+    Train it with an ordinary Trainer and a `DISPCallback`; `merge_and_unload()` is the smaller model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the base, in any floating dtype or quantised; it stays frozen.
+        config ([`DISPConfig`])
+        adapter_name (`str`)
+    """
+
+    prefix = "disp_"
+    tuner_layer_cls = DISPLayer
+
+    def _check_new_adapter_config(self, config) -> None:
+        super()._check_new_adapter_config(config)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, DISPLayer):
+                raise ValueError(
+                    f"DISP prunes the base's own weights, but the model has {type(module).__name__} adapters on them. "
+                    "Merge or unload them first."
+                )
+
+    def _check_stack(self, peft_config, stack: DecoderStack) -> None:
+        find_prunable_stack(self.model)
+        if is_packed(stack.module):
+            raise ValueError(
+                "bitsandbytes has packed the base's 4-bit weights for a kernel without backward (it does at the first "
+                "forward in evaluation mode on this processor): load the base again and wrap it before it runs"
+            )
+        parameter_budget(self.model, stack, peft_config)
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        stack = find_decoder_stack(self.model)
+        budget = parameter_budget(self.model, stack, peft_config)
+        network = SelectionNetwork(peft_config, PruningLayout.of(stack), budget)
+        network.to(next(stack.module.parameters()).device)
+        if isinstance(target, DISPLayer):
+            layer = target
+        else:
+            forbid_packing(target)  # the gates' gradients go through the base
+            layer = DISPLayer(target, stack)
+            self._replace_module(parent, target_name, layer, target)
+        layer.update_layer(adapter_name, network, peft_config.inference_mode)
+        layer.train(self.model.training)
+        layer.unchecked[adapter_name] = peft_config.manifest
+
+    @property
+    def disp_layer(self) -> DISPLayer:
+        return next(module for module in self.model.modules() if isinstance(module, DISPLayer))
+
+    def _network(self) -> SelectionNetwork:
+        network = self.disp_layer.active_network()
+        if network is None:
+            raise ValueError("no DISP adapter is active: call set_adapter(name) or enable_adapters()")
+        return network
+
+    def disp_masks(self) -> list[dict[str, torch.Tensor]]:
+        """For each block its five hardened selections by name, bool [size] on the CPU; True stays."""
+        return self._network().masks()
+
+    def disp_report(self) -> PruningReport:
+        """Widths, parameters and ratios of the model as it would be exported now."""
+        return PruningReport.of(self.model, self._network())
+
+    def harden(self) -> PruningReport:
+        """Make the choice of channels for good, by the budget or threshold of the configuration.
+
+        Further training changes nothing. `merge_and_unload` does this by itself.
+        """
+        network = self._network()
+        report = self.disp_report()
+        network.harden()
+        return report
+
+    def to_dense(self) -> nn.Module:
+        """The pruned model's function in the base's own shapes, with zeros in the place of what was pruned."""
+        small = self.merge_and_unload()
+        return to_dense(small) if isinstance(small, ReshapedModel) else small
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        masks = self.disp_masks() if merge else None
+        model = super()._unload_and_optionally_merge(merge=False, **kwargs)
+        return model if masks is None else prune_blocks(model, masks)
+
+
+def parameter_budget(model: nn.Module, stack: DecoderStack, config) -> int:
+    """Weights of the blocks' matrices to keep.
+
+    Raises:
+        BudgetError: even the least widths are more than `keep_ratio`; the message names the smallest ratio.
+    """
+    layout = PruningLayout.of(stack)
+    plan = SelectionMap.of(layout, config.selections, config.constraint)
+    least = plan.parameters([rounded_width(0, n, config.width_multiple, config.min_width) for n in plan.sizes])
+    others = other_parameters(model, stack) if config.budget_scope == "model" else 0
+    budget = int(config.keep_ratio * (layout.total + others)) - others
+    if budget < least:
+        total = layout.total + others
+        raise BudgetError(
+            f"{type(config).__name__}.keep_ratio={config.keep_ratio} of the {config.budget_scope}'s {total} parameters "
+            f"cannot be met: {least + others} remain at the least widths, so keep_ratio must be at least "
+            f"{(least + others) / total:.4f}",
+            least + others,
+        )
+    return budget

@@ -1,0 +1,292 @@
+"""Pruned blocks: narrower matrices, the channels they read picked out, the channels they write put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_qst.decoder_stack import Architecture, DecoderStack, UnsupportedArchitectureError, find_decoder_stack
+from hf_qst.disp.layout import SELECTIONS, PruningLayout
+from hf_qst.mixed_rank.layer import dense_shape, dense_weight, float_dtype, is_linear
+from hf_qst.reshaped_models import ReshapedModelError, register_kind, reshape_model
+
+KIND = "pruned_branch"
+
+
+def empty_linear(like: nn.Module, inputs: int, outputs: int, device=None) -> nn.Module:
+    """A linear layer of this size, of the class and dtype of `like`, not initialised."""
+    device, bias = like.weight.device if device is None else device, like.bias is not None
+    with torch.device("meta"):  # the usual initialisation would draw random numbers
+        linear = Conv1D(outputs, inputs) if isinstance(like, Conv1D) else nn.Linear(inputs, outputs, bias=bias)
+    linear = linear.to(float_dtype(like))
+    return linear if torch.device(device).type == "meta" else linear.to_empty(device=device)
+
+
+def set_weights(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Give a linear layer the weight W [d_in, d_out] and the bias [d_out]."""
+    with torch.no_grad():
+        linear.weight.copy_(weight if isinstance(linear, Conv1D) else weight.T)
+        if bias is not None:
+            linear.bias.copy_(bias)
+
+
+READ, WRITE = "read", "write"
+"""Roles of a linear layer in a branch: it reads from the residual, or adds to it."""
+
+
+class PrunedBranch(nn.Module):
+    """A module that reads some channels of the residual, or adds to some of them, or both.
+
+    The module inside is the architecture's own with narrower linear layers. It is given the channels `input_index` of
+    the normalised hidden states, so that a norm's statistics stay those of the full width; its output goes to the
+    channels `output_index`, the others are zero. Gao et al., arXiv 2410.11988, figure 2.
+
+    Made by `from_description` in the place of an architecture's module.
+
+    Args:
+        module (`nn.Module`): takes hidden states [batch, seq, channels] first, and returns such, or a tuple with them.
+        description (`Mapping`): as `describe` gives it.
+        full (`Mapping[str, tuple[int, int]]`): [d_in, d_out] of the linear layers before they were narrowed.
+        device: of the index buffers, which are not initialised.
+    """
+
+    def __init__(self, module: nn.Module, description: Mapping, full: Mapping[str, tuple[int, int]], device=None):
+        super().__init__()
+        self.module = module
+        self.linear = {name: dict(entry) for name, entry in description["linear"].items()}
+        self.hidden_size = description["hidden_size"]
+        self.full = dict(full)
+        for name in ("input", "output"):
+            width = description[f"{name}_width"]
+            empty = None if width is None else torch.empty(width, dtype=torch.int32, device=device)
+            self.register_buffer(f"{name}_index", empty)
+
+    @classmethod
+    def from_description(cls, unchanged: nn.Module, description: Mapping) -> PrunedBranch:
+        """A branch of the described sizes, on the device and in the dtype of the module it replaces.
+
+        Its linear layers and indices are not initialised. What else is in the module is kept as it is.
+
+        Raises:
+            ReshapedModelError: a linear layer it names is not there, or is narrower.
+        """
+        device = next(unchanged.parameters()).device
+        known, full = dict(unchanged.named_modules()), {}
+        for name, entry in description["linear"].items():
+            if not is_linear(known.get(name)):
+                raise ReshapedModelError(f"a pruned branch names {name!r}, which is no linear layer of the model")
+            full[name] = dense_shape(known[name])
+            if any(width > size for width, size in zip(entry["shape"], full[name], strict=True)):
+                raise ReshapedModelError(
+                    f"a pruned branch describes {name!r} as {entry['shape']}, the model's is {list(full[name])}"
+                )
+        for name, entry in description["linear"].items():
+            unchanged = exchanged(unchanged, name, empty_linear(known[name], *entry["shape"]))
+        return cls(unchanged, description, full, device)
+
+    def describe(self) -> dict:
+        """What the branch is, as JSON-ready data; `from_description` makes an empty one of it."""
+        return {
+            "kind": KIND,
+            "linear": self.linear,
+            "input_width": None if self.input_index is None else len(self.input_index),
+            "output_width": None if self.output_index is None else len(self.output_index),
+            "hidden_size": self.hidden_size,
+        }
+
+    def forward(self, *args, **kwargs):
+        """As the module's own, on hidden states [batch, seq, hidden]."""
+        if self.input_index is not None:
+            args, kwargs = with_first_argument(args, kwargs, lambda x: x.index_select(-1, self.input_index))
+        output = self.module(*args, **kwargs)
+        if self.output_index is None:
+            return output
+        return (self._put_back(output[0]), *output[1:]) if isinstance(output, tuple) else self._put_back(output)
+
+    def _put_back(self, narrow: torch.Tensor) -> torch.Tensor:
+        # The indices are unique: nothing is added twice, and the result does not depend on the order.
+        wide = narrow.new_zeros(*narrow.shape[:-1], self.hidden_size)
+        return wide.index_add_(-1, self.output_index, narrow)
+
+    def to_dense(self) -> nn.Module:
+        """The module in the architecture's shapes: what was cut out is zero. Middle channels that stayed come first."""
+        module = self.module
+        for name, entry in self.linear.items():
+            narrow = self.module.get_submodule(name)
+            inputs, outputs = (_places(self.input_index if entry["role"] == READ else None, narrow, 0),
+                               _places(self.output_index if entry["role"] == WRITE else None, narrow, 1))  # fmt: skip
+            dense = empty_linear(narrow, *self.full[name])
+            weight = dense_weight(narrow).new_zeros(self.full[name])
+            weight[inputs[:, None], outputs] = dense_weight(narrow)
+            bias = None if narrow.bias is None else narrow.bias.new_zeros(self.full[name][1])
+            if bias is not None:
+                bias[outputs] = narrow.bias.detach()
+            set_weights(dense, weight, bias)
+            module = exchanged(module, name, dense)
+        return module
+
+
+def _places(index: torch.Tensor | None, narrow: nn.Module, side: int) -> torch.Tensor:
+    """Where the input (side 0) or output (1) channels of a narrow layer lie in the full one."""
+    if index is not None:
+        return index.long()
+    return torch.arange(dense_shape(narrow)[side], device=narrow.weight.device)
+
+
+def exchanged(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """`module` with the submodule `name` replaced; with the empty name that is `new` itself."""
+    if name == "":
+        return new
+    module.set_submodule(name, new)
+    return module
+
+
+def with_first_argument(args: tuple, kwargs: dict, change: Callable) -> tuple[tuple, dict]:
+    """The arguments of a call with the first, or the one named `hidden_states`, replaced by `change` of it."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One module of a block that will become a `PrunedBranch`: its path in the block, its masks, its linear layers."""
+
+    path: str
+    read: torch.Tensor | None
+    written: torch.Tensor | None
+    linear: dict[str, tuple[str, torch.Tensor | None, torch.Tensor | None]]  # role, masks of inputs and outputs
+
+
+def _branches(architecture: Architecture, masks: Mapping[str, torch.Tensor]) -> list[_Branch]:
+    names, every = architecture.projections, None
+    parts = dict.fromkeys(names.attention_in, (READ, masks["attention_in"], every))
+    parts[names.attention_out] = (WRITE, every, masks["attention_out"])
+    parts |= dict.fromkeys(names.mlp_in, (READ, masks["mlp_in"], masks["mlp_middle"]))
+    parts[names.mlp_out] = (WRITE, masks["mlp_middle"], masks["mlp_out"])
+    branches = []
+    for host in (architecture.attention, *architecture.mlp):
+        linear = {n[len(host) :].lstrip("."): p for n, p in parts.items() if n == host or n.startswith(f"{host}.")}
+        read = next((inputs for role, inputs, _ in linear.values() if role == READ), None)
+        written = next((outputs for role, _, outputs in linear.values() if role == WRITE), None)
+        branches.append(_Branch(host, read, written, linear))
+    return branches
+
+
+def _index(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Channels that stay, ascending, int32; None when all do."""
+    return None if mask is None or mask.all() else mask.nonzero().flatten().int()
+
+
+def _width(mask: torch.Tensor | None, size: int) -> int:
+    return size if mask is None else int(mask.sum())
+
+
+def _pruned(module: nn.Module, branch: _Branch, hidden_size: int) -> nn.Module:
+    """`module` with only the channels of the branch's masks; the same module if they keep everything."""
+    if all(_index(mask) is None for _, *both in branch.linear.values() for mask in both):
+        return module
+    known = dict(module.named_modules())
+    shapes = {name: dense_shape(known[name]) for name in branch.linear}
+    read, written = _index(branch.read), _index(branch.written)
+    description = {
+        "linear": {
+            name: {"role": role, "shape": [_width(i, shapes[name][0]), _width(o, shapes[name][1])]}
+            for name, (role, i, o) in branch.linear.items()
+        },
+        "input_width": None if read is None else len(read),
+        "output_width": None if written is None else len(written),
+        "hidden_size": hidden_size,
+    }
+    pruned = PrunedBranch.from_description(module, description)
+    for name, (_, inputs, outputs) in branch.linear.items():
+        dense = known[name]
+        weight, bias = dense_weight(dense), dense.bias
+        if inputs is not None:
+            weight = weight[inputs.to(weight.device)]
+        if outputs is not None:
+            weight = weight[:, outputs.to(weight.device)]
+            bias = None if bias is None else bias[outputs.to(bias.device)]
+        narrow = pruned.module.get_submodule(name)
+        set_weights(narrow, weight, bias)
+        narrow.requires_grad_(dense.weight.requires_grad)
+    for index, buffer in ((read, pruned.input_index), (written, pruned.output_index)):
+        if index is not None:
+            buffer.copy_(index)
+    return pruned.train(module.training)
+
+
+def prune_blocks(model: PreTrainedModel, masks: Sequence[Mapping[str, torch.Tensor]]) -> PreTrainedModel:
+    """Cut a model down to the selected channels, in place.
+
+    A quantised model comes out in the type it computes in, to be quantised again when it is loaded.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): of one of the supported decoder architectures, pre-norm.
+        masks (`Sequence[Mapping[str, torch.Tensor]]`):
+            For each block the five selections by name, bool [size]; True stays.
+
+    Returns:
+        The same model, which saves and loads with its new shapes; the model as it was if everything stays.
+
+    Raises:
+        ValueError, UnsupportedArchitectureError: the masks do not fit the model; it is unchanged.
+    """
+    stack = find_prunable_stack(model)
+    _check_masks(stack, masks)
+    for block, chosen in zip(stack.blocks, masks, strict=True):
+        for branch in _branches(stack.architecture, chosen):
+            module = block.get_submodule(branch.path)
+            block.set_submodule(branch.path, _pruned(module, branch, stack.spec.hidden_size))
+    if not any(isinstance(module, PrunedBranch) for module in model.modules()):
+        return model
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return reshape_model(model)
+
+
+def find_prunable_stack(model: nn.Module) -> DecoderStack:
+    """The model's decoder stack, if its blocks can be pruned.
+
+    Raises:
+        UnsupportedArchitectureError: no decoder this package knows, or a post-norm one.
+        ValueError: its blocks were pruned or compressed before.
+    """
+    stack = find_decoder_stack(model)
+    if not stack.spec.pre_norm:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} with this config is a post-norm decoder: a norm after the addition mixes pruned and "
+            "kept channels. Pruning supports pre-norm decoders."
+        )
+    names = stack.architecture.projections
+    for i, block in enumerate(stack.blocks):
+        for name in (*names.attention_in, names.attention_out, *names.mlp_in, names.mlp_out):
+            known = dict(block.named_modules())
+            if not is_linear(known.get(name)):
+                raise ValueError(
+                    f"block {i} of {type(model).__name__} has no plain linear layer {name!r}: it was pruned, compressed "
+                    "or wrapped before"
+                )
+    return stack
+
+
+def _check_masks(stack: DecoderStack, masks: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    if len(masks) != len(stack.blocks):
+        raise ValueError(f"masks must be given for each of the {len(stack.blocks)} blocks, got {len(masks)}")
+    layout = PruningLayout.of(stack)
+    for i, chosen in enumerate(masks):
+        for name in SELECTIONS:
+            mask = chosen.get(name)
+            if mask is None or mask.dtype != torch.bool or mask.shape != (layout.size(name),):
+                found = None if mask is None else (mask.dtype, list(mask.shape))
+                raise ValueError(f"masks[{i}][{name!r}] must be bool [{layout.size(name)}], got {found}")
+            if not mask.any():
+                raise ValueError(f"masks[{i}][{name!r}] must keep at least one channel, it keeps none")
+
+
+register_kind(KIND, PrunedBranch.from_description)

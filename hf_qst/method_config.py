@@ -1,0 +1,80 @@
+"""What the configurations of all methods share: checks that name the field, what is not saved, how they are saved."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from hf_qst import manifest
+
+BUDGET_SCOPES = ("targets", "model")
+"""What a `keep_ratio` is a part of: the weights a method may change, or all parameters of the model."""
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass
+class MethodConfig(PeftConfig):
+    """A configuration that is saved with the manifest of the weights beside it.
+
+    Args:
+        manifest (`dict`, *optional*): filled in on saving: names, shapes, dtypes and checksums of the tensors.
+    """
+
+    manifest: dict | None = field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={"help": "What the saved weights must be; written by save_pretrained, checked when they are loaded."},
+    )
+
+    not_saved: ClassVar[tuple[str, ...]] = ()
+    """Fields with data or models, of use while the adapter is made."""
+
+    def _require(self, name: str, holds: bool, accepted: str) -> None:
+        if not holds:
+            raise ValueError(f"{type(self).__name__}.{name} must be {accepted}, got {getattr(self, name)!r}")
+
+    def _require_one_of(self, name: str, accepted: tuple[str, ...]) -> None:
+        self._require(name, getattr(self, name) in accepted, f"one of {', '.join(accepted)}")
+
+    def to_dict(self) -> dict:
+        """The configuration as JSON-ready data, without what is not saved."""
+        # asdict() deep-copies every field, so batches and models are set aside first.
+        kept = {name: getattr(self, name) for name in self.not_saved}
+        for name in kept:
+            setattr(self, name, None)
+        try:
+            values = super().to_dict()
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+        return {name: value for name, value in values.items() if name not in self.not_saved}
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save the configuration with the manifest of the weights, and complete the model card.
+
+        PEFT calls this after it wrote the weights, transformers before; see `hf_qst.manifest`.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        loaded = self.manifest
+        self.manifest = manifest.for_directory(self, save_directory) or loaded
+        try:
+            with tempfile.TemporaryDirectory(dir=save_directory, prefix=".tmp_") as whole:
+                super().save_pretrained(whole, **kwargs)
+                os.replace(os.path.join(whole, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        finally:
+            self.manifest = loaded
+        manifest.complete_model_card(save_directory)

@@ -1,0 +1,217 @@
+"""What methods share that wrap a model's whole decoder stack: the PEFT layer in its place, and the tuner around it.
+
+State lives on the layer and not on the tuner, because `generate`, TRL's fused head and transformers' own `add_adapter`
+never call the tuner's forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from hf_qst import manifest
+from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
+
+
+class StackLayer(nn.Module, BaseTunerLayer):
+    """Stands in the place of a decoder stack and holds a network for each adapter, one of which is in use at a time.
+
+    Subclasses name the `ModuleDict` of networks as the only entry of `adapter_layer_names`. Attributes the layer does
+    not have are the stack's.
+    """
+
+    other_param_names = ()
+    method: str
+    """What error messages call the method."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = []
+        # Manifests by adapter name, of networks that have not run yet.
+        self.unchecked: dict[str, dict | None] = {}
+        self.hook_handles: list = []
+        self._parameters_of_base = list(inspect.signature(type(base_layer).forward).parameters)[1:]
+
+    @property
+    def networks(self) -> nn.ModuleDict:
+        return getattr(self, self.adapter_layer_names[0])
+
+    def update_layer(self, adapter_name: str, network: nn.Module, inference_mode: bool) -> None:
+        """Add a network under this name."""
+        self.networks[adapter_name] = network
+        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
+
+    def remove_hooks(self) -> None:
+        for handle in self.hook_handles:
+            handle.remove()
+        self.hook_handles = []
+
+    def active_network(self) -> nn.Module | None:
+        """The network in use, or None while adapters are disabled or there are none."""
+        if getattr(self, "_is_replica", False):
+            # Replicas share the hooks and run in threads.
+            raise RuntimeError(
+                f"{self.method} does not run under nn.DataParallel; use one process a GPU (torchrun, accelerate launch)"
+            )
+        if self.disable_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in self.networks]
+        if len(names) > 1:
+            raise ValueError(
+                f"{self.method} runs one network at a time, but {names} are active; call set_adapter(name)"
+            )
+        return self._checked(names[0]) if names else None
+
+    def _checked(self, name: str) -> nn.Module:
+        """The network of this name; before it first runs, what transformers' own loader put into it is checked."""
+        if not torch.compiler.is_compiling() and self.unchecked.get(name) is not None:
+            manifest.check_in_memory(self.unchecked[name], self.networks[name])
+            self.unchecked[name] = None
+        return self.networks[name]
+
+    def base_arguments(self, args: tuple, kwargs: dict) -> dict:
+        """All arguments of the stack by name; without a cache in training, where transformers makes one unless told."""
+        kwargs = {**dict(zip(self._parameters_of_base, args, strict=False)), **kwargs}
+        if kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = not torch.is_grad_enabled() and getattr(self.base_layer.config, "use_cache", False)
+        return kwargs
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(f"{self.method} cannot be merged in place")
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(f"{self.method} cannot be unmerged")
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        # Assigning a child of the stack (resize_token_embeddings does) must reach the stack.
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        if base is not None and name in base._modules:
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def with_last_hidden_state(output, hidden: torch.Tensor):
+    """The stack's `output` (a model output or a tuple) with another last hidden state [batch, seq, hidden]."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    if getattr(output, "hidden_states", None) is not None:
+        # transformers' last entry is the stack's output, after the final norm.
+        output.hidden_states = (*output.hidden_states[:-1], hidden)
+    return output
+
+
+class StackTuner(BaseTuner):
+    """A PEFT tuner whose only layer is a `StackLayer`, with a manifest of what it saves.
+
+    Subclasses set `prefix`, `tuner_layer_cls` and make the layer in `_create_and_replace`.
+    """
+
+    tuner_layer_cls = StackLayer
+    target_module_mapping = {}
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        stack = find_decoder_stack(self.model)
+        self._check_stack(peft_config, stack)
+        if peft_config.manifest is not None:
+            manifest.check_base(peft_config.manifest, base_signature(stack))
+        peft_config.target_modules = {stack.path}
+        return peft_config
+
+    def _check_stack(self, peft_config, stack: DecoderStack) -> None:
+        """Raise if this configuration cannot be applied to this model; nothing has been changed yet."""
+
+    @staticmethod
+    def _check_target_module_exists(peft_config, key: str) -> bool:
+        return key in peft_config.target_modules
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            method = self.tuner_layer_cls.method
+            raise NotImplementedError(
+                f"{method} runs one network for a whole batch and cannot mix adapter_names in it; "
+                "call set_adapter(name)"
+            )
+        yield
+
+    def _unload_and_optionally_merge(self, merge=True, **kwargs):
+        if merge:
+            self._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, StackLayer):
+                module.remove_hooks()
+        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        container = cls.tuner_layer_cls.adapter_layer_names[0]
+        return key.replace(f"{container}.{adapter_name}.", f"{container}.", 1)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        names = {key: cls._remove_adapter_name_from_key(key, adapter_name) for key in tensors}
+        base = base_signature(find_decoder_stack(with_head(model)))
+        saved = {names[key]: value for key, value in tensors.items()}
+        manifest.remember(config, {**saved, **_trained_modules(model, adapter_name, state_dict)}, base)
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        if config.manifest is not None:
+            manifest.check(config.manifest, _as_saved(state_dict, config, adapter_name))
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def with_head(model: nn.Module) -> nn.Module:
+    """The transformers model itself, whether or not PEFT wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _trained_modules(model: nn.Module, adapter_name: str, state_dict: dict) -> dict[str, torch.Tensor]:
+    """Tensors of `modules_to_save`, as PEFT is about to add them to the network's."""
+    tensors = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            own = {k.removeprefix(f"{path}."): v for k, v in state_dict.items() if k.startswith(f"{path}.")}
+            saved = module.adapter_state_dict(adapter_name, own)
+            tensors.update({f"{path}.{key}": value for key, value in saved.items()})
+    return tensors
+
+
+def _as_saved(state_dict: dict[str, torch.Tensor], config: PeftConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+    """Keys as they stand in the file: PEFT has already renamed those of fully trained modules."""
+    return {key.replace(f".modules_to_save.{adapter_name}.", ".", 1): value for key, value in state_dict.items()}
+
+
+def base_signature(stack: DecoderStack) -> dict:
+    """What a network depends on in its base."""
+    return {
+        "model_type": stack.model_type,
+        "hidden_size": stack.spec.hidden_size,
+        "num_hidden_layers": len(stack.blocks),
+        "output_size": stack.output_size,
+    }

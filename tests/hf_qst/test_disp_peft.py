@@ -1,0 +1,254 @@
+"""DISP as a PEFT method: configuration, saving, loading, several adapters, what is refused."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM, T5Config
+
+from hf_qst import (
+    BudgetError,
+    CheckpointError,
+    DISPConfig,
+    MixedRankConfig,
+    UnsupportedArchitectureError,
+    prune_blocks,
+)
+from hf_qst.disp.layout import SELECTIONS
+from tests.architectures import CONFIGS, tiny, token_batch
+from tests.pruned_models import network, random_masks, with_disp
+
+IDS = token_batch()
+WEIGHTS = "adapter_model.safetensors"
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+# --- configuration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("keep_ratio", 0.0, r"in \(0, 1\]"),
+        ("keep_ratio", 1.5, r"in \(0, 1\]"),
+        ("keep_ratio", "half", r"in \(0, 1\]"),
+        ("keep_ratio", float("nan"), r"in \(0, 1\]"),
+        ("budget_scope", "layer", "one of targets, model"),
+        ("regularization", -1.0, "a number of at least 0"),
+        ("estimator", "ste", "one of reinmax"),
+        ("hypernetwork", "lstm", "one of gru, linear, none"),
+        ("hardening", "sample", "one of budget, threshold"),
+        ("constraint", "same", "one of none, layer, model"),
+        ("temperature", 0.5, "at least 1"),
+        ("gumbel_temperature", 0, "above 0"),
+        ("width_multiple", 0, "at least 1"),
+        ("min_width", 1.5, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("selections", [], "non-empty list out of attention_in"),
+        ("selections", ["mlp_mid"], "non-empty list out of attention_in"),
+    ],
+)
+def test_config_names_the_field_the_value_and_what_is_accepted(field, value, accepted):
+    with pytest.raises(ValueError, match=rf"DISPConfig\.{field} must be .*{accepted}.*, got"):
+        DISPConfig(**{field: value})
+
+
+def test_config_round_trips(tmp_path):
+    config = DISPConfig(
+        keep_ratio=0.7, selections=["mlp_middle", "attention_in"], width_multiple=16, task_type="CAUSAL_LM"
+    )
+    assert config.selections == ["attention_in", "mlp_middle"]
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is DISPConfig and loaded.to_dict() == config.to_dict()
+
+
+# --- saving and loading ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_adapter_gives_the_same_choice(name, tmp_path):
+    model = with_disp(name, awake=True)
+    model.save_pretrained(tmp_path)
+    assert all("disp_net" in key for key in load_file(tmp_path / WEIGHTS))
+    loaded = PeftModel.from_pretrained(tiny(name), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    for left, right in zip(loaded.base_model.disp_masks(), model.base_model.disp_masks(), strict=True):
+        assert all(torch.equal(left[key], right[key]) for key in SELECTIONS)
+
+
+def test_hardened_choice_is_saved(tmp_path):
+    model = with_disp(awake=True)
+    model.base_model.harden()
+    expected = logits(model)
+    with torch.no_grad():
+        for parameter in network(model).hypernetwork.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    assert network(loaded).is_hardened and torch.equal(logits(loaded), expected)
+
+
+def test_card_says_how_to_load(tmp_path):
+    with_disp().save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "import hf_qst" in text and "merge_and_unload" in text
+
+
+@pytest.mark.parametrize("damage", ["flip", "nan", "missing", "extra"])
+def test_damaged_files_are_told(tmp_path, damage):
+    with_disp().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    name = next(key for key in tensors if key.endswith("norm.weight"))
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "extra":
+        tensors[name + "2"] = tensors[name].clone()
+    else:
+        tensors[name][0] = torch.nan if damage == "nan" else tensors[name][0] + 1e-3
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"norm\.weight"):
+        PeftModel.from_pretrained(tiny("llama"), tmp_path)
+
+
+def test_adapter_of_another_base_is_refused(tmp_path):
+    with_disp().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="num_hidden_layers 3, the given model has 2"):
+        PeftModel.from_pretrained(tiny("llama", num_hidden_layers=2), tmp_path)
+
+
+def test_unknown_fields_of_a_saved_config_are_passed_over_with_a_warning(tmp_path):
+    with_disp().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_version": 1}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    assert any("of_a_later_version" in str(w.message) for w in caught)
+
+
+# --- as an adapter -----------------------------------------------------------------------------------------------------
+
+
+def test_switched_off_it_is_the_base():
+    base = logits(tiny("llama"))
+    model = with_disp(awake=True)
+    assert not torch.equal(logits(model), base)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model.unload()), base)
+
+
+def test_two_adapters_take_turns():
+    model = with_disp(awake=True, keep_ratio=0.4)
+    first = logits(model)
+    model.add_adapter("second", DISPConfig(keep_ratio=0.8, seed=4, task_type="CAUSAL_LM"))
+    model.set_adapter("second")
+    second = logits(model)
+    assert network(model).budget > 1.9 * model.base_model.disp_layer.networks["default"].budget
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first) and not torch.equal(second, first)
+
+
+def test_transformers_own_adapter_methods(tmp_path):
+    model = with_disp(awake=True)
+    model.save_pretrained(tmp_path)
+    native = tiny("llama")
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(logits(native), logits(model))
+    native.disable_adapters()
+    assert torch.equal(logits(native), logits(tiny("llama")))
+
+
+def test_generation_uses_the_hardened_choice():
+    model = with_disp(awake=True).train()
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    tokens = model.eval().generate(input_ids=IDS, **settings)
+    assert torch.equal(model.merge_and_unload().generate(IDS, **settings), tokens)
+
+
+def test_report_counts_the_model_that_is_exported():
+    model = with_disp(awake=True, keep_ratio=0.6)
+    report = model.base_model.disp_report()
+    small = model.merge_and_unload()
+    assert 0.598 <= report.ratio <= 0.6
+    # Llama has no biases, so nothing else is cut.
+    assert sum(p.numel() for p in small.parameters()) == report.parameters + report.other_parameters
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_budget_of_the_whole_model(name):
+    whole = sum(p.numel() for p in tiny(name).parameters())
+    model = with_disp(name, keep_ratio=0.5, budget_scope="model")
+    report = model.base_model.disp_report()
+    assert 0.495 * whole <= report.parameters + report.other_parameters <= 0.5 * whole
+
+
+def test_multiples_and_least_widths_reach_the_export():
+    model = with_disp(awake=True, width_multiple=16, min_width=32)
+    widths = model.base_model.disp_report().widths
+    assert all(width % 16 == 0 and width >= 32 for row in widths for width in row)
+
+
+def test_threshold_hardening_takes_the_logits_as_they_are():
+    report = with_disp(awake=True, hardening="threshold").base_model.disp_report()
+    assert report.ratio == report.threshold_ratio and abs(report.ratio - 0.5) > 0.05
+
+
+def test_to_dense_has_the_bases_shapes():
+    model = with_disp(awake=True)
+    expected = logits(model)
+    dense = model.base_model.to_dense()
+    assert {n: p.shape for n, p in dense.named_parameters()} == {
+        n: p.shape for n, p in tiny("llama").named_parameters()
+    }
+    torch.testing.assert_close(logits(dense), expected, atol=1e-5, rtol=1e-5)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_unreachable_budgets_name_the_smallest_ratio():
+    model = tiny("llama")
+    with pytest.raises(BudgetError, match=r"keep_ratio must be at least 0\.3"):
+        get_peft_model(model, DISPConfig(keep_ratio=0.1, selections=["mlp_middle"]))
+    with pytest.raises(BudgetError, match=r"of the model's .* parameters cannot be met"):
+        get_peft_model(model, DISPConfig(keep_ratio=0.05, budget_scope="model"))
+    assert torch.equal(logits(model), logits(tiny("llama")))
+
+
+def test_architectures_that_cannot_be_pruned():
+    small = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 96}
+    t5 = AutoModelForSeq2SeqLM.from_config(T5Config(**small))
+    with pytest.raises(UnsupportedArchitectureError, match="encoder-decoder"):
+        get_peft_model(t5, DISPConfig())
+    with pytest.raises(UnsupportedArchitectureError, match="post-norm"):
+        with_disp(model=tiny("opt", do_layer_norm_before=False))
+
+
+def test_bases_with_adapters_or_changed_shapes_are_refused():
+    lora = get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="adapters on them"):
+        get_peft_model(lora.get_base_model(), DISPConfig())
+    model = tiny("llama")
+    small = prune_blocks(model, random_masks(model))
+    with pytest.raises(ValueError, match="pruned, compressed or wrapped before"):
+        with_disp(model=small)
+    config = MixedRankConfig(keep_ratio=0.5, metric="plain", compensation="none", progress=False)
+    low_rank = get_peft_model(tiny("llama"), config).merge_and_unload()
+    with pytest.raises(ValueError, match="pruned, compressed or wrapped before"):
+        with_disp(model=low_rank)
+
+
+def test_merging_in_place_is_refused():
+    model = with_disp()
+    with pytest.raises(NotImplementedError, match="DISP cannot be merged in place"):
+        model.merge_adapter()
