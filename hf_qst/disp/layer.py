@@ -141,6 +141,8 @@ class DISPLayer(StackLayer):
         """Training mode for the hypernetwork; the base stays in evaluation mode, without dropout."""
         super().train(mode)
         self.base_layer.eval()
+        for network in self.networks.values():
+            network.float()  # SFTTrainer casts what trains on a quantised base to bfloat16, which loses small steps
         for block in self._blocks:
             if mode and getattr(block, "gradient_checkpointing", False):
                 _require_no_dropout(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,15 @@ def set_weights(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | No
         linear.weight.copy_(weight if isinstance(linear, Conv1D) else weight.T)
         if bias is not None:
             linear.bias.copy_(bias)
+
+
+def _for_rows(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The index [width] as 64-bit integers for every row of `hidden` [..., channels].
+
+    `gather` and `scatter_` with it take a third of the time of `index_select` and `index_add_` on a CPU, and a tenth of
+    the latter with 32-bit integers.
+    """
+    return index.long().expand(*hidden.shape[:-1], -1)
 
 
 READ, WRITE = "read", "write"
@@ -102,20 +112,23 @@ class PrunedBranch(nn.Module):
     def forward(self, *args, **kwargs):
         """As the module's own, on hidden states [batch, seq, hidden]."""
         if self.input_index is not None:
-            args, kwargs = with_first_argument(args, kwargs, lambda x: x.index_select(-1, self.input_index))
+            args, kwargs = with_first_argument(args, kwargs, self._pick_out)
         output = self.module(*args, **kwargs)
         if self.output_index is None:
             return output
         return (self._put_back(output[0]), *output[1:]) if isinstance(output, tuple) else self._put_back(output)
 
+    def _pick_out(self, wide: torch.Tensor) -> torch.Tensor:
+        return wide.gather(-1, _for_rows(self.input_index, wide))
+
     def _put_back(self, narrow: torch.Tensor) -> torch.Tensor:
-        # The indices are unique: nothing is added twice, and the result does not depend on the order.
+        # The indices are unique: nothing is written twice, and the result does not depend on the order.
         wide = narrow.new_zeros(*narrow.shape[:-1], self.hidden_size)
-        return wide.index_add_(-1, self.output_index, narrow)
+        return wide.scatter_(-1, _for_rows(self.output_index, narrow), narrow)
 
     def to_dense(self) -> nn.Module:
         """The module in the architecture's shapes: what was cut out is zero. Middle channels that stayed come first."""
-        module = self.module
+        module = copy.deepcopy(self.module)
         for name, entry in self.linear.items():
             narrow = self.module.get_submodule(name)
             inputs, outputs = (_places(self.input_index if entry["role"] == READ else None, narrow, 0),
