@@ -29,7 +29,7 @@ from hf_qst_plugins.adaptive_temperature import (
     fit_difficulty_probe,
     observe,
 )
-from hf_qst_plugins.adaptive_temperature.distribution import certainty, entropy, top_two_gap
+from hf_qst_plugins.adaptive_temperature.distribution import certainty, entropy
 from hf_qst_plugins.adaptive_temperature.learned import area_under_curve
 from tests.plugins.code_tokenizers import standard_library, tokenizer
 
@@ -59,9 +59,41 @@ def test_certainty_is_that_of_the_softmax(dtype, count, ruled_out):
     if ruled_out:
         scores[:, ::2] = -torch.inf
     found = certainty(scores)
-    law = torch.distributions.Categorical(logits=scores.double().clamp(min=-1e4))
+    law = law_of(scores)
     torch.testing.assert_close(found.entropy.double(), law.entropy(), atol=5e-5, rtol=1e-5)
     torch.testing.assert_close(found.top_probability.double(), law.probs.amax(-1), atol=1e-6, rtol=1e-5)
+
+
+def law_of(scores):
+    return torch.distributions.Categorical(logits=scores.double().clamp(min=-1e4))
+
+
+@pytest.mark.parametrize("peak", [0.0, 20.0, 60.0, 85.0, 95.0, 3000.0])
+def test_entropy_finds_a_peak_wherever_it_stands(peak, monkeypatch):
+    """The first scores alone are looked at for a reference; the largest may stand elsewhere, far above them."""
+    torch.manual_seed(0)
+    scores = torch.randn(6, 5000) * 3
+    scores[::2, -3] += peak
+    scores[4, :3000] = -torch.inf
+    expected = law_of(scores).entropy()
+    torch.testing.assert_close(entropy(scores).double(), expected, atol=5e-5, rtol=1e-5)
+    some = torch.tensor([4, 1, 5])
+    torch.testing.assert_close(entropy(scores, some).double(), expected[some], atol=5e-5, rtol=1e-5)
+    monkeypatch.setattr("hf_qst_plugins.adaptive_temperature.distribution.IN_CACHE", 10_000)  # two rows at a time
+    torch.testing.assert_close(entropy(scores).double(), expected, atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(certainty(scores).entropy.double(), expected, atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy(scores, some).double(), expected[some], atol=5e-5, rtol=1e-5)
+    monkeypatch.setattr("hf_qst_plugins.adaptive_temperature.distribution.runs_on_host", lambda tensor: False)
+    torch.testing.assert_close(entropy(scores).double(), expected, atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy(scores, some).double(), expected[some], atol=5e-5, rtol=1e-5)
+
+
+def test_a_row_that_is_not_a_number_leaves_the_others_alone():
+    scores = torch.randn(3, 3000)
+    scores[1, 7] = torch.nan
+    found = entropy(scores)
+    assert found.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(found[::2].double(), law_of(scores[::2]).entropy(), atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("vocabulary", [3, 7, 512, 513, 769, 2048, 5000])
@@ -70,10 +102,10 @@ def test_top_two_gap(vocabulary):
         scores = torch.rand(3, vocabulary)
         scores[:, places[0]] = 5.0
         scores[:, places[1]] = 3.5
-        assert top_two_gap(scores).tolist() == pytest.approx([1.5] * 3)
+        assert certainty(scores).top_two_gap.tolist() == pytest.approx([1.5] * 3)
     scores = torch.full((1, vocabulary), -torch.inf)
     scores[0, 0] = 1
-    assert top_two_gap(scores).tolist() == [200.0]
+    assert certainty(scores).top_two_gap.tolist() == [200.0]
 
 
 # --- entropy ------------------------------------------------------------------------------------------------------------
@@ -127,6 +159,16 @@ def test_gate_leaves_certain_rows_cold():
     assert gate(rows(INDENTED, INDENTED), certain_and_not()).tolist() == pytest.approx([0.5, 0.8])
     assert gate(rows(INDENTED, INSIDE), certain_and_not()).tolist() == pytest.approx([0.5, 0.5])
     assert gate(rows(INSIDE, INSIDE), certain_and_not()) == 0.5
+
+
+@pytest.mark.parametrize("hot", [1, 5, 7, 8])
+def test_gate_reads_the_scores_of_hot_rows_alone_while_they_are_few(hot):
+    """And gives the same however many there are."""
+    gate = EntropyGate(BlockStart(TABLE, 0.8, 0.5), 0.05)
+    ids, scores = rows(*[INDENTED] * hot, *[INSIDE] * (8 - hot)), certain_and_not().repeat(4, 1)
+    if hot <= 5:
+        scores[hot:] = torch.nan  # whatever reads them passes it on
+    assert gate(ids, scores).tolist() == pytest.approx([0.5, 0.8] * (hot // 2) + [0.5] * (8 - hot // 2 * 2))
 
 
 def test_gate_is_the_same_on_the_path_of_accelerators(monkeypatch):
@@ -212,11 +254,32 @@ def test_learned_temperature_is_within_its_range_and_rises_with_difficulty(probe
     scores = torch.randn(1, 300) * torch.linspace(0.5, 20, 40)[:, None]
     found = policy(rows(*[INDENTED] * 40), scores)
     assert (found >= 0.3).all() and (found <= 0.9).all() and found.max() - found.min() > 0.2
-    features = torch.stack([entropy(scores), 1 - certainty(scores).top_probability, top_two_gap(scores)], -1)
+    features = torch.stack([entropy(scores), 1 - certainty(scores).top_probability, certainty(scores).top_two_gap], -1)
     difficulty = probe.difficulty(features, torch.full((40,), int(Position.BLOCK_START)))
     torch.testing.assert_close(found, 0.3 + 0.6 * difficulty**2)
     elsewhere = policy(rows(*[INSIDE] * 40), scores)
     assert (elsewhere < found).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["entropy", "gate", "learned"])
+def test_no_host_synchronisation_on_cuda(probe, kind):
+    policies = {
+        "entropy": EntropyTemperature(),
+        "gate": combine(BlockStart(TABLE), how="gate"),
+        "learned": LearnedTemperature(TABLE, probe),
+    }
+    processor = AdaptiveTemperatureLogitsProcessor(TABLE, rule=lambda _: policies[kind])
+    ids, scores = rows(INDENTED, INDENTED, INSIDE, INSIDE), certain_and_not().repeat(2, 1)
+    on_device = ids.cuda(), scores.cuda()
+    processor(*on_device)  # copies the tables to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = processor(*on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), processor(ids, scores))
 
 
 def test_probe_round_trip(probe, tmp_path):

@@ -14,7 +14,6 @@ from hf_qst_plugins.adaptive_temperature import (
     LastTokenTemperatureLogitsProcessor,
     VocabularyTable,
 )
-from hf_qst_plugins.adaptive_temperature.token_automaton import TokenAutomaton
 from tests.plugins.code_tokenizers import tokenizer
 
 PROMPTS = [
@@ -260,13 +259,18 @@ def test_ids_that_are_not_the_rows_of_the_scores_are_refused(processor, shape):
 
 
 def test_work_does_not_grow_with_the_length(made, processor, monkeypatch):
-    """Counted, not timed: how many ids a call reads."""
+    """Counted, not timed: how many tokens of a row without any end to its indentation are looked at."""
     read = []
-    original = TokenAutomaton.is_hot
-    monkeypatch.setattr(TokenAutomaton, "is_hot", lambda self, ids: read.append(len(ids)) or original(self, ids))
-    blank = made.encode("\n  ", add_special_tokens=False)[-1:] + made.encode("x", add_special_tokens=False)
+
+    class Counting(dict):
+        def get(self, key):
+            read[-1] += 1
+            return super().get(key)
+
+    automaton = processor.policy.automaton
+    monkeypatch.setattr(automaton, "_steps", Counting())
     space = VocabularyTable.from_tokenizer(made).texts.index(" ")
     for length in (32, 4096):
-        row = torch.tensor([[*blank * (length // 2), space]])
-        processor(row, torch.ones(1, 4))
-    assert read == [processor.policy.automaton.window] * 2
+        read.append(0)
+        processor(torch.full((1, length), space), torch.ones(1, 4))
+    assert read == [automaton.window] * 2

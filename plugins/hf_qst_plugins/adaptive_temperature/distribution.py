@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
-LOWEST = -200.0
+LARGEST_GAP = 200.0
 """A score this far below the largest has probability 0 in float32."""
 BLOCK = 256
-"""Scores in a block, of which `top_two_gap` takes the largest first."""
+"""Scores in a block, of which `_two_largest` takes the largest first."""
+IN_CACHE = 1 << 19
+"""Scores worked on at a time on the CPU: few enough to stay in its cache, enough to share among its threads."""
+SAMPLE = 2048
+"""Scores whose largest `entropy` takes to be near the largest of all; where it is not, it looks at all."""
+LOG2_E = math.log2(math.e)
 
 
 class Certainty(NamedTuple):
@@ -18,41 +24,71 @@ class Certainty(NamedTuple):
     entropy: torch.Tensor
     """In nats."""
     top_probability: torch.Tensor
+    top_two_gap: torch.Tensor
+    """Difference of the two largest scores, at most `LARGEST_GAP`."""
+
+
+def runs_on_host(tensor: torch.Tensor) -> bool:
+    """Whether reading values as Python numbers costs nothing: on the CPU, outside of `torch.compile`."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def certainty(scores: torch.Tensor) -> Certainty:
-    """Entropy and largest probability of the softmax of each row of `scores` `[batch, vocabulary]`.
+    """Entropy, largest probability and gap of each row of `scores` `[batch, vocabulary]`.
 
     Any float type, computed in float32; -inf counts as ruled out.
     """
-    scores = scores.float()
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and scores.shape[0] > 1:
-        # Row by row the probabilities stay in the processor's cache.
-        result = Certainty(*(torch.cat(parts) for parts in zip(*map(_certainty, scores.split(1)), strict=True)))
-        if not result.entropy.isnan().any():
-            return result
-    # 0 * -inf is no number: scores that are ruled out become finite ones of probability 0.
-    return _certainty(scores.maximum(scores.amax(-1, keepdim=True) + LOWEST))
+    largest, second = _two_largest(scores).unbind(-1)
+    nats, mass = _entropy_and_mass(scores, largest)
+    return Certainty(nats, mass.reciprocal(), (largest - second).clamp(max=LARGEST_GAP))
 
 
-def _certainty(scores: torch.Tensor) -> Certainty:
-    """H = ln Z - sum(p s), where ln Z = s - ln p for any score s, the largest here."""
-    probabilities = scores.softmax(-1)
-    top = probabilities.amax(-1)
-    mean = torch.linalg.vecdot(probabilities, scores)
-    return Certainty((scores.amax(-1) - top.log() - mean).clamp(min=0), top)
+def entropy(scores: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Entropy in nats of the softmax of each row, float32 `[batch]` from `[batch, vocabulary]`; -inf is ruled out.
+
+    Of the rows with the indices `rows` `[asked]` alone, if given.
+    """
+    if not runs_on_host(scores):
+        asked = scores if rows is None else scores[rows]
+        return _entropy_and_mass(asked, asked.amax(-1))[0]
+    nats = _entropy_and_mass(scores, scores[:, :SAMPLE].amax(-1), rows)[0]
+    overflown = (~nats.isfinite()).nonzero()[:, 0]
+    if len(overflown):
+        again = overflown if rows is None else rows[overflown]
+        nats[overflown] = _entropy_and_mass(scores, scores.amax(-1), again)[0]
+    return nats
 
 
-def entropy(scores: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of the softmax of each row, float32 `[batch]` from `[batch, vocabulary]`; -inf is ruled out."""
-    return certainty(scores).entropy
+def _entropy_and_mass(
+    scores: torch.Tensor, reference: torch.Tensor, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(entropy, sum of e^(score - reference)), float32 `[batch]` each, `reference` `[batch]` near the largest scores."""
+    reference = reference.float().unsqueeze(-1)
+    if not runs_on_host(scores):
+        return _of_block(scores, reference)
+    size = max(1, IN_CACHE // scores.shape[-1])
+    if rows is None:
+        blocks = zip(scores.split(size), reference.split(size), strict=True)
+    else:
+        blocks = ((scores[part], reference[part]) for part in rows.split(size))
+    return tuple(map(torch.cat, zip(*(_of_block(*block) for block in blocks), strict=True)))
 
 
-def top_two_gap(scores: torch.Tensor) -> torch.Tensor:
-    """Difference of the two largest scores, float32 `[batch]` from `[batch, vocabulary]`, at most `-LOWEST`.
+def _of_block(scores: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """H = ln Z - sum(p s) with the scores counted in bits: powers of two are several times cheaper than those of e."""
+    bits = torch.add(reference * -LOG2_E, scores.float(), alpha=LOG2_E)
+    weights = bits.exp2()
+    mass = weights.sum(-1)
+    # 0 * -inf is no number: what is ruled out counts nothing.
+    mean = weights.mul_(bits).nansum(-1) / mass
+    return ((mass.log2() - mean) / LOG2_E).clamp(min=0), mass
 
-    The two largest lie in the two blocks with the largest maxima, or behind the last whole block; finding those is much
-    cheaper than a top-k over the row.
+
+def _two_largest(scores: torch.Tensor) -> torch.Tensor:
+    """The two largest scores of each row, float32 `[batch, 2]` from `[batch, vocabulary]`.
+
+    They lie in the two blocks with the largest maxima, or behind the last whole block; finding those is much cheaper
+    than a top-k over the row.
     """
     whole = scores.shape[-1] - scores.shape[-1] % BLOCK
     if whole > 2 * BLOCK:
@@ -60,5 +96,4 @@ def top_two_gap(scores: torch.Tensor) -> torch.Tensor:
         best = blocks.amax(-1).topk(2, dim=-1).indices
         found = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)
         scores = torch.cat([found, scores[:, whole:]], dim=-1)
-    top = scores.topk(2, dim=-1).values.float()
-    return (top[:, 0] - top[:, 1]).clamp(max=-LOWEST)
+    return scores.topk(2, dim=-1).values.float()

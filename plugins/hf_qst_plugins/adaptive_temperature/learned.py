@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_qst.manifest import write_text
-from hf_qst_plugins.adaptive_temperature.distribution import certainty, top_two_gap
+from hf_qst_plugins.adaptive_temperature.distribution import certainty
 from hf_qst_plugins.adaptive_temperature.policies import WINDOWS, TemperaturePolicy, positive, temperature_range
 from hf_qst_plugins.adaptive_temperature.rules import BlockState, Place, block_rule
 from hf_qst_plugins.adaptive_temperature.token_automaton import DeviceCopies, TokenAutomaton
@@ -116,7 +116,7 @@ class Observations:
 def certainty_features(scores: torch.Tensor) -> torch.Tensor:
     """The `CERTAINTY_FEATURES` of each row, float32 `[batch, 3]` from raw scores `[batch, vocabulary]`."""
     sure = certainty(scores)
-    return torch.stack([sure.entropy, 1 - sure.top_probability, top_two_gap(scores)], dim=-1)
+    return torch.stack([sure.entropy, 1 - sure.top_probability, sure.top_two_gap], dim=-1)
 
 
 @torch.no_grad()

@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 
-from hf_qst_plugins.adaptive_temperature.distribution import entropy
+from hf_qst_plugins.adaptive_temperature.distribution import entropy, runs_on_host
 from hf_qst_plugins.adaptive_temperature.rules import TokenRule, rule_for
 from hf_qst_plugins.adaptive_temperature.token_automaton import DeviceCopies, TokenAutomaton
 from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
 
 Temperature = float | torch.Tensor
 REGIONS = ("all", "fenced")
+MOST_ROWS_PICKED = 0.75
+"""Beyond this share of the rows, the entropy of all costs no more than picking those it is asked of."""
 WINDOWS = {"line": 16, "line+col0": 16, "reference": 16, "block": 128}
 """How many tokens back a scope looks: indentation is short, the end of the line before a block start less so."""
 
@@ -33,11 +36,6 @@ def positive(name: str, value: float) -> float:
             f"{name} must be a finite number above 0 (for greedy decoding use do_sample=False), got {value!r}"
         )
     return float(value)
-
-
-def runs_on_host(tensor: torch.Tensor) -> bool:
-    """Whether reading values as Python numbers costs nothing: on the CPU, outside of `torch.compile`."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class TemperaturePolicy(ABC):
@@ -99,6 +97,7 @@ class BlockStart(TemperaturePolicy):
             rule_for(scope, table.language) if rule is None else rule,
             WINDOWS.get(self.scope, 16) if window is None else window,
         )
+        self._pair = np.array([self.temperature, self.block_temperature], np.float32)
         hot = torch.tensor(self.automaton.hot_states)
         self._hot_states = DeviceCopies(hot)
         self._state_temperatures = DeviceCopies(
@@ -110,24 +109,28 @@ class BlockStart(TemperaturePolicy):
         if self.block_temperature == self.temperature:
             return self.temperature
         if runs_on_host(input_ids):
-            return self._from_rows(self.hot_rows(input_ids))
+            return self._of_rows(self._hot_rows(input_ids))
         temperatures = self._state_temperatures.on(input_ids.device)[self.automaton.states(input_ids)]
         if self._fences is not None:
             temperatures = torch.where(self._fenced(input_ids), temperatures, self.temperature)
         return temperatures
 
-    def _from_rows(self, hot: list[bool]) -> Temperature:
-        if any(hot):
-            if all(hot):
-                return self.block_temperature
-            return torch.tensor([self.block_temperature if row else self.temperature for row in hot])
-        return self.temperature
+    def _of_rows(self, hot: np.ndarray) -> Temperature:
+        count = np.count_nonzero(hot)
+        if count == 0:
+            return self.temperature
+        if count == len(hot):
+            return self.block_temperature
+        return torch.from_numpy(self._pair.take(hot))
 
     def hot_rows(self, input_ids: torch.LongTensor) -> list[bool]:
         """Whether the next token of each row is drawn hot, `input_ids` `[batch, length]` on the CPU."""
+        return self._hot_rows(input_ids).astype(bool).tolist()
+
+    def _hot_rows(self, input_ids: torch.LongTensor) -> np.ndarray:
         hot = self.automaton.hot_rows(input_ids)
-        if self._fences is not None and any(hot):
-            hot = [bool(row and fenced) for row, fenced in zip(hot, self._fenced(input_ids).tolist(), strict=True)]
+        if self._fences is not None and hot.any():
+            hot &= self._fenced(input_ids).numpy()
         return hot
 
     def hot_along(self, ids: torch.LongTensor) -> torch.Tensor:
@@ -248,12 +251,13 @@ class EntropyGate(TemperaturePolicy):
             if temperatures == self.temperature:
                 return temperatures
             temperatures = torch.full(scores.shape[:1], temperatures, device=scores.device)
-        if not runs_on_host(scores):
-            return torch.where(entropy(scores) > self.min_entropy, temperatures, self.temperature)
-        # The entropy is what costs: on the host it is taken of the rows alone where it decides something.
-        asked = (temperatures != self.temperature).nonzero()[:, 0]
-        certain = asked[entropy(scores[asked]) <= self.min_entropy]
-        return temperatures.index_fill(0, certain, self.temperature)
+        if runs_on_host(scores):
+            # The entropy is what costs: it is taken of the rows alone where it decides something.
+            asked = (temperatures != self.temperature).nonzero()[:, 0]
+            if len(asked) <= MOST_ROWS_PICKED * len(scores):
+                certain = asked[~(entropy(scores, asked) > self.min_entropy)]
+                return temperatures.index_fill(0, certain, self.temperature)
+        return torch.where(entropy(scores) > self.min_entropy, temperatures, self.temperature)
 
 
 class _Combined(TemperaturePolicy):

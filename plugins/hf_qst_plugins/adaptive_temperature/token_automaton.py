@@ -6,8 +6,9 @@ associative: a window of W tokens needs log2(W) gathers, whatever the length of 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -64,45 +65,66 @@ class TokenAutomaton:
         self._before_text = len(table) + 1
         self._inside = self.state_values.index(rule.inside)
         self.hot_states = [bool(rule.hot(rule.start if value is _BeforeText else value)) for value in self.state_values]
+        self._hot = tuple(self.hot_states)
+        self._first = int(transitions[self._before_text, 0])
         if not any(self.hot_states):
             raise ValueError(
                 "the rule would never fire: no tokens of this vocabulary lead to one of its hot states (for "
                 'scope="reference" there must be a newline token and one of exactly four spaces or a tab)'
             )
-        # Few functions are different, so the tokens share them; looking one up costs no call.
-        shared: dict[bytes, bytes] = {}
-        self._functions = [shared.setdefault(row, row) for row in map(bytes, transitions.tolist())]
-        hot = torch.tensor(self.hot_states)[transitions.long()]
+        hot = torch.tensor(self.hot_states)[transitions[: self._unknown + 1].long()]
         decided = hot.all(-1) | ~hot.any(-1)
-        self._verdict = hot[:, 0].to(torch.uint8).masked_fill(~decided, DEPENDS).numpy().tobytes()
+        self._verdict = hot[:, 0].to(torch.uint8).masked_fill(~decided, DEPENDS).numpy()
+        # Few functions are different: a kind of tokens is those that share one.
+        numbers: dict[bytes, int] = {}
+        functions = map(bytes, transitions[: self._unknown + 1].tolist())
+        self._kinds = np.array([numbers.setdefault(function, len(numbers)) for function in functions], np.int32)
+        self._functions = list(numbers)
+        self._steps: dict[tuple, tuple] = {}
         self._transitions = DeviceCopies(transitions)
 
-    # --- one row at a time, on the host --------------------------------------------------------------------------------
+    # --- on the host ---------------------------------------------------------------------------------------------------
 
-    def is_hot(self, ids) -> bool:
-        """Whether the token behind `ids`, a row of Python integers (all of it, or its last `window`), is hot."""
-        functions, unknown = self._functions, self._unknown
-        state = functions[self._before_text][0] if len(ids) < self.window else self._inside
-        ids = ids[-self.window :]
-        if max(ids, default=0) > unknown:
-            ids = [min(token, unknown) for token in ids]
-        for token in ids:
-            state = functions[token][state]
-        return self.hot_states[state]
+    def is_hot(self, ids: Sequence[int]) -> bool:
+        """Whether the token behind `ids`, a row of integers (all of it, or its last `window`), is hot."""
+        window = np.asarray(ids[-self.window :], np.int64)
+        return self._is_hot_behind(self._kinds.take(window, mode="clip"), len(ids) < self.window)
 
-    def hot_rows(self, input_ids: torch.Tensor) -> list[bool]:
-        """Whether the next token of each row is hot, `input_ids` `[batch, length]` on the CPU.
+    def hot_rows(self, input_ids: torch.Tensor) -> np.ndarray:
+        """1 for each row whose next token is hot, else 0: uint8 `[batch]` from `[batch, length]` on the CPU.
 
         Nearly always the last token decides; only the other rows are read further back.
         """
-        if input_ids.shape[1] == 0:
-            return [self.is_hot(())] * input_ids.shape[0]
-        verdict, unknown = self._verdict, self._unknown
-        hot = [verdict[min(token, unknown)] for token in input_ids[:, -1].tolist()]
-        for row, answer in enumerate(hot):
-            if answer == DEPENDS:
-                hot[row] = self.is_hot(input_ids[row, -self.window :].tolist())
+        ids = input_ids.numpy()
+        if ids.shape[1] == 0:
+            return np.full(len(ids), self.is_hot(()), np.uint8)
+        # `clip`: the last entries are those of ids the table does not know.
+        hot = self._verdict.take(ids[:, -1], mode="clip")
+        if DEPENDS in hot.tobytes():
+            rows = (hot == DEPENDS).nonzero()[0]
+            kinds = self._kinds.take(ids[rows, -self.window :], mode="clip")
+            begins = ids.shape[1] < self.window
+            hot[rows] = [self._is_hot_behind(row, begins) for row in kinds]
         return hot
+
+    def _is_hot_behind(self, kinds: np.ndarray, begins: bool) -> bool:
+        """Whether the token behind tokens of these kinds is hot; `begins` if nothing stands before them.
+
+        Read from the end: `hot` is, for each state before a token, whether it leads to a hot one. It stops where that is
+        the same for all states.
+        """
+        hot = self._hot
+        for kind in memoryview(kinds[::-1]):
+            hot = self._steps.get((hot, kind)) or self._step(hot, kind)
+            if len(hot) == 1:
+                return hot[0]
+        return hot[self._first if begins else self._inside]
+
+    def _step(self, hot: tuple[bool, ...], kind: int) -> tuple[bool, ...]:
+        """`hot` one token earlier, noted for the next time; a single value if it is the same for all states."""
+        before = tuple(hot[state] for state in self._functions[kind])
+        self._steps[hot, kind] = before = before[:1] if len(set(before)) == 1 else before
+        return before
 
     # --- all rows at once, on any device -------------------------------------------------------------------------------
 
