@@ -16,136 +16,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-# Rows that are widened to the accumulator's precision at a time.
-_CHUNK_ROWS = 4096
+from hf_qst.moments import CrossMoment, MeanInput, SecondMoment  # noqa: F401 (the moments are found here too)
+
 _BYTES_PER_ENTRY = 8
 
 
 class CalibrationError(ValueError):
     """The calibration data, or what the model made of it, cannot be used."""
-
-
-class SecondMoment:
-    """Streaming first, second and fourth moments of rows [n, d], accumulated in float64.
-
-    Products are taken in float64 on CPU. On a GPU they are taken in float32 without TF32, a few thousand rows at a
-    time, and added up in float64: as exact as compensated float32 sums, and of the same size.
-    """
-
-    def __init__(self, size: int, device: torch.device):
-        self.count = 0
-        self.sum = torch.zeros(size, dtype=torch.float64, device=device)
-        self.products = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self.fourth = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, rows: torch.Tensor) -> None:
-        """rows: [n, d], of any floating dtype."""
-        self.count += rows.shape[0]
-        with _exact_products(rows.device):
-            for part in rows.detach().split(_CHUNK_ROWS):
-                part = part.to(_product_dtype(part))
-                self.sum += part.sum(0)
-                self.products += part.T @ part
-                self.fourth += part.double().square().sum(1).square().sum()
-
-    def is_finite(self) -> bool:
-        """Whether every row added was; NaN and infinity stay in the sum of fourth powers."""
-        return bool(torch.isfinite(self.fourth))
-
-    def second_moment(self) -> torch.Tensor:
-        """E[x'x] [d, d] of rows x, uncentred."""
-        return self.products / self.count
-
-    def mean_and_covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """E[x] [d] and the centred second moment [d, d]."""
-        mean = self.sum / self.count
-        return mean, self.second_moment() - torch.outer(mean, mean)
-
-    def ledoit_wolf(self) -> float:
-        """How much of the second moment to replace by its mean diagonal, in [0, 1].
-
-        The intensity that minimises the expected squared error of `shrunk` for independent rows (Ledoit and Wolf, "A
-        well-conditioned estimator for large-dimensional covariance matrices", 2004), for the uncentred moment.
-        """
-        moment = self.second_moment()
-        size = moment.shape[0]
-        spread = (moment - torch.eye(size, dtype=moment.dtype, device=moment.device) * moment.trace() / size).square()
-        distance = spread.sum().item()
-        if distance == 0.0:
-            return 1.0
-        noise = (self.fourth / self.count - moment.square().sum()).item() / self.count
-        return min(max(noise / distance, 0.0), 1.0)
-
-    def shrunk(self, intensity: float) -> torch.Tensor:
-        """`(1 - intensity) C + intensity tr(C)/d I` for the second moment C [d, d]."""
-        moment = (1.0 - intensity) * self.second_moment()
-        moment.diagonal().add_(intensity * self.products.trace() / (self.count * moment.shape[0]))
-        return moment
-
-
-class CrossMoment(SecondMoment):
-    """Second moment of rows Z [n, d] together with their products Z'X [d, d] with other rows X [n, d]."""
-
-    def __init__(self, size: int, device: torch.device):
-        super().__init__(size, device)
-        self.cross = torch.zeros_like(self.products)
-
-    def add_pair(self, rows: torch.Tensor, others: torch.Tensor) -> None:
-        self.add(rows)
-        with _exact_products(rows.device):
-            for part, other in zip(rows.split(_CHUNK_ROWS), others.split(_CHUNK_ROWS), strict=True):
-                self.cross += part.to(_product_dtype(part)).T @ other.to(_product_dtype(other))
-
-
-class MeanInput:
-    """Streaming mean input of each position [positions, d] over samples: the "representative input".
-
-    Kept for comparison with `SecondMoment`: it averages the samples before the products are taken, so what differs
-    between samples is lost.
-    """
-
-    def __init__(self, size: int, device: torch.device):
-        self.count = 0
-        self.sums = torch.zeros(0, size, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(0, dtype=torch.float64, device=device)
-
-    def add(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
-        """rows: [n, d]; positions: [n], each row's place in its sample."""
-        self.count += rows.shape[0]
-        missing = int(positions.max()) + 1 - len(self.counts) if len(positions) else 0
-        if missing > 0:
-            self.sums = nn.functional.pad(self.sums, (0, 0, 0, missing))
-            self.counts = nn.functional.pad(self.counts, (0, missing))
-        self.sums.index_add_(0, positions, rows.double())
-        self.counts.index_add_(0, positions, torch.ones_like(positions, dtype=torch.float64))
-
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.sums).all())
-
-    def second_moment(self) -> torch.Tensor:
-        """Second moment [d, d] of the mean input; of rank at most the number of positions."""
-        seen = self.counts > 0
-        mean = self.sums[seen] / self.counts[seen, None]
-        return mean.T @ mean / len(mean)
-
-
-def _product_dtype(rows: torch.Tensor) -> torch.dtype:
-    return torch.float64 if rows.device.type == "cpu" else torch.float32
-
-
-@contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: both round the inputs of a product to fewer bits."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
 
 def as_batches(data: Iterable[Mapping], limit: int | None = None, argument: str = "calibration_data") -> list[dict]:
@@ -191,13 +68,14 @@ class CalibrationRun:
 
     Args:
         model: the model, in any floating dtype or quantised.
-        names: the modules of interest. When all lie in the model's backbone, its head is not run.
+        names (*optional*):
+            The modules of interest. When all lie in the model's backbone, its head is not run; without names, it is.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str]):
+    def __init__(self, model: nn.Module, names: Iterable[str] | None = None):
         self.model = model
         self.device = next(model.parameters()).device
-        self.runs = self._smallest_part(list(names))
+        self.runs = model if names is None else self._smallest_part(list(names))
         self.mask: torch.Tensor | None = None
         self.samples = 0
 
@@ -207,8 +85,8 @@ class CalibrationRun:
         inside = isinstance(backbone, nn.Module) and all(name.startswith(f"{prefix}.") for name in names)
         return backbone if inside else self.model
 
-    def __call__(self, batch: Mapping) -> None:
-        """Run one batch; `rows` then knows which rows of an input are tokens of it.
+    def __call__(self, batch: Mapping):
+        """Run one batch and return the output; `rows` then knows which rows of an input are tokens of it.
 
         Labels are left out: no loss is needed.
         """
@@ -217,7 +95,7 @@ class CalibrationRun:
         config = getattr(self.model, "config", None)
         if getattr(config, "use_cache", None) is not None:
             inputs.setdefault("use_cache", False)
-        self.runs(**inputs)
+        return self.runs(**inputs)
 
     def enter(self, batch: Mapping) -> None:
         """Take the mask and number of samples of this batch."""

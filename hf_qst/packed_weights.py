@@ -54,6 +54,14 @@ def unpacked(model: nn.Module) -> Iterator[None]:
             layer.support_avx512bf16_for_cpu = True
 
 
+def find_packed(model: nn.Module) -> str | None:
+    """Name of a 4-bit layer that is in the packed layout, through which nothing is back-propagated; None without any."""
+    for name, module in model.named_modules():
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            return name
+    return None
+
+
 def _four_bit_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
 

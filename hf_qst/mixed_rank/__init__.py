@@ -1,11 +1,12 @@
 """Mixed-rank compression: activation-aware low-rank factors with a rank for each layer, as a PEFT method."""
 
 from hf_qst.mixed_rank.allocation import BudgetError, LayerSpectrum, allocate_ranks
-from hf_qst.mixed_rank.compression import Compression, compress, compress_model, rank_report
+from hf_qst.mixed_rank.compression import Compression, compress, compress_model
 from hf_qst.mixed_rank.config import MixedRankConfig
 from hf_qst.mixed_rank.decomposition import factorize, metric_matrix, output_energies
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.model import MixedRankModel
+from hf_qst.mixed_rank.report import rank_report
 from hf_qst.registration import HfQstPeftType, register_method
 from hf_qst.reshaped_models import register_kind
 

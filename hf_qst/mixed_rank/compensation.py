@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from tqdm.auto import tqdm
 
-from hf_qst.calibration import CrossMoment
 from hf_qst.mixed_rank.decomposition import factorize, shrinkage_intensity
+from hf_qst.moments import CrossMoment
 
-COMPENSATIONS = ("lstsq", "none", "gradient")
+COMPENSATIONS = ("lstsq", "none", "gradient", "kd")
+GRADIENT_STEPS = 300
+GRADIENT_LEARNING_RATE = 1e-3
 # Rows of the proxy data set of the gradient form, its part that is held out, and rows of one step.
 PROXY_ROWS = 4096
 _HELD_OUT = 0.1
@@ -32,6 +34,7 @@ def least_squares_factors(
     shrinkage_scale: float = 1.0,
     ridge: float = 1e-4,
     beside: torch.Tensor | None = None,
+    centred: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of rank `rank` that minimise E||z A B - x W||^2 + lambda ||A B - W||^2, in closed form.
 
@@ -46,6 +49,7 @@ def least_squares_factors(
         shrinkage, shrinkage_scale: as in `hf_qst.mixed_rank.decomposition.metric_matrix`.
         ridge (`float`): the least that lambda may be, as a part of the mean input energy tr(C)/d_in.
         beside: a weight [d_in, d_out] that stays and that the factors are added to: A B + beside stands for A B.
+        centred (`bool`): take z and x less their means, for a layer whose bias makes up for these (`bias_shift`).
 
     Returns:
         A [d_in, rank] and B [rank, d_out] in float64.
@@ -53,12 +57,26 @@ def least_squares_factors(
     weight = weight.double()
     beside = torch.zeros_like(weight) if beside is None else beside.double()
     intensity = max(shrinkage_intensity(moments, shrinkage, shrinkage_scale), ridge)
-    moment = moments.shrunk(intensity)
+    moment = moments.shrunk(intensity, centred)
     if moment.trace() <= 0:
         return factorize(weight - beside, rank)
-    cross = (1.0 - intensity) * moments.cross / moments.count
-    cross.diagonal().add_(intensity * moments.products.trace() / (moments.count * len(moment)))
+    cross = (1.0 - intensity) * moments.cross_moment(centred)
+    # Shrinking leaves the trace as it is.
+    cross.diagonal().add_(intensity * moment.trace() / len(moment))
     return factorize(torch.linalg.solve(moment, cross @ weight) - beside, rank, moment)
+
+
+def bias_shift(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, inputs: torch.Tensor, dense_inputs: torch.Tensor
+) -> torch.Tensor:
+    """What to add to the bias [d_out] so that the mean output of factors A, B is the dense layer's.
+
+    Args:
+        weight: W [d_in, d_out].
+        left, right: A [d_in, rank], B [rank, d_out].
+        inputs, dense_inputs: mean input [d_in] of the layer in the compressed and in the dense model.
+    """
+    return dense_inputs @ weight.double() - inputs @ left @ right
 
 
 class ProxyRows:
@@ -82,8 +100,8 @@ def gradient_factors(
     rank: int,
     moment: torch.Tensor,
     residual_ratio: float = 0.1,
-    steps: int = 300,
-    learning_rate: float = 1e-3,
+    steps: int = GRADIENT_STEPS,
+    learning_rate: float = GRADIENT_LEARNING_RATE,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_qst.calibration import MeanInput, SecondMoment
+from hf_qst.moments import MeanInput, SecondMoment
 
 METRICS = ("second_moment", "normalized", "representative", "diagonal", "plain")
 # Directions that no input excites are ordered by the weight itself; far below what the others' errors can show.
@@ -25,6 +25,7 @@ def metric_matrix(
     metric: str = "second_moment",
     shrinkage: str | float | None = "ledoit_wolf",
     shrinkage_scale: float = 1.0,
+    centred: bool = False,
 ) -> torch.Tensor | None:
     """The matrix C [d_in, d_in] in which `metric` measures a layer's error; None stands for the identity.
 
@@ -38,6 +39,8 @@ def metric_matrix(
             [0, 1] gives it, None is 0. Without it the factors can be worse than the plain SVD's on new data.
         shrinkage_scale (`float`):
             Multiplies the estimate, which is too small when rows are correlated.
+        centred (`bool`):
+            Take the inputs less their mean: what a layer does to the mean is then left to its bias.
     """
     if metric == "plain":
         return None
@@ -47,7 +50,7 @@ def metric_matrix(
         moment = statistic.second_moment()
         moment.diagonal().add_(_REPRESENTATIVE_RIDGE * moment.trace() / len(moment))
         return moment
-    return statistic.shrunk(shrinkage_intensity(statistic, shrinkage, shrinkage_scale))
+    return statistic.shrunk(shrinkage_intensity(statistic, shrinkage, shrinkage_scale), centred)
 
 
 def shrinkage_intensity(statistic: SecondMoment, shrinkage: str | float | None, scale: float = 1.0) -> float:

@@ -29,6 +29,10 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
         rows = torch.eye(module.in_features, dtype=float_dtype(module))
         with torch.no_grad():
             return module(rows) if module.bias is None else module(rows) - module.bias
+    if type(module.weight).__name__ == "Int8Params":
+        # PEFT's function would leave a layer that has run without its scales.
+        scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+        return (module.weight.detach().float() * (scales.float() / 127)[:, None]).to(float_dtype(module)).T
     weight = dequantize_module_weight(module).detach()
     return weight if isinstance(module, Conv1D) else weight.T
 
@@ -123,12 +127,22 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The product as the dense layer would hold it: [d_out, d_in], or [d_in, d_out] of a `Conv1D`."""
-        product = dequantize_module_weight(self.up) @ dequantize_module_weight(self.down)
+        if not self.down.weight.is_floating_point():
+            product = (dense_weight(self.down) @ dense_weight(self.up)).T
+        else:
+            product = self.up.weight @ self.down.weight
         return product.T if self.conv1d else product
 
     @property
     def bias(self) -> torch.Tensor | None:
         return self.up.bias
+
+    def requires_grad_(self, requires_grad: bool = True) -> LowRankLinear:
+        """As of any module; quantised factors do not train."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(requires_grad)
+        return self
 
     def to_dense(self) -> nn.Module:
         """A dense layer with the same outputs."""
@@ -148,12 +162,11 @@ class LowRankLinear(nn.Module):
         weight = self.down.weight
         if self.rank % _PACKED_BLOCK and getattr(self.down, "support_avx512bf16_for_cpu", False):
             forbid_packing(self)
-        # A dense layer that was quantised took any dtype; autocast brings its own.
-        if (
-            weight.is_floating_point()
-            and inputs.dtype != weight.dtype
-            and not torch.is_autocast_enabled(inputs.device.type)
-        ):
+        if not weight.is_floating_point():
+            # A quantised layer takes any dtype, but bitsandbytes' 8-bit one not any number of dimensions.
+            return self.up(self.down(inputs.reshape(-1, self.in_features))).view(*inputs.shape[:-1], self.out_features)
+        # The dense layer may have been quantised and have taken any dtype; autocast brings its own.
+        if inputs.dtype != weight.dtype and not torch.is_autocast_enabled(inputs.device.type):
             return self.up(self.down(inputs.to(weight.dtype))).to(inputs.dtype)
         return self.up(self.down(inputs))
 
@@ -201,6 +214,19 @@ class MixedRankLayer(nn.Module, BaseTunerLayer):
     @property
     def bias(self) -> torch.Tensor | None:
         return (self.base_layer if self.is_residual else self.factors).bias
+
+    # PEFT's own two would ask quantised weights for gradients.
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, factors in self.mixed_rank_factors.items():
+            factors.requires_grad_(name in names and not inference_mode)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            if name in self.mixed_rank_factors:
+                self.mixed_rank_factors[name].requires_grad_(requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and not self.is_residual:

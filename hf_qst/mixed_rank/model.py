@@ -6,6 +6,7 @@ import copy
 import re
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -13,6 +14,13 @@ from hf_qst import manifest
 from hf_qst.manifest import WEIGHTS_NAME, CheckpointError
 from hf_qst.mixed_rank.compression import compress, finished
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError, dense_shape, is_linear
+from hf_qst.mixed_rank.quantization import (
+    dequantize_factors,
+    quantize_factors,
+    require_available,
+    saved_rank,
+    scheme_of,
+)
 from hf_qst.mixed_rank.targets import matches
 from hf_qst.reshaped_models import ReshapedModel, to_dense
 
@@ -32,6 +40,15 @@ class MixedRankModel(BaseTuner):
     prefix = "mixed_rank_"
     tuner_layer_cls = MixedRankLayer
     target_module_mapping = {}
+
+    def __init__(self, model: nn.Module, config, adapter_name: str, *args, **kwargs):
+        # transformers' own adapter methods give one configuration, PEFT's models a dictionary.
+        if isinstance(config, PeftConfig) and config.manifest is not None and config.quantize_factors is not None:
+            raise NotImplementedError(
+                f"transformers' load_adapter does not read factors in {config.quantize_factors}; use "
+                "PeftModel.from_pretrained(model, folder)"
+            )
+        super().__init__(model, config, adapter_name, *args, **kwargs)
 
     def _check_new_adapter_config(self, config) -> None:
         super()._check_new_adapter_config(config)
@@ -58,16 +75,17 @@ class MixedRankModel(BaseTuner):
                 )
             self._factors = found.factors
             config.rank_pattern, config.dense_modules = found.ranks, found.dense
-            config.statistics = found.statistics
+            config.statistics, config.allocation = found.statistics, found.allocation
         else:
-            self._factors = {n: self._empty(n, rank, config.mode) for n, rank in config.rank_pattern.items()}
+            require_available(config.quantize_factors, self.model, config.mode)
+            self._factors = {n: self._empty(n, rank, config) for n, rank in config.rank_pattern.items()}
         config.calibration_data = config.reference_model = None
         if config.target_modules == "all-linear":
             # PEFT would replace it by its own list.
             config.target_modules = None
         return config
 
-    def _empty(self, name: str, rank: int, mode: str) -> LowRankLinear:
+    def _empty(self, name: str, rank: int, config) -> LowRankLinear:
         try:
             module = self.model.get_submodule(name)
         except AttributeError:
@@ -77,13 +95,13 @@ class MixedRankModel(BaseTuner):
         if not is_linear(module) or rank > min(dense_shape(module)):
             found = f"a linear layer of {list(dense_shape(module))}" if is_linear(module) else type(module).__name__
             raise CheckpointError(f"rank_pattern gives {name!r} rank {rank}, but it is {found}")
-        bias = module.bias is not None and mode == "replace"
+        bias = module.bias is not None and config.mode == "replace"
         layer = LowRankLinear.from_description(module, {"kind": KIND, "rank": rank, "bias": bias})
         with torch.no_grad():
             for parameter in layer.parameters():
                 # Should weights never be loaded, their absence shows.
                 parameter.fill_(torch.nan)
-        return layer
+        return layer if config.quantize_factors is None else quantize_factors(layer, config.quantize_factors)
 
     @staticmethod
     def _check_target_module_exists(peft_config, key: str):
@@ -121,7 +139,21 @@ class MixedRankModel(BaseTuner):
                 )
 
     def to_dense(self) -> nn.Module:
-        """The base model with dense weights of the original shapes and the compressed model's outputs."""
+        """The base model with dense weights of the original shapes and the compressed model's outputs.
+
+        Raises:
+            NotImplementedError: other layers of the base are quantised.
+        """
+        factors = tuple(f"{name}." for name, m in self.model.named_modules() if isinstance(m, MixedRankLayer))
+        for name, module in self.model.named_modules():
+            if scheme_of(module) is not None and not name.startswith(factors):
+                raise NotImplementedError(
+                    f"{name!r} is in {scheme_of(module)}: to_dense() needs a base in floating point. "
+                    "merge_and_unload() gives the smaller model"
+                )
+        for module in self.model.modules():
+            if isinstance(module, MixedRankLayer) and not module.is_residual:
+                dequantize_factors(module.factors)
         small = self.merge_and_unload()
         return to_dense(small) if isinstance(small, ReshapedModel) else small
 
@@ -154,10 +186,12 @@ def _check_ranks(ranks: dict[str, int], state_dict: dict[str, torch.Tensor]) -> 
     Raises:
         CheckpointError: naming the layer and both ranks.
     """
-    for key, tensor in state_dict.items():
+    for key in state_dict:
         found = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.mixed_rank_factors\.down\.weight", key)
-        if found and tensor.shape[0] != ranks.get(found[1], 0):
+        if not found:
+            continue
+        rank, expected = saved_rank(key, state_dict), ranks.get(found[1], 0)
+        if rank != expected:
             raise CheckpointError(
-                f"{WEIGHTS_NAME}: the factors of {found[1]!r} have rank {tensor.shape[0]}, rank_pattern says "
-                f"{ranks.get(found[1], 0)}"
+                f"{WEIGHTS_NAME}: the factors of {found[1]!r} have rank {rank}, rank_pattern says {expected}"
             )

@@ -16,6 +16,10 @@ import os
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_qst.manifest import CheckpointError
@@ -154,7 +158,15 @@ def reshaped_class(plain: type) -> type:
     if issubclass(plain, PreTrainedConfig):
         return type(plain.__name__, (ReshapedConfig, plain), ours)
     ours["config_class"] = reshaped_class(plain.config_class)
+    _translate_names_as(plain)
     return type(CLASS_PREFIX + plain.__name__, (ReshapedModel, plain), ours)
+
+
+def _translate_names_as(plain: type[PreTrainedModel]) -> None:
+    """Some architectures have older tensor names on disk; transformers looks for the translation by the class's name."""
+    translation = get_checkpoint_conversion_mapping(plain.__name__)
+    if translation is not None:
+        register_checkpoint_conversion_mapping(CLASS_PREFIX + plain.__name__, translation, overwrite=True)
 
 
 @functools.cache

@@ -173,3 +173,30 @@ def test_tiny_layer_that_no_rank_makes_smaller_stays_dense():
 def test_unknown_allocator_is_refused():
     with pytest.raises(ValueError, match="allocator must be one of hull, gradual, uniform, got 'greedy'"):
         allocate_ranks([layer("a", (8, 8), 1.0)], 64, "greedy")
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("least", [0.2, 0.5])
+def test_factors_that_save_too_little_are_not_made(allocator, least):
+    layers = transformer(64, 3)
+    budget = budget_of(layers, 0.7)
+    plain = allocate_ranks(layers, budget, allocator)
+    for one in layers:
+        one.min_saving = least
+    ranks = allocate_ranks(layers, budget, allocator)
+    assert total(layers, ranks) <= budget
+    for one in layers:
+        assert ranks[one.name] == DENSE or one.cost(ranks[one.name]) <= (1 - least) * one.dense_cost
+    if allocator == "hull" and least == 0.5:
+        assert any(one.cost(plain[one.name]) > (1 - least) * one.dense_cost for one in layers if plain[one.name])
+        assert sum(rank == DENSE for rank in ranks.values()) > sum(rank == DENSE for rank in plain.values())
+
+
+def test_weights_count_in_the_choice_but_not_in_the_relative_error():
+    layers = [layer("a", (64, 64), 1.0), layer("b", (64, 64), 1.0)]
+    budget = budget_of(layers, 0.5)
+    same = allocate_ranks(layers, budget, min_rank_ratio=0.0, allow_dense=False)
+    layers[0].weight = 10.0
+    found = allocate_ranks(layers, budget, min_rank_ratio=0.0, allow_dense=False)
+    assert found["a"] > same["a"] and found["b"] < same["b"]
+    assert layers[0].relative_error(5) == layers[1].relative_error(5) == layers[0].error(5) / 10

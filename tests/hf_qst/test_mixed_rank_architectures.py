@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     DeiTConfig,
@@ -143,6 +144,19 @@ def test_smaller_model_saves_and_loads_with_the_auto_class(name, tmp_path):
     loaded = auto.from_pretrained(tmp_path)
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in small.parameters())
     assert torch.equal(logits(loaded, name), logits(small, name))
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", *VISION_CONFIGS])
+def test_backbone_of_a_saved_smaller_model_loads_alone(name, scheme, tmp_path):
+    small = compress_model(build(name), config(name, quantize_factors=scheme))
+    small.save_pretrained(tmp_path)
+    # A new pooler would be made in 8 bits, which transformers does not initialise.
+    settings = {"add_pooling_layer": False} if name in ("vit", "deit") and scheme else {}
+    alone = AutoModel.from_pretrained(tmp_path, device_map={"": "cpu"}, **settings).eval()
+    with torch.no_grad():
+        expected, found = (one.eval()(**batch(name)).last_hidden_state for one in (small.base_model, alone))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -6,7 +6,7 @@ import torch
 
 from hf_qst.calibration import CrossMoment
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model, factorize
-from hf_qst.mixed_rank.compensation import ProxyRows, gradient_factors, least_squares_factors
+from hf_qst.mixed_rank.compensation import ProxyRows, bias_shift, gradient_factors, least_squares_factors
 from hf_qst.mixed_rank.layer import dense_weight
 from tests.architectures import CONFIGS, digest, tiny, token_batch
 
@@ -71,6 +71,35 @@ def test_with_equal_inputs_it_is_the_first_stage():
     left, right = least_squares_factors(weight(), moments(rows, rows), RANK, shrinkage=0.2)
     expected = factorize(weight(), RANK, moments(rows, rows).shrunk(0.2))
     torch.testing.assert_close(left @ right, expected[0] @ expected[1])
+
+
+def test_centred_form_with_its_bias_is_the_regression_with_an_intercept():
+    seen, rows = pair()
+    seen, rows = seen + torch.linspace(-2, 2, D_IN), rows + 1.5
+    statistic = moments(seen, rows)
+    left, right = least_squares_factors(weight(), statistic, D_IN, None, ridge=0.0, centred=True)
+    shift = bias_shift(weight(), left, right, *statistic.means())
+    inputs = np.hstack([seen.double().numpy(), np.ones((len(seen), 1))])
+    wanted = rows.double().numpy() @ weight().double().numpy()
+    solution = np.linalg.lstsq(inputs, wanted, rcond=None)[0]
+    np.testing.assert_allclose((left @ right).numpy(), solution[:-1], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(shift.numpy(), solution[-1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("compensation", ["none", "lstsq"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "qwen2"])
+def test_bias_correction_gives_each_layer_the_mean_output_of_the_dense_one(name, compensation):
+    model = compress_model(tiny(name), settings(bias_correction=True, compensation=compensation, keep_ratio=0.4))
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    corrected = [n for n, m in found.items() if m.bias is not None]
+    assert corrected and (name != "qwen2" or len(corrected) < len(found))  # Qwen2 has biases in q, k and v only
+    for each in corrected[::3]:
+        dense = tiny(name).get_submodule(each)
+        inputs = seen_by(tiny(name), each, batches())
+        seen = inputs if compensation == "none" else seen_by(model, each, batches())
+        expected = inputs.mean(0) @ dense_weight(dense).double().numpy() + dense.bias.detach().double().numpy()
+        ours = found[each](torch.from_numpy(seen).float()).detach().double().numpy().mean(0)
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_dead_inputs_give_the_plain_factors():

@@ -18,7 +18,10 @@ WRONG = {
     "rank_multiple": [0, 2.5, "8", True],
     "min_rank_ratio": [-0.1, 1.5],
     "allow_dense": [1, "yes"],
-    "compensation": ["kd", None],
+    "compensation": ["distil", None],
+    "layer_weight": ["hessian", None],
+    "min_saving": [-0.1, 1.0, "half"],
+    "quantize_factors": ["int4", 8, False],
     "compensation_ridge": [-1e-3, 2],
     "residual_ratio": [-0.1, 1.1],
     "compensation_steps": [0, 1.5],
@@ -27,6 +30,7 @@ WRONG = {
     "max_calibration_batches": [0, "all"],
     "seed": [-1, 0.5],
     "progress": [None],
+    "bias_correction": [1],
     "rank_pattern": [{"q_proj": -1}, {"q_proj": 2.0}, {3: 2}, ["q_proj"]],
     "target_modules": [3, [4]],
     "exclude_modules": [3],
@@ -40,10 +44,16 @@ def test_wrong_values_are_named(name, value):
     assert f"MixedRankConfig.{name} must be" in str(caught.value) and repr(value) in str(caught.value)
 
 
-@pytest.mark.parametrize("compensation", ["lstsq", "gradient"])
+@pytest.mark.parametrize("compensation", ["lstsq", "gradient", "kd"])
 def test_compensation_goes_with_the_second_moment_only(compensation):
     with pytest.raises(ValueError, match=r"needs metric='second_moment', got metric='diagonal'"):
         MixedRankConfig(metric="diagonal", compensation=compensation)
+
+
+@pytest.mark.parametrize("changes", [{"mode": "residual"}, {"compensation": "gradient"}, {"metric": "plain"}])
+def test_bias_correction_goes_with_the_closed_forms_only(changes):
+    with pytest.raises(ValueError, match=f"bias_correction .*got .*{next(iter(changes.values()))!r}"):
+        MixedRankConfig(bias_correction=True, **changes)
 
 
 def test_unknown_arguments_are_refused():

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForImageClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import train_base
+from examples.compress_vit import accuracy, calibration, digits, new_vit
+from examples.corpus import held_out_loss
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model
 from hf_qst.mixed_rank.layer import dense_weight
 
@@ -21,33 +22,14 @@ PLAIN = {"metric": "plain", "allocator": "uniform"}
 UNIFORM = {"allocator": "uniform", "compensation": "none"}
 MIXED = {"compensation": "none"}
 FULL = {"compensation": "lstsq"}
-
-
-def digits():
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    images = torch.from_numpy(images[order] / 8 - 1).float().reshape(-1, 1, 8, 8)
-    labels = torch.from_numpy(labels[order])
-    return (images[:1257], labels[:1257]), (images[1257:], labels[1257:])
+FISHER = {"layer_weight": "fisher"}
 
 
 @pytest.fixture(scope="module")
 def vit():
     """A ViT of 200,000 parameters for digits, trained for a few epochs."""
     torch.manual_seed(0)
-    model = ViTForImageClassification(
-        ViTConfig(
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            num_labels=10,
-            hidden_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=256,
-            hidden_dropout_prob=0.1,
-        )
-    )
+    model = new_vit()
     (images, labels), _ = digits()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     steps = 25 * len(images) // 64
@@ -62,24 +44,19 @@ def vit():
     return model.eval()
 
 
-def accuracy(model):
-    _, (images, labels) = digits()
-    with torch.no_grad():
-        return (model(pixel_values=images).logits.argmax(-1) == labels).float().mean().item() * 100
+def score(model):
+    return accuracy(model, digits()[1])
 
 
 def on_digits(**changes):
-    (images, _), _ = digits()
-    return MixedRankConfig(
-        calibration_data=[{"pixel_values": part} for part in images[:256].split(64)], progress=False, **changes
-    )
+    return MixedRankConfig(calibration_data=calibration(digits()[0], 256), progress=False, **changes)
 
 
 @pytest.mark.slow
 def test_vision_transformer_keeps_its_accuracy(vit):
-    dense = accuracy(vit)
+    dense = score(vit)
     assert dense >= 95
-    at = lambda keep, **method: accuracy(compress_model(copy.deepcopy(vit), on_digits(keep_ratio=keep, **method)))
+    at = lambda keep, **method: score(compress_model(copy.deepcopy(vit), on_digits(keep_ratio=keep, **method)))
     # One image in 540 is 0.19 points; the standard error of an accuracy here is 0.8.
     assert at(0.4) >= dense - 1
     assert at(0.2) >= dense - 3
@@ -88,6 +65,15 @@ def test_vision_transformer_keeps_its_accuracy(vit):
     assert mixed >= plain + 8
     assert mixed > uniform
     assert full > mixed
+
+
+@pytest.mark.slow
+def test_quantised_factors_keep_its_accuracy(vit):
+    at = lambda scheme: score(compress_model(copy.deepcopy(vit), on_digits(quantize_factors=scheme)))
+    found = {scheme: at(scheme) for scheme in (None, "int8", "nf4")}
+    print(found)
+    assert found["int8"] >= found[None] - 0.5
+    assert found["nf4"] >= found[None] - 2
 
 
 @pytest.mark.slow
@@ -125,15 +111,13 @@ def test_each_stage_helps_the_language_model():
     held = rows((json.decoder, json.encoder), 16)
     data = [{"input_ids": part} for part in train.split(8)]
 
-    def perplexity(model):
-        with torch.no_grad():
-            return math.exp(np.mean([model(input_ids=part, labels=part).loss.item() for part in held.split(8)]))
-
+    perplexity = lambda model: math.exp(held_out_loss(model, held))
     dense = perplexity(load())
     found = []
-    for method in (PLAIN, UNIFORM, MIXED, FULL):
+    for method in (PLAIN, UNIFORM, MIXED, FULL, FISHER):
         small = compress_model(load(), MixedRankConfig(keep_ratio=0.6, calibration_data=data, progress=False, **method))
         assert any(isinstance(module, LowRankLinear) for module in small.modules())
         found.append(perplexity(small))
-    plain, uniform, mixed, full = found
-    assert plain > uniform > mixed > full > dense
+    print(found, dense)
+    plain, uniform, mixed, full, fisher = found
+    assert plain > uniform > mixed > full > fisher > dense

@@ -1,0 +1,174 @@
+"""How far a compressed model's predictions are from the dense one's, and factors trained to bring them closer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode
+from hf_qst.mixed_rank.sequential import installed
+
+PASSES = 20
+LEARNING_RATE = 1e-4
+HELD_OUT = 0.1
+_WARM_UP = 0.05
+# Training stops when so many looks at the held-out batches, one after each pass over the others, brought nothing.
+_PATIENCE = 4
+
+
+def split(batches: Sequence[Mapping], part: float, wanted_by: str) -> tuple[list[Mapping], list[Mapping]]:
+    """The first batches, and the last `part` of them: at least one each.
+
+    Raises:
+        CalibrationError: there is one batch only.
+    """
+    if len(batches) < 2:
+        raise CalibrationError(f"{wanted_by} holds out a part of calibration_data and needs at least 2 batches, got 1")
+    held_out = max(1, int(part * len(batches)))
+    return list(batches[:-held_out]), list(batches[-held_out:])
+
+
+def predictions(model: nn.Module, batch: Mapping) -> torch.Tensor:
+    """Log-probabilities [rows, classes] without padding, float32.
+
+    Raises:
+        CalibrationError: the model's output has no logits.
+    """
+    run = CalibrationRun(model)
+    logits = getattr(run(batch), "logits", None)
+    if logits is None:
+        raise CalibrationError(f"{type(model).__name__} gives no logits, by which predictions are compared")
+    rows = logits.flatten(0, -2)
+    if logits.dim() == 3 and run.mask is not None:
+        rows = rows[run.mask.to(rows.device)]
+    return rows.float().log_softmax(-1)
+
+
+def divergence(reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL divergence from reference to found log-probabilities [rows, classes], a mean over rows, in nats."""
+    return nn.functional.kl_div(found, reference, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def mean_divergence(
+    model: nn.Module, reference: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Mapping]
+) -> float:
+    """Divergence of a model with these modules in it from the reference, a mean over all rows of the batches."""
+    total, rows = 0.0, 0
+    with calibration_mode(reference), calibration_mode(model):
+        for batch in batches:
+            expected = predictions(reference, batch)
+            with installed(model, modules):
+                total += divergence(expected, predictions(model, batch)).item() * len(expected)
+            rows += len(expected)
+    return total / rows
+
+
+def distil(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    training: Sequence[Mapping],
+    held_out: Sequence[Mapping],
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Train the parameters of all modules together on the predictions of the model they are made for; in place.
+
+    AdamW minimises the divergence of the model with the modules from the model without them, one batch a step, with
+    linear warm-up and decay. What was best on the held-out batches is kept, the start included, so that nothing gets
+    worse there; training stops when several passes brought nothing.
+
+    Args:
+        model: the dense model; left as it is.
+        modules: what stands in the place of its own modules, by name; trained in float32.
+        training: model inputs.
+        held_out: model inputs that the modules have not seen.
+        steps (`int`, *optional*): at most; 20 passes over the batches by default.
+        learning_rate (`float`, *optional*): 1e-4 by default.
+        seed (`int`): of the order of batches.
+
+    Returns:
+        Divergence on the held-out batches before and after, and the number of steps taken.
+    """
+    steps = PASSES * len(training) if steps is None else steps
+    with _trainable(modules) as parameters, calibration_mode(model):
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate or LEARNING_RATE, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_decay(steps))
+        order = _passes(len(training), torch.Generator().manual_seed(seed))
+        best = _Best(parameters, lambda: mean_divergence(model, model, modules, held_out))
+        with tqdm(total=steps, desc="distillation", unit="step", disable=not progress) as bar:
+            for step in range(1, steps + 1):
+                _step(model, modules, parameters, training[next(order)])
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                if step % len(training) == 0 or step == steps:
+                    bar.set_postfix(held_out=f"{best.look():.4f}", best=f"{best.least:.4f}")
+                if best.waited == _PATIENCE:
+                    break
+        best.restore()
+    return {"before": best.start, "after": best.least, "steps": step}
+
+
+class _Best:
+    """The values of parameters where `measure` was least so far, their first ones included."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], measure: Callable[[], float]):
+        self.parameters, self.measure = parameters, measure
+        self.start = self.least = measure()
+        self.waited = 0
+        self._keep()
+
+    def _keep(self) -> None:
+        self.kept = [parameter.detach().clone() for parameter in self.parameters]
+
+    def look(self) -> float:
+        found = self.measure()
+        self.waited = 0 if found < self.least else self.waited + 1
+        if found < self.least:
+            self.least = found
+            self._keep()
+        return found
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, value in zip(self.parameters, self.kept, strict=True):
+            parameter.copy_(value)
+
+
+@contextmanager
+def _trainable(modules: Mapping[str, nn.Module]) -> Iterator[list[nn.Parameter]]:
+    """The parameters of modules, in float32 and with gradients for a while."""
+    before = [(module, [(p.dtype, p.requires_grad) for p in module.parameters()]) for module in modules.values()]
+    yield [p for module in modules.values() for p in module.float().requires_grad_().parameters()]
+    for module, states in before:
+        module.to(states[0][0])
+        for parameter, (_, wanted) in zip(module.parameters(), states, strict=True):
+            parameter.grad = None
+            parameter.requires_grad_(wanted)
+
+
+def _warm_up_and_decay(steps: int) -> Callable[[int], float]:
+    warm_up = max(1, int(_WARM_UP * steps))
+    return lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+
+
+def _passes(count: int, generator: torch.Generator) -> Iterator[int]:
+    """Numbers of batches, each pass in an order of its own."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _step(model: nn.Module, modules: Mapping, parameters: list[nn.Parameter], batch: Mapping) -> None:
+    expected = predictions(model, batch)
+    with torch.enable_grad(), installed(model, modules):
+        loss = divergence(expected, predictions(model, batch))
+        # Asked for by name: the model's own parameters get no gradients.
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient

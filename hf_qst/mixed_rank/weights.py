@@ -1,0 +1,107 @@
+"""The weights that factors are made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_qst.mixed_rank.allocation import LayerSpectrum
+from hf_qst.mixed_rank.decomposition import output_energies, output_error
+from hf_qst.mixed_rank.layer import LowRankLinear, MixedRankLayer, dense_shape, dense_weight, float_dtype, is_linear
+from hf_qst.mixed_rank.quantization import quantize_factors, scheme_of
+
+
+class Weights:
+    """The weights that factors are made for: the model's own, or what it has lost against a dense reference."""
+
+    def __init__(self, model: nn.Module, config, names: Sequence[str]):
+        self.model, self.residual = model, config.mode == "residual"
+        self.scheme = config.quantize_factors
+        self.bias_correction = config.bias_correction
+        # A residual saves nothing; it is added.
+        self.min_saving = 0.0 if self.residual else config.min_saving
+        self.reference = _reference(model, config.reference_model, names) if self.residual else model
+        for name in names:
+            if not torch.isfinite(self.dense(name)).all():
+                raise ValueError(f"the weight of {name!r} holds NaN or infinite values and cannot be compressed")
+
+    def dense(self, name: str) -> torch.Tensor:
+        """W [d_in, d_out] of the dense layer."""
+        return dense_weight(self.reference.get_submodule(name))
+
+    def beside(self, name: str) -> torch.Tensor | None:
+        """The weight [d_in, d_out] that factors are added to, where they are."""
+        return dense_weight(self.model.get_submodule(name)).to(self.dense(name).device) if self.residual else None
+
+    def missing(self, name: str) -> torch.Tensor:
+        """What the factors stand for [d_in, d_out]."""
+        beside = self.beside(name)
+        return self.dense(name) if beside is None else self.dense(name).double() - beside.double()
+
+    def centred(self, name: str) -> bool:
+        """Whether a layer's mean output is left to its bias."""
+        return self.bias_correction and self.model.get_submodule(name).bias is not None
+
+    def spectrum(self, name: str, moment: torch.Tensor | None) -> LayerSpectrum:
+        """What a layer loses by rank, as a part of its whole output."""
+        missing = self.missing(name)
+        energies = output_energies(missing, moment)
+        total = output_error(self.dense(name), moment) if self.residual else energies.sum().item()
+        return LayerSpectrum(name, *missing.shape, energies, total, min_saving=self.min_saving)
+
+    def layer(
+        self,
+        name: str,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        quantized: bool = True,
+        shift: torch.Tensor | None = None,
+    ) -> LowRankLinear:
+        """Factors A, B as a module on the device of the layer they are for, with its bias plus `shift` [d_out]."""
+        module = self.model.get_submodule(name)
+        device = module.weight.device
+        bias = None if self.residual else module.bias
+        if shift is not None:
+            bias = bias.detach().double() + shift.to(device)
+        layer = LowRankLinear.from_factors(
+            left.to(device), right.to(device), bias, isinstance(module, Conv1D), float_dtype(module)
+        )
+        return (self.quantize(layer) if quantized else layer).train(module.training)
+
+    def quantize(self, layer: LowRankLinear) -> LowRankLinear:
+        """In place, where that is asked for."""
+        return layer if self.scheme is None else quantize_factors(layer, self.scheme)
+
+    def in_place(self, name: str, layer: LowRankLinear) -> nn.Module:
+        """What stands in the model where `name` is: a residual runs beside the layer it is for."""
+        return MixedRankLayer("residual", layer, self.model.get_submodule(name)) if self.residual else layer
+
+
+def _reference(model: nn.Module, reference: nn.Module | None, names: Sequence[str]) -> nn.Module:
+    if not isinstance(reference, nn.Module):
+        raise ValueError(
+            "MixedRankConfig.mode='residual' needs reference_model, the dense model with the same layers, got "
+            f"{type(reference).__name__}"
+        )
+    for name in names:
+        try:
+            module = reference.get_submodule(name)
+        except AttributeError:
+            module = None
+        if module is None or not is_linear(module) or dense_shape(module) != dense_shape(model.get_submodule(name)):
+            found = (
+                f"{list(dense_shape(module))}" if module is not None and is_linear(module) else type(module).__name__
+            )
+            raise ValueError(
+                f"MixedRankConfig.reference_model must have a linear layer {name!r} of "
+                f"{list(dense_shape(model.get_submodule(name)))} ([d_in, d_out]), found {found}"
+            )
+        if scheme_of(module) is not None:
+            raise ValueError(
+                f"MixedRankConfig.reference_model must have the dense weight of {name!r}, found it in "
+                f"{scheme_of(module)}; load the reference without quantization_config"
+            )
+    return reference
