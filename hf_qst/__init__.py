@@ -7,7 +7,15 @@ from importlib import import_module
 
 from hf_qst.calibration import CalibrationError
 from hf_qst.decoder_stack import UnsupportedArchitectureError
-from hf_qst.disp import DISPConfig, DISPModel, PrunedBranch, PruningReport, prune_blocks
+from hf_qst.disp import (
+    DISPConfig,
+    DISPModel,
+    PrunedBranch,
+    PruningReport,
+    prune_blocks,
+    prune_model,
+    register_pruning_method,
+)
 from hf_qst.manifest import CheckpointError
 from hf_qst.mixed_rank import (
     BudgetError,
@@ -59,8 +67,10 @@ __all__ = [
     "compress_model",
     "install_adaptive_temperature",
     "prune_blocks",
+    "prune_model",
     "rank_report",
     "register_kind",
+    "register_pruning_method",
     "reshape_model",
     "to_dense",
     "uninstall_adaptive_temperature",

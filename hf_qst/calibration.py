@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_qst.linear_layers import in_features
 from hf_qst.moments import CrossMoment, MeanInput, SecondMoment  # noqa: F401 (the moments are found here too)
 
 _BYTES_PER_ENTRY = 8
@@ -266,8 +267,3 @@ def _normalized(rows: torch.Tensor, out: torch.Tensor, sample: torch.Tensor, sam
     energy.index_add_(0, sample, out.double().square().sum(1))
     scale = torch.where(energy > 0, energy, torch.inf).rsqrt()
     return rows.double() * scale[sample, None]
-
-
-def in_features(module: nn.Module) -> int:
-    """Input width of a linear layer, also of a `Conv1D` of GPT-2."""
-    return module.in_features if hasattr(module, "in_features") else module.nx

@@ -72,6 +72,11 @@ def tensor_name(key: str) -> str:
     return key.removeprefix("base_model.model.")
 
 
+def as_saved(state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
+    """Keys as they stand in the file: PEFT has renamed those of fully trained modules when it hands them to a method."""
+    return {key.replace(f".modules_to_save.{adapter_name}.", ".", 1): value for key, value in state_dict.items()}
+
+
 def build(tensors: Mapping[str, torch.Tensor], base: Mapping[str, object]) -> dict:
     """The manifest of `tensors`, which belong to a model described by `base`.
 

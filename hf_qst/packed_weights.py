@@ -36,12 +36,6 @@ def forbid_packing_of_odd_shapes(model: nn.Module) -> None:
             forbid_packing(layer)
 
 
-def is_packed(model: nn.Module) -> bool:
-    """Whether a 4-bit layer of `model` was packed already; there is no exact way back."""
-    states = [getattr(layer.weight, "quant_state", None) for layer in _four_bit_layers(model)]
-    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
-
-
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
     """Keep bitsandbytes from packing 4-bit weights meanwhile: there is no exact way back from that layout."""

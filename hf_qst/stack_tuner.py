@@ -10,7 +10,6 @@ import inspect
 from contextlib import contextmanager
 
 import torch
-from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -182,7 +181,7 @@ class StackTuner(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         if config.manifest is not None:
-            manifest.check(config.manifest, _as_saved(state_dict, config, adapter_name))
+            manifest.check(config.manifest, manifest.as_saved(state_dict, adapter_name))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -200,11 +199,6 @@ def _trained_modules(model: nn.Module, adapter_name: str, state_dict: dict) -> d
             saved = module.adapter_state_dict(adapter_name, own)
             tensors.update({f"{path}.{key}": value for key, value in saved.items()})
     return tensors
-
-
-def _as_saved(state_dict: dict[str, torch.Tensor], config: PeftConfig, adapter_name: str) -> dict[str, torch.Tensor]:
-    """Keys as they stand in the file: PEFT has already renamed those of fully trained modules."""
-    return {key.replace(f".modules_to_save.{adapter_name}.", ".", 1): value for key, value in state_dict.items()}
 
 
 def base_signature(stack: DecoderStack) -> dict:

@@ -14,7 +14,7 @@ from hf_qst.disp.layout import PruningLayout
 from hf_qst.disp.pruned import find_prunable_stack, prune_blocks
 from hf_qst.disp.report import PruningReport, other_parameters
 from hf_qst.disp.selection import SelectionNetwork
-from hf_qst.packed_weights import forbid_packing, is_packed
+from hf_qst.packed_weights import find_packed, forbid_packing
 from hf_qst.reshaped_models import ReshapedModel, to_dense
 from hf_qst.stack_tuner import StackTuner
 
@@ -44,10 +44,11 @@ class DISPModel(StackTuner):
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
         find_prunable_stack(self.model)
-        if is_packed(stack.module):
+        if (packed := find_packed(stack.module)) is not None:
             raise ValueError(
-                "bitsandbytes has packed the base's 4-bit weights for a kernel without backward (it does at the first "
-                "forward in evaluation mode on this processor): load the base again and wrap it before it runs"
+                f"the gates' gradients go through the base, but bitsandbytes has packed {packed!r} for a kernel without "
+                "backward, as it does at a model's first forward in evaluation mode on this processor: load the base "
+                "again and wrap it before it runs"
             )
         parameter_budget(self.model, stack, peft_config)
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_qst.calibration import CalibrationError, as_batches, input_groups
+from hf_qst.linear_layers import dense_shape
 from hf_qst.mixed_rank.allocation import DENSE
 from hf_qst.mixed_rank.budget import allocate, fixed_ranks
 from hf_qst.mixed_rank.compensation import (
@@ -23,7 +24,7 @@ from hf_qst.mixed_rank.compensation import (
 )
 from hf_qst.mixed_rank.decomposition import factorize, metric_matrix
 from hf_qst.mixed_rank.distillation import HELD_OUT, distil, split
-from hf_qst.mixed_rank.layer import LowRankLinear, dense_shape
+from hf_qst.mixed_rank.layer import LowRankLinear
 from hf_qst.mixed_rank.metric_source import MetricSource, methods, warn_about_rows
 from hf_qst.mixed_rank.quantization import attach_quantizer, find_quantizer, require_available
 from hf_qst.mixed_rank.selection import choose_allocator

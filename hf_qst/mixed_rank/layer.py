@@ -4,49 +4,16 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.calibration import in_features
+from hf_qst.linear_layers import dense_shape, dense_weight, float_dtype
 from hf_qst.packed_weights import forbid_packing
 from hf_qst.reshaped_models import ReshapedModelError
 
 KIND = "low_rank"
 # bitsandbytes' packed layout of 4-bit weights on CPU fails for widths that are no multiple of it.
 _PACKED_BLOCK = 64
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a dense layer this method can compress: `nn.Linear` (quantised too) or GPT-2's `Conv1D`."""
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight W [d_in, d_out] of y = x W + b; a quantised one is dequantised."""
-    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-        # bitsandbytes' functions would read the packed layout as the usual one; the layer itself knows.
-        rows = torch.eye(module.in_features, dtype=float_dtype(module))
-        with torch.no_grad():
-            return module(rows) if module.bias is None else module(rows) - module.bias
-    if type(module.weight).__name__ == "Int8Params":
-        # PEFT's function would leave a layer that has run without its scales.
-        scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-        return (module.weight.detach().float() * (scales.float() / 127)[:, None]).to(float_dtype(module)).T
-    weight = dequantize_module_weight(module).detach()
-    return weight if isinstance(module, Conv1D) else weight.T
-
-
-def dense_shape(module: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a linear layer."""
-    return in_features(module), module.out_features if hasattr(module, "out_features") else module.nf
-
-
-def float_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype a layer computes in; that of a quantised one is its compute type."""
-    if module.weight.is_floating_point():
-        return module.weight.dtype
-    return getattr(module, "compute_dtype", None) or torch.get_default_dtype()
 
 
 class LowRankLinear(nn.Module):

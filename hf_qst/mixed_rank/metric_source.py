@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_qst.calibration import CalibrationError, collect_statistics, plan_passes
+from hf_qst.linear_layers import dense_shape
 from hf_qst.mixed_rank.decomposition import metric_matrix, shrinkage_intensity
-from hf_qst.mixed_rank.layer import dense_shape
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from hf_qst import manifest
+from hf_qst.linear_layers import dense_shape, is_linear
 from hf_qst.manifest import WEIGHTS_NAME, CheckpointError
 from hf_qst.mixed_rank.compression import compress, finished
-from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError, dense_shape, is_linear
+from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.quantization import (
     dequantize_factors,
     quantize_factors,
@@ -175,8 +176,7 @@ class MixedRankModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         _check_ranks(config.rank_pattern, state_dict)
         if config.manifest is not None:
-            saved = {k.replace(f".modules_to_save.{adapter_name}.", ".", 1): v for k, v in state_dict.items()}
-            manifest.check(config.manifest, saved)
+            manifest.check(config.manifest, manifest.as_saved(state_dict, adapter_name))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode, hooks
-from hf_qst.mixed_rank.layer import dense_shape
+from hf_qst.linear_layers import dense_shape
 
 LAYER_WEIGHTS = ("none", "fisher")
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_qst.decoder_stack import ARCHITECTURES, UnsupportedArchitectureError, find_decoder_stack
-from hf_qst.mixed_rank.layer import LowRankLinear, dense_shape, is_linear
+from hf_qst.linear_layers import dense_shape, is_linear
+from hf_qst.mixed_rank.layer import LowRankLinear
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples import train_base
 from examples.compress_vit import accuracy, calibration, digits, new_vit
 from examples.corpus import held_out_loss
+from hf_qst.linear_layers import dense_weight
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model
-from hf_qst.mixed_rank.layer import dense_weight
 
 BASE = Path(train_base.__file__).parent / "base_model"
 PLAIN = {"metric": "plain", "allocator": "uniform"}

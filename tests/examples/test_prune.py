@@ -1,0 +1,43 @@
+"""The pruning example on a tiny model: what it prints, what it saves, what reloads."""
+
+import re
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from examples import prune
+from hf_qst import PrunedBranch
+
+
+def test_model_is_pruned_reloaded_recovered_and_saved(tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(prune.BASE)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    base, output = tmp_path / "base", tmp_path / "out"
+    LlamaForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    sizes = ["--steps", "4", "--recovery-steps", "2", "--length", "64", "--training-blocks", "64", "--held-blocks", "4"]
+    prune.main(["--model", str(base), "--output", str(output), "--device", "cpu", "--width-multiple", "16", *sizes])
+
+    printed = capsys.readouterr().out
+    lines = dict(re.findall(r"^(dense|pruned|reloaded|recovered) +([\d.]+ MB, perplexity [\d.]+)$", printed, re.M))
+    assert lines.keys() == {"dense", "pruned", "reloaded", "recovered"}
+    assert lines["pruned"] == lines["reloaded"] != lines["recovered"]
+    assert float(lines["pruned"].split()[0]) < float(lines["dense"].split()[0])
+    assert "def read_lines(path):" in printed
+    assert (output / "widths.png").stat().st_size > 1000
+
+    pruned, recovered = (AutoModelForCausalLM.from_pretrained(output / name) for name in ("model", "recovered"))
+    branches = [module for module in pruned.modules() if isinstance(module, PrunedBranch)]
+    assert branches and all(len(one.input_index) % 16 == 0 for one in branches if one.input_index is not None)
+    shapes = lambda model: {name: p.shape for name, p in model.named_parameters()}
+    assert shapes(pruned) == shapes(recovered)
