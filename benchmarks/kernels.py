@@ -1,11 +1,19 @@
-"""What the ops of `hf_qst_kernels` cost in time and memory, beside plain torch in the same run.
+"""What the ops of `hf_qst_kernels` cost in time and memory, beside plain torch and other libraries in the same run.
 
-    python -m benchmarks.kernels                  # the table of docs/kernels.md, under three minutes on one thread
-    python -m benchmarks.kernels --device cuda
+    python -m benchmarks.kernels                            # CPU: the tables of docs/kernels.md, on one thread
+    python -m benchmarks.kernels --device cuda              # every op at the shapes of real models, with a roofline
+    python -m benchmarks.kernels --device cuda --tune       # measures where Triton wins and writes the user's table
+    python -m benchmarks.kernels --device cuda --tune --ship  # the same, into the package
+    python -m benchmarks.kernels --compile                  # no GPU needed: registers, spills and shared memory
 
-Each row is one forward and backward. Variants take turns, so that a busy moment hits all of them; `cpu ms` is the
+On CPU each row is one forward and backward. Variants take turns, so that a busy moment hits all of them; `cpu ms` is the
 process's CPU time, which on one thread tells more than `ms` where other programs run. `peak` is what a call allocates
 above its inputs, `saved` what it keeps between forward and backward. The floor is the GEMMs alone, over the whole input.
+
+On a GPU each row is a forward, of the ops that train a forward and a backward: device time by events, with a flushed L2
+cache and the launches queued ahead; the floor is the larger of bytes over the bandwidth of a copy and FLOP over the
+speed of a GEMM, both measured in the same run. `--ops`, `--models` and `--rows` choose; what a results file holds of
+the same kernels is not measured again.
 """
 
 import argparse
@@ -13,26 +21,27 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.profiler import profile
 
+from benchmarks.kernels_compiled import main as compile_kernels
+from benchmarks.kernels_rows import measure_all, plot_roofline, table
+from benchmarks.kernels_tune import tune
 from benchmarks.measure import environment, synchronize, write_json
 from hf_qst.saved_bytes import SavedForBackward
-from hf_qst_kernels import dequantize_taps, linear_cross_entropy, quantize_taps, tap_linear
+from hf_qst_kernels import break_even, dequantize_taps, linear_cross_entropy, quantize_taps, tap_linear
+from hf_qst_kernels.registry import MODELS, OPS
 
 RESULTS = Path(__file__).parent / "results"
 
 # tokens, dim, vocabulary, share of rows ignored
-HEADS = {
-    "cpu": [(1536, 768, 8192, 0.0), (1536, 768, 8192, 0.5), (256, 768, 131072, 0.0)],
-    "cuda": [(8192, 2048, 32000, 0.0), (8192, 4096, 128256, 0.0), (8192, 4096, 128256, 0.5)],
-}
+HEADS = [(1536, 768, 8192, 0.0), (1536, 768, 8192, 0.5), (256, 768, 131072, 0.0)]
 # tokens, dim, output width
-TAPS = {"cpu": [(1536, 768, 48), (1536, 768, 192)], "cuda": [(8192, 4096, 256)]}
+TAPS = [(1536, 768, 48), (1536, 768, 192)]
 
 
 def head_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Callable], list]:
@@ -116,13 +125,8 @@ def measure_times(variants: dict[str, Callable], device: torch.device, repeats: 
     }
 
 
-def peak_bytes(call: Callable, device: torch.device) -> int:
-    """Most bytes a call holds at a time above what was there before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run_once(call)
-        return torch.cuda.max_memory_allocated(device) - before
+def peak_bytes(call: Callable) -> int:
+    """Most bytes a call holds at a time above what was there before it, on the CPU."""
     with profile(profile_memory=True) as recorded:
         run_once(call)
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +157,7 @@ def measure(op: str, shape: tuple, variants: dict[str, Callable], fixed: list, d
         for tensor in fixed:
             tensor.grad = None
         row = {"op": op, "shape": list(shape), "variant": name, **times[name]}
-        row["peak_bytes"] = peak_bytes(call, device)
+        row["peak_bytes"] = peak_bytes(call)
         row["saved_bytes"] = saved_bytes(call, fixed)
         print(
             f"{op:<14} {shape!s:<24} {name:<27} {row['ms']:>9.2f} {row['cpu_ms']:>9.2f} "
@@ -163,22 +167,12 @@ def measure(op: str, shape: tuple, variants: dict[str, Callable], fixed: list, d
         yield row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=None)
-    args = parser.parse_args()
-
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
-    groups = [("cross entropy", shape, head_variants) for shape in HEADS[args.device]]
-    groups += [("tap", shape, tap_variants) for shape in TAPS[args.device]]
-    groups += [("quantise", TAPS[args.device][0][:2], quantiser_variants)]
+def measure_cpu(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """The rows of the CPU, printed and written."""
+    device = torch.device("cpu")
+    groups = [("cross entropy", shape, head_variants) for shape in HEADS]
+    groups += [("tap", shape, tap_variants) for shape in TAPS]
+    groups += [("quantise", TAPS[0][:2], quantiser_variants)]
 
     print(f"{'op':<14} {'shape':<24} {'variant':<27} {'ms':>9} {'cpu ms':>9} {'peak MiB':>9} {'saved MiB':>9}")
     rows = []
@@ -187,7 +181,63 @@ def main() -> None:
         repeats = max(3, args.repeats // 3) if op == "cross entropy" and shape[2] > 50000 else args.repeats
         rows.extend(measure(op, shape, variants, fixed, device, repeats))
     report = {**environment(device), "dtype": str(dtype), "repeats": args.repeats, "rows": rows}
-    write_json(args.output or RESULTS / f"kernels_{args.device}.json", report)
+    write_json(args.output or RESULTS / "kernels_cpu.json", report)
+
+
+def measure_gpu(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """The rows of the GPU, printed, written and plotted."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    chip = break_even.chip_of(torch.cuda.get_device_name(device))
+    output = args.output or RESULTS / f"kernels_{chip}.json"
+    report = measure_all(
+        chosen(OPS, args.ops), chosen(MODELS, args.models), device, dtype, output, not args.no_compile, args.rows,
+        args.repeats,
+    )  # fmt: skip
+    plot_roofline(report, output.with_name(f"{output.stem}_roofline.png"))
+    print(table(report["rows"]))
+    failed = sum("failed" in row for row in report["rows"])
+    print(f"{len(report['rows'])} rows, {failed} of them failed; wrote {output} and its roofline")
+
+
+def chosen(every: Sequence, names: list[str] | None) -> list:
+    """Those with these names; all of them for None."""
+    return [one for one in every if names is None or one.name in names]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=None, help="timed calls of a row; 9 on CPU, 30 on a GPU")
+    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--ops", nargs="+", default=None, choices=[op.name for op in OPS], help="on a GPU")
+    parser.add_argument("--models", nargs="+", default=None, choices=[model.name for model in MODELS], help="on a GPU")
+    parser.add_argument("--rows", nargs="+", type=int, default=None, help="on a GPU")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes seconds a shape")
+    parser.add_argument("--tune", action="store_true", help="choose configurations, on a GPU")
+    parser.add_argument("--ship", action="store_true", help="with --tune: write the table into the package")
+    parser.add_argument("--compile", action="store_true", help="compile every kernel for GPUs that need not be here")
+    args = parser.parse_args()
+    if args.compile:
+        compile_kernels([] if args.output is None else ["--output", str(args.output)])
+        return
+    if args.tune and args.device != "cuda":
+        parser.error("--tune measures on a GPU: give --device cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device, and torch finds none")
+
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    args.repeats = args.repeats or (30 if args.device == "cuda" else 9)
+    if args.tune:
+        folder = break_even.SHIPPED if args.ship else break_even.user_folder()
+        tune(chosen(OPS, args.ops), chosen(MODELS, args.models), dtype, folder, args.repeats, args.rows)
+    elif args.device == "cuda":
+        measure_gpu(args, dtype)
+    else:
+        measure_cpu(args, dtype)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_qst_kernels import linear_cross_entropy
+import hf_qst_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class LossRequest:
         labels = self.shift_labels
         if labels is None:
             labels = nn.functional.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:]
-        total = linear_cross_entropy(
+        total = hf_qst_kernels.linear_cross_entropy(
             self.hidden.to(head.weight.device),
             head.weight,
             labels.to(head.weight.device),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_qst_kernels import tap_linear
+import hf_qst_kernels
 
 
 class Downsample(nn.Module):
@@ -53,7 +53,7 @@ class LinearDownsample(Downsample):
         self.down = nn.Linear(hidden_size, side_size, bias=False)
 
     def tap(self, hidden):
-        return tap_linear(hidden, self.down.weight, storage=self.storage)
+        return hf_qst_kernels.tap_linear(hidden, self.down.weight, storage=self.storage)
 
 
 class FactoredDownsample(LinearDownsample):

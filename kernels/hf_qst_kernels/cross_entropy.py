@@ -16,7 +16,8 @@ import math
 
 import torch
 
-from .dispatch import autocast_dtype, runs_triton
+from .arguments import check_floats
+from .dispatch import autocast_dtype, runs_naive, runs_triton
 
 # float32 bytes of one chunk's logits. Larger chunks make better GEMMs, smaller ones take less memory.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
@@ -25,8 +26,6 @@ MIN_CHUNK_ROWS = 128
 # The torch path's elementwise passes go over this much of a chunk at a time: on CPU it stays in the cache from pass to
 # pass, and everywhere it bounds the float32 copy of half precision logits.
 BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def linear_cross_entropy(
@@ -75,6 +74,18 @@ def linear_cross_entropy(
             range gives a NaN loss.
     """
     _check(hidden, weight, labels, bias, label_smoothing, logit_softcap, logit_scale, reduction, chunk_size)
+    if runs_naive():
+        return naive_linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            bias,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            logit_softcap=logit_softcap,
+            logit_scale=logit_scale,
+            reduction=reduction,
+        )
     compute_grad = torch.is_grad_enabled() and hidden.requires_grad
     weight = weight.to(autocast_dtype(hidden.device.type) or weight.dtype)
     loss, _, _ = _linear_cross_entropy(
@@ -93,15 +104,40 @@ def linear_cross_entropy(
     return loss
 
 
+def naive_linear_cross_entropy(
+    hidden,
+    weight,
+    labels,
+    bias=None,
+    *,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    logit_softcap=None,
+    logit_scale=1.0,
+    reduction="mean",
+    chunk_size=None,
+):
+    """The equation at the top of this file, in float32 at least, with all logits at once."""
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.reshape(-1, hidden.shape[-1]).to(compute) @ weight.to(compute).T
+    logits = logit_scale * (z if bias is None else z + bias)
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    labels = labels.reshape(-1).to(torch.int64)
+    counted = labels != ignore_index
+    label_logit = logits.gather(1, labels.where(counted, 0)[:, None]).squeeze(1)
+    loss = logits.logsumexp(1) - (1 - label_smoothing) * label_logit - label_smoothing * logits.mean(1)
+    total = loss.where(counted, 0.0).sum()
+    return total / counted.sum() if reduction == "mean" else total
+
+
 def default_chunk_rows(vocab: int, device_type: str) -> int:
     """Rows whose float32 logits fill `CHUNK_BYTES`, but at least `MIN_CHUNK_ROWS`."""
     return max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab))
 
 
 def _check(hidden, weight, labels, bias, label_smoothing, logit_softcap, logit_scale, reduction, chunk_size) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must have a dtype of {FLOAT_DTYPES}, got {tensor.dtype}")
+    check_floats(hidden=hidden, weight=weight, bias=bias)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:

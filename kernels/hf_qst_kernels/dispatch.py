@@ -1,20 +1,32 @@
-"""What every op asks before it runs: the one rule that chooses between Triton and torch, and autocast's dtype."""
+"""What every op asks before it runs: the one rule that chooses its implementation, and autocast's dtype."""
 
 import contextlib
 import functools
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
+from . import break_even
+
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "torch", "naive")
+VARIABLE = "HF_QST_KERNELS"
 
-# A plain global and not a context variable: CUDA backwards run on autograd's own threads and must see the same choice.
-_forced = "auto"
+
+def _from_environment() -> str:
+    backend = os.environ.get(VARIABLE, "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"the environment variable {VARIABLE} must be one of {BACKENDS}, got {backend!r}")
+    return backend
+
+
+# Plain globals and not context variables: CUDA backwards run on autograd's own threads and must see the same choice.
+_forced = _from_environment()
+_forced_configurations: dict[str, Mapping[str, int] | None] = {}
 
 
 @contextlib.contextmanager
@@ -22,12 +34,14 @@ def use_backend(backend: str) -> Iterator[None]:
     """
     Force every op onto one implementation inside a `with` block, for tests, debugging and benchmarks.
 
-    The choice is process-wide. It is read when an op runs (a compiled graph follows it too), so a backward that runs
-    outside the block follows the rule that holds there.
+    The choice is process-wide. It is read when an op runs (a compiled graph follows it too, `"naive"` aside, which it
+    has traced), so a backward that runs outside the block follows the rule that holds there. The environment variable
+    `HF_QST_KERNELS`, read once at import, sets what holds outside all blocks.
 
     Args:
-        backend (`str`): `"auto"` (CUDA tensor and Triton importable -> Triton, else torch), `"torch"`, or `"triton"`,
-            which refuses CPU tensors unless Triton was imported with `TRITON_INTERPRET=1`.
+        backend (`str`): `"auto"` (the rule of `runs_triton`), `"torch"` (the library path), `"triton"`, which refuses
+            CPU tensors unless Triton was imported with `TRITON_INTERPRET=1`, or `"naive"`: the op's equation in plain
+            torch, with torch's own autograd and in no memory-saving way.
 
     Raises:
         ValueError: for any other `backend`.
@@ -42,25 +56,47 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced = previous
 
 
-def runs_triton(op: str, tensor: torch.Tensor) -> bool:
+@contextlib.contextmanager
+def use_configuration(decision: str, configuration: Mapping[str, int] | None) -> Iterator[None]:
+    """Launch one kernel in this configuration inside a `with` block, or with `None` not at all; for tuning."""
+    previous = dict(_forced_configurations)
+    _forced_configurations[decision] = configuration
+    try:
+        yield
+    finally:
+        _forced_configurations.clear()
+        _forced_configurations.update(previous)
+
+
+def runs_naive() -> bool:
+    """Whether ops shall evaluate their equation in plain torch."""
+    return _forced == "naive"
+
+
+def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None = None) -> bool:
     """
     Whether `op` shall run its Triton kernel for `tensor`.
 
+    By default it does on a CUDA device if Triton imports and, for an op that names `sizes`, a table for this chip says
+    that the kernel was faster than the library there.
+
     Args:
-        op (`str`): the op's name, for messages.
+        op (`str`): the op's name, or that with `_backward`; for messages and as the table's key.
         tensor (`torch.Tensor`): the op's main input. float64 always takes the torch path: the kernels compute in
             float32.
+        sizes (`Mapping[str, int]`, *optional*): what the kernel's time depends on; without it no table is asked.
 
     Raises:
         RuntimeError: under `use_backend("triton")` where Triton cannot run: not installed, or a CPU tensor without the
             interpreter.
+        KernelTableError: a table for this chip is there and broken.
     """
-    if _forced == "torch" or tensor.dtype == torch.float64:
+    if _forced in ("torch", "naive") or tensor.dtype == torch.float64 or _forced_configurations.get(op, True) is None:
         return False
     if _forced == "triton":
         if not _triton_importable():
             raise RuntimeError(f"{op}: use_backend('triton') needs the package triton, which cannot be imported")
-        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if not tensor.is_cuda and not interpreted():
             raise RuntimeError(
                 f"{op}: use_backend('triton') needs CUDA tensors, got device {tensor.device}; on CPU set "
                 "TRITON_INTERPRET=1 before Triton is imported"
@@ -71,7 +107,39 @@ def runs_triton(op: str, tensor: torch.Tensor) -> bool:
     if not _triton_importable():
         _say_fallback_once()
         return False
-    return True
+    if sizes is None:
+        return True
+    measured = break_even.nearest(op, tensor, sizes)
+    if measured is None and not break_even.has_table(tensor.device):
+        _say_unmeasured_once(torch.cuda.get_device_name(tensor.device))
+    return measured is not None and measured.wins
+
+
+def configuration(
+    decision: str, tensor: torch.Tensor, sizes: Mapping[str, int], default: Mapping[str, int]
+) -> Mapping[str, int]:
+    """
+    How to launch a kernel: as `use_configuration` says, as measured near these sizes on this chip, or as by default.
+
+    Raises:
+        KernelTableError: the measured configuration is not one of this kernel.
+    """
+    if decision in _forced_configurations:
+        return _forced_configurations[decision]
+    measured = break_even.nearest(decision, tensor, sizes)
+    if measured is None:
+        return default
+    if measured.configuration.keys() != default.keys():
+        raise break_even.KernelTableError(
+            measured.source,
+            f"a configuration of {decision!r} must have the fields {tuple(default)}, got {dict(measured.configuration)}",
+        )
+    return measured.configuration
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -79,6 +147,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def autocast_all(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The operands of a GEMM in the dtype autocast prescribes; as they are where it is off. `None` stays."""
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
+        return tensors
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 @functools.cache
@@ -93,3 +169,12 @@ def _triton_importable() -> bool:
 @functools.cache
 def _say_fallback_once() -> None:
     logger.warning("triton cannot be imported: the ops of hf_qst_kernels run their slower torch references on CUDA")
+
+
+@functools.cache
+def _say_unmeasured_once(name: str) -> None:
+    logger.info(
+        "no kernel measurements for %s: ops that need them run their library path. "
+        "`python -m benchmarks.kernels --device cuda --tune` makes them",
+        name,
+    )

@@ -10,16 +10,17 @@ and `dW` uses `q * s`. Each entry of `q * s` is within `s / 2` of `x`, so `|dW e
 
 import torch
 
-from .dispatch import autocast_dtype, runs_triton
+from .arguments import FLOAT_DTYPES, alignment, as_rows, check_floats
+from .dispatch import autocast_dtype, runs_naive, runs_triton
 
 BLOCK = 64
 # Blocks whose largest entry is below this are kept as zeros: their scale would not be a normal float32 number.
 TINY = 1e-35
 STORAGES = ("int8", "full")
+# Outputs whose sums a Triton program can keep in registers for all its rows, by the product's dtype.
+MAX_OUTPUTS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
 # Bytes of float32 input that the torch paths hold at a time. Smaller chunks cost more in calls than caches give back.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tap_linear(x: torch.Tensor, weight: torch.Tensor, storage: str = "int8") -> torch.Tensor:
@@ -44,13 +45,13 @@ def tap_linear(x: torch.Tensor, weight: torch.Tensor, storage: str = "int8") -> 
     """
     if storage not in STORAGES:
         raise ValueError(f"storage must be one of {STORAGES}, got {storage!r}")
-    for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must have a dtype of {FLOAT_DTYPES}, got {tensor.dtype}")
+    check_floats(x=x, weight=weight)
     if x.dim() < 1 or x.shape[-1] < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be [out, dim] for x [..., dim], got {list(weight.shape)} and {list(x.shape)}")
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("x requires a gradient, which tap_linear does not compute: pass x.detach() or use F.linear")
+    if runs_naive():
+        return naive_tap_linear(x, weight, storage)
     compute_dtype = autocast_dtype(x.device.type) or weight.dtype
     keep = torch.is_grad_enabled() and weight.requires_grad
     y, _, _ = _tap_linear(x, weight, compute_dtype, storage, keep)
@@ -73,13 +74,12 @@ def quantize_taps(x: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, to
         TypeError: `x` not floating point.
         ValueError: `block` below 1, or `x` without an axis.
     """
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x must have a dtype of {FLOAT_DTYPES}, got {x.dtype}")
+    check_floats(x=x)
     if block < 1:
         raise ValueError(f"block must be an integer >= 1, got {block}")
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x must be [..., dim] with dim >= 1, got {list(x.shape)}")
-    return _quantize(x.detach(), block)
+    return (naive_quantize_taps if runs_naive() else _quantize)(x.detach(), block)
 
 
 def dequantize_taps(
@@ -112,7 +112,34 @@ def dequantize_taps(
         raise ValueError(
             f"scales must be [..., ceil(dim / {block})] for q [..., dim], got {list(scales.shape)} and {list(q.shape)}"
         )
-    return _dequantize(q, scales, dtype, block)
+    return (naive_dequantize_taps if runs_naive() else _dequantize)(q, scales, dtype, block)
+
+
+def naive_tap_linear(x, weight, storage="int8"):
+    """The equation at the top of this file: the value of `x W^T`, the gradient of `(q * s) W^T`."""
+    rows = x.to(weight.dtype)
+    y = rows @ weight.T
+    if storage == "full":
+        return y
+    kept = naive_dequantize_taps(*naive_quantize_taps(x), weight.dtype) @ weight.T
+    return kept + (y - kept).detach()
+
+
+def naive_quantize_taps(x, block=BLOCK):
+    """`s = max|x| / 127` and `q = round(x / s)`, block by block, in float32 at least."""
+    parts = x.to(torch.promote_types(x.dtype, torch.float32)).split(block, -1)
+    largest = torch.stack([part.abs().amax(-1) for part in parts], -1)
+    scales = (largest / 127).where(~(largest < TINY), 0.0)
+    steps = [torch.round(part / s) for part, s in zip(parts, scales.split(1, -1), strict=True)]
+    q = torch.cat([step.where(s != 0, 0.0) for step, s in zip(steps, scales.split(1, -1), strict=True)], -1)
+    return q.to(torch.int8), scales.to(torch.float32)
+
+
+def naive_dequantize_taps(q, scales, dtype=torch.float32, block=BLOCK):
+    """`q * s`, block by block."""
+    compute = torch.promote_types(dtype, torch.float32)
+    parts = zip(q.to(compute).split(block, -1), scales.to(compute).split(1, -1), strict=True)
+    return torch.cat([part * s for part, s in parts], -1).to(dtype)
 
 
 @torch.library.custom_op("hf_qst::quantize_taps", mutates_args=())
@@ -145,12 +172,35 @@ def _tap_linear(
     x: torch.Tensor, weight: torch.Tensor, compute_dtype: torch.dtype, storage: str, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`y`, and what backward needs of `x` (empty tensors where it needs nothing or `x` itself)."""
+    quantized = keep and storage == "int8"
+    if quantized and _in_one_pass(x, weight, compute_dtype):
+        from .taps_triton import project_and_quantize
+
+        y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype, device=x.device)
+        q, scales = _empty_quantized(x, BLOCK)
+        rows, blocks = as_rows(x), scales.shape[-1]
+        kept = q.view(rows.shape), scales.view(-1, blocks)
+        project_and_quantize(rows, as_rows(weight.to(compute_dtype)), y.view(rows.shape[0], -1), *kept, BLOCK, TINY)
+        return y, q, scales
     with torch.autocast(x.device.type, enabled=False):
         rows = x.reshape(-1, x.shape[-1]).to(compute_dtype)
         y = torch.mm(rows, weight.to(compute_dtype).t()).view(*x.shape[:-1], weight.shape[0])
-    if keep and storage == "int8":
+    if quantized:
         return y, *_quantize_rows(x, BLOCK)
     return y, *_nothing_quantized(x)
+
+
+def _in_one_pass(x, weight, compute_dtype) -> bool:
+    """Whether a kernel shall compute the product and the int8 copy from one reading of `x`."""
+    outputs = weight.shape[0]
+    if x.numel() == 0 or not 0 < outputs <= MAX_OUTPUTS.get(compute_dtype, 0):
+        return False
+    return runs_triton("tap_linear", x, table_sizes(x.numel() // x.shape[-1], x.shape[-1], outputs))
+
+
+def table_sizes(rows: int, dim: int, outputs: int) -> dict[str, int]:
+    """What a table's entry says of a call."""
+    return {"rows": rows, "dim": dim, "outputs": outputs, "alignment": alignment(dim)}
 
 
 @_tap_linear.register_fake

@@ -1,13 +1,41 @@
-"""Triton path of `quantize_taps` and `dequantize_taps`: one read and one write, a tile of blocks a program."""
+"""Triton path of the taps: quantising and dequantising in one read and one write, and both of a tap's uses of its input
+(the projection and its int8 copy) in one read."""
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
+from .dispatch import configuration, interpreted
+from .taps import BLOCK, MAX_OUTPUTS, table_sizes
+
+CONFIGURATIONS = {
+    "tap_linear": [
+        {"BLOCK_M": 64, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 32, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "num_warps": 4, "num_stages": 4},
+    ]
+}
+# Float32 products, and rows that do not start at 16-byte boundaries, take more registers.
+SMALL = {"BLOCK_M": 16, "num_warps": 8, "num_stages": 1}
 # Entries of a program's tile.
 TILE = 2048
 # 1.5 * 2^23: adding it to a float32 below 2^22 rounds that to an integer, ties to even, as torch.round does.
 ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _quantized(values, tiny):
+    """Rows of a block [rows, channels] in float32 -> their int8 values (still in float32) and scales [rows]."""
+    magnitude = tl.abs(values)
+    absmax = tl.max(magnitude, 1)
+    # max passes over NaN, which must not come back as a number
+    broken = tl.max(tl.where(magnitude < float("inf"), 0, 1), 1)
+    absmax = tl.where(broken > 0, float("nan"), absmax)
+    factor = tl.where(absmax < tiny, 0.0, tl.div_rn(127.0, absmax))
+    scale = tl.where(absmax < tiny, 0.0, tl.div_rn(absmax, 127.0))
+    return (values * factor[:, None] + ROUNDER) - ROUNDER, scale
 
 
 @triton.jit
@@ -32,15 +60,7 @@ def quantize_blocks(
     mask = (block < blocks)[:, None] & (lane < BLOCK)[None, :] & (column < dim)
 
     values = tl.load(x + row[:, None] * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    magnitude = tl.abs(values)
-    absmax = tl.max(magnitude, 1)
-    # max passes over NaN, which must not come back as a number
-    broken = tl.max(tl.where(magnitude < float("inf"), 0, 1), 1)
-    absmax = tl.where(broken > 0, float("nan"), absmax)
-    factor = tl.where(absmax < tiny, 0.0, tl.div_rn(127.0, absmax))
-    scale = tl.where(absmax < tiny, 0.0, tl.div_rn(absmax, 127.0))
-    rounded = (values * factor[:, None] + ROUNDER) - ROUNDER
-
+    rounded, scale = _quantized(values, tiny)
     tl.store(q + row[:, None] * dim + column, rounded.to(tl.int8), mask=mask)
     tl.store(scales + block, scale, mask=block < blocks)
 
@@ -67,6 +87,46 @@ def dequantize_blocks(
     values = tl.load(q + row[:, None] * dim + column, mask=mask, other=0).to(tl.float32)
     scale = tl.load(scales + block, mask=block < blocks, other=0.0)
     tl.store(out + row[:, None] * dim + column, (values * scale[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tap_rows(
+    x,
+    x_stride,
+    weight,
+    weight_stride,
+    y,
+    q,
+    scales,
+    rows,
+    dim,
+    outputs,
+    tiny,
+    UPCAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """`y = x W^T` and, from the same tiles, x in int8. `WIDTH` is `outputs` rounded up to a power of 2."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    output = tl.arange(0, WIDTH).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    for start in range(0, dim, BLOCK):
+        live = start + lane < dim
+        mask = (row < rows)[:, None] & live[None, :]
+        values = tl.load(x + row[:, None] * x_stride + (start + lane)[None, :], mask=mask, other=0.0)
+        w_mask = (output < outputs)[:, None] & live[None, :]
+        w = tl.load(weight + output[:, None] * weight_stride + (start + lane)[None, :], mask=w_mask, other=0.0)
+        a = values.to(w.dtype)
+        if UPCAST:  # the interpreter multiplies bfloat16 wrongly
+            a, w = a.to(tl.float32), w.to(tl.float32)
+        total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
+        rounded, scale = _quantized(values.to(tl.float32), tiny)
+        tl.store(q + row[:, None] * dim + (start + lane)[None, :], rounded.to(tl.int8), mask=mask)
+        tl.store(scales + row * tl.cdiv(dim, BLOCK) + start // BLOCK, scale, mask=row < rows)
+    mask = (row < rows)[:, None] & (output < outputs)[None, :]
+    tl.store(y + row[:, None] * outputs + output[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
 def launch_options(block: int) -> dict:
@@ -111,3 +171,68 @@ def dequantize_rows(q: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, bl
         dequantize_blocks[(triton.cdiv(scales.numel(), options["BLOCKS"]),)](
             q.contiguous(), scales.contiguous(), out, scales.numel(), scales.shape[1], q.shape[1], **options
         )
+
+
+def project_and_quantize(x, weight, y, q, scales, block: int, tiny: float) -> None:
+    """
+    Fill `y` with `x @ weight.T`, and `q` and `scales` as `quantize_rows` does, in one pass over `x`.
+
+    Args:
+        x (`torch.Tensor`): `[rows, dim]`, entries of a row side by side; float32, bfloat16 or float16.
+        weight (`torch.Tensor`): `[outputs, dim]`, likewise; its dtype is that of the product.
+        y (`torch.Tensor`): `[rows, outputs]`, contiguous.
+        q (`torch.Tensor`): int8 `[rows, dim]`, contiguous.
+        scales (`torch.Tensor`): float32 `[rows, ceil(dim / block)]`, contiguous; `block` is a power of 2.
+    """
+    (rows, dim), outputs = x.shape, weight.shape[0]
+    options = SMALL
+    if weight.dtype != torch.float32 and not (dim % 16 or x.stride(0) % 16 or weight.stride(0) % 16):
+        sizes = table_sizes(rows, dim, outputs)
+        options = configuration("tap_linear", x, sizes, CONFIGURATIONS["tap_linear"][0])
+    with torch.cuda.device_of(x):
+        tap_rows[(triton.cdiv(rows, options["BLOCK_M"]),)](
+            x,
+            x.stride(0),
+            weight,
+            weight.stride(0),
+            y,
+            q,
+            scales,
+            rows,
+            dim,
+            outputs,
+            tiny,
+            UPCAST=interpreted() and weight.dtype == torch.bfloat16,
+            WIDTH=max(16, triton.next_power_of_2(outputs)),
+            BLOCK=block,
+            enable_fp_fusion=False,  # ties round as in the quantiser above
+            **options,
+        )
+
+
+def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
+    """Name, kernel, argument types and options of every specialisation worth compiling without a device."""
+    shape = {"blocks": "i32", "blocks_per_row": "i32", "dim": "i32", "scales": "*fp32", "q": "*i8"}
+    for dtype, block in (("bf16", 64), ("fp32", 64), ("fp16", 24)):
+        types = {"x": f"*{dtype}", "out": f"*{dtype}", "x_stride": "i64", "tiny": "fp32", **shape}
+        yield f"quantize_taps block {block} {dtype}", quantize_blocks, types, launch_options(block)
+        yield f"dequantize_taps block {block} {dtype}", dequantize_blocks, types, launch_options(block)
+    ones = {**shape, "blocks": 1, "blocks_per_row": 1, "dim": 1, "x": "*fp32", "x_stride": 1, "tiny": "fp32"}
+    yield "quantize_taps one number fp32", quantize_blocks, ones, launch_options(64)
+    tap = {
+        "x_stride": "i64:16",
+        "weight_stride": "i64:16",
+        "q": "*i8",
+        "scales": "*fp32",
+        "rows": "i32",
+        "tiny": "fp32",
+    }
+    tap |= {"dim": "i32:16", "outputs": "i32:16", "UPCAST": False, "BLOCK": BLOCK}
+    odd = {"x_stride": "i64", "weight_stride": "i64", "dim": "i32", "outputs": "i32"}
+    for dtype, options in (("bf16", CONFIGURATIONS["tap_linear"]), ("fp32", [SMALL])):
+        for width in (16, MAX_OUTPUTS[torch.float32 if dtype == "fp32" else torch.bfloat16]):
+            types = {**tap, **dict.fromkeys(("x", "weight", "y"), f"*{dtype}"), "WIDTH": width}
+            for option in options:
+                yield f"tap_linear width {width} {dtype}", tap_rows, types, {**option, "enable_fp_fusion": False}
+            small = {**SMALL, "enable_fp_fusion": False}
+            yield f"tap_linear width {width} unaligned {dtype}", tap_rows, {**types, **odd}, small

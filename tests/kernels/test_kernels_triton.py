@@ -8,30 +8,58 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.kernels_compiled import NVIDIA, fits, sources
+from hf_qst_kernels.registry import OPS
+from tests.kernels.compared import TOLERANCE
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
-# bytes of shared memory a block may have
-SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels_compiled.json"
 
 
-def run(script, tmp_path_factory, **variables):
+def run(arguments, tmp_path_factory, **variables):
     environment = {
         **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),  # a cached kernel would prove nothing
         **variables,
     }
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name(script)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def distances(tmp_path_factory):
-    return run("triton_interpreted.py", tmp_path_factory, TRITON_INTERPRET="1")
+    return run([Path(__file__).with_name("triton_interpreted.py")], tmp_path_factory, TRITON_INTERPRET="1")
+
+
+@pytest.fixture(scope="module")
+def registry_distances(tmp_path_factory):
+    return run([Path(__file__).with_name("registry_interpreted.py")], tmp_path_factory, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_kernels_equal_the_naive_twin_in_float64(registry_distances, op, dtype):
+    """Values and gradients; odd, strided and empty inputs; results allocated full of NaN."""
+    errors = {name: e for name, e in registry_distances.items() if name.startswith(f"{op.name} | {dtype} | ")}
+    assert len(errors) == len(list(op.examples(torch.float32, "cpu")))
+    tolerance = TOLERANCE[getattr(torch, dtype)]
+    assert {name: error for name, error in errors.items() if not error <= tolerance} == {}
+
+
+def test_every_configuration_gives_the_same(registry_distances):
+    errors = {name: error for name, error in registry_distances.items() if name.startswith("configuration ")}
+    assert len(errors) == 3 + (4 + 4) + 6 * 2 + 3 * 3 + (4 + 3) * 3
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE[torch.float32]} == {}
+
+
+@pytest.mark.parametrize("name", ["an index out of range is no number", "and writes nothing", "repeated runs"])
+def test_properties_of_the_kernels(registry_distances, name):
+    assert registry_distances[name] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -84,11 +112,25 @@ def test_special_values_in_the_quantise_kernel(distances):
     assert {name: distances[name] for name in names if not distances[name] <= 1e-6} == {}
 
 
-def test_kernels_compile_within_shared_memory(tmp_path_factory):
-    shared = run("triton_compiled.py", tmp_path_factory, TRITON_DEFAULT_FP_FUSION="1")
-    assert {name.rsplit(" ", 1)[1] for name in shared} == set(SHARED_LIMITS)
-    for name, size in shared.items():
-        assert size <= SHARED_LIMITS[name.rsplit(" ", 1)[1]], name
+def compiled(tmp_path_factory, *arguments):
+    command = ["-m", "benchmarks.kernels_compiled", "--output", "-", *arguments]
+    return run(command, tmp_path_factory, TRITON_DEFAULT_FP_FUSION="1")
+
+
+@pytest.mark.parametrize(
+    ("target", "ops"), [("gfx942", ["linear_cross_entropy"]), ("sm_90", ["quantize_taps", "linear_index_add"])]
+)
+def test_kernels_compile_without_spills_within_shared_memory(tmp_path_factory, target, ops):
+    rows = compiled(tmp_path_factory, "--each-once", "--targets", target, "--ops", *ops)
+    assert rows and [row for row in rows if not fits(row)] == []
+
+
+def test_record_is_of_these_kernels_and_all_fit():
+    """`python -m benchmarks.kernels --compile` writes it; compiling everything takes minutes."""
+    record = json.loads(RECORD.read_text())
+    assert record["sources"] == sources()
+    assert {row["target"] for row in record["rows"]} == set(NVIDIA)
+    assert [row for row in record["rows"] if not fits(row)] == []
 
 
 def test_interpreter_stays_in_its_process():

@@ -1,0 +1,329 @@
+"""All ops, one line each, with what their tests and benchmarks are generated from.
+
+A test or a benchmark asks an `Op` for inputs and runs all that it finds: the public function on every path, the naive
+twin beside it. `examples` are small and awkward, `workloads` are what a layer of a real model hands the op.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import linear_add, low_rank, nf4, norm_select, taps
+from .cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
+from .linear_add import linear_index_add, naive_linear_index_add
+from .low_rank import low_rank_linear, naive_low_rank_linear
+from .nf4 import naive_nf4_linear, nf4_linear
+from .norm_select import naive_norm_index_select, norm_index_select
+from .taps import (
+    dequantize_taps,
+    naive_dequantize_taps,
+    naive_quantize_taps,
+    naive_tap_linear,
+    quantize_taps,
+    tap_linear,
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Widths of a model: of its hidden state, of the inside of its MLP, and its vocabulary."""
+
+    name: str
+    dim: int
+    middle: int
+    vocab: int
+
+
+MODELS = (
+    ModelShape("Llama-2-7B", 4096, 11008, 32000),
+    ModelShape("Llama-3-8B", 4096, 14336, 128256),
+    ModelShape("Llama-3-70B", 8192, 28672, 128256),
+    ModelShape("Qwen3-0.6B", 1024, 3072, 151936),
+    ModelShape("ViT-B", 768, 3072, 1000),
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of a real model.
+
+    Args:
+        name (`str`): what the layer is.
+        arguments (`dict`): of the op's function.
+        moved (`int`): bytes that have to cross the memory bus at least.
+        flops (`int`): of its products.
+        sizes (`dict`): as the op's dispatch names them; empty if it asks no table.
+    """
+
+    name: str
+    arguments: dict
+    moved: int
+    flops: int
+    sizes: dict
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of this package.
+
+    Args:
+        function: the public function.
+        naive: its twin, written from the equation; same arguments.
+        triton (`str`): the module of its kernels, with `compiled_cases()`, and `CONFIGURATIONS` if they can be tuned.
+        examples: `(dtype, device) -> (name, arguments)`; what is to be differentiated requires a gradient.
+        workloads: `(model, rows, dtype, device) -> Workload`.
+        trains (`bool`): a workload is a forward and a backward; else a forward.
+        exact_gradient: whether the gradient for these arguments is that of the op's value.
+        rows: of the workloads: tokens of a decoding step, then of a prompt or a training step.
+    """
+
+    function: Callable
+    naive: Callable
+    triton: str
+    examples: Callable[[torch.dtype, str], Iterator[tuple[str, dict]]]
+    workloads: Callable[[ModelShape, int, torch.dtype, str], Iterator[Workload]]
+    trains: bool = False
+    exact_gradient: Callable[[dict], bool] = lambda arguments: True
+    rows: tuple[int, ...] = (1, 4, 16, 64, 2048)
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+def _normal(*shape, dtype, device, grad=False) -> torch.Tensor:
+    return torch.randn(*shape, device=device).to(dtype).requires_grad_(grad)
+
+
+def _selection(width: int, dim: int, device: str) -> torch.Tensor:
+    return torch.randperm(dim, device=device)[:width].sort().values.int()
+
+
+def _of(share: float, width: int) -> int:
+    """A pruned width: a multiple of 64, as tiles and wide loads want it. Shares: arXiv 2410.11988, figure 6, at 50%."""
+    return max(64, round(share * width / 64) * 64)
+
+
+def _size(dtype: torch.dtype) -> int:
+    return torch.empty(0, dtype=dtype).element_size()
+
+
+def _cross_entropy_examples(dtype, device):
+    options = {
+        "plain": {},
+        "sum": {"reduction": "sum", "logit_scale": 1.7},
+        "smoothing and softcap": {"label_smoothing": 0.3, "logit_softcap": 2.0},
+    }
+    for (rows, dim, vocab), (name, option) in zip([(1, 3, 1), (7, 16, 65), (3, 7, 1023)], options.items(), strict=True):
+        hidden = _normal(rows, dim, dtype=dtype, device=device, grad=True)
+        labels = torch.randint(vocab, (rows,), device=device)
+        labels[1:2] = -100
+        weight, bias = (_normal(*shape, dtype=dtype, device=device) for shape in ((vocab, dim), (vocab,)))
+        yield name, {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "chunk_size": 4, **option}
+
+
+def _cross_entropy_workloads(model, rows, dtype, device):
+    hidden = _normal(rows, model.dim, dtype=dtype, device=device, grad=True)
+    weight = (torch.randn(model.vocab, model.dim, device=device) / model.dim**0.5).to(dtype)
+    labels = torch.randint(model.vocab, (rows,), device=device)
+    moved = _size(dtype) * (2 * weight.numel() + 2 * hidden.numel())
+    arguments = {"hidden": hidden, "weight": weight, "labels": labels}
+    yield Workload("head", arguments, moved, 4 * rows * model.dim * model.vocab, {})
+
+
+def _quantize_examples(dtype, device):
+    for shape in ((1, 1), (7, 63), (2, 3, 65), (1, 1023), (0, 64)):
+        yield f"{list(shape)}", {"x": _normal(*shape, dtype=dtype, device=device)}
+    yield "strided", {"x": _normal(5, 130, dtype=dtype, device=device)[:, ::2], "block": 24}
+
+
+def _quantize_workloads(model, rows, dtype, device):
+    x = _normal(rows, model.dim, dtype=dtype, device=device)
+    yield Workload("hidden state", {"x": x}, x.numel() * (_size(dtype) + 1) + x.numel() // 16, 0, {})
+
+
+def _dequantize_examples(dtype, device):
+    for shape in ((1, 1), (7, 63), (2, 3, 65), (1, 1023), (0, 64)):
+        q = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        scales = torch.rand(*shape[:-1], -(-shape[-1] // 64), device=device)
+        yield f"{list(shape)}", {"q": q, "scales": scales, "dtype": dtype}
+
+
+def _dequantize_workloads(model, rows, dtype, device):
+    q, scales = quantize_taps(_normal(rows, model.dim, dtype=dtype, device=device))
+    moved = q.numel() * (_size(dtype) + 1) + q.numel() // 16
+    yield Workload("hidden state", {"q": q, "scales": scales, "dtype": dtype}, moved, 0, {})
+
+
+def _tap_examples(dtype, device):
+    for storage, (rows, dim, width) in (("int8", (7, 65, 3)), ("full", (3, 63, 7)), ("int8", (1, 1, 1))):
+        x = _normal(rows, dim, dtype=dtype, device=device)
+        weight = _normal(width, dim, dtype=dtype, device=device, grad=True)
+        yield f"{storage} {rows}x{dim}", {"x": x, "weight": weight, "storage": storage}
+
+
+def _tap_workloads(model, rows, dtype, device):
+    x = _normal(rows, model.dim, dtype=dtype, device=device)
+    weight = _normal(model.dim // 16, model.dim, dtype=dtype, device=device, grad=True)
+    moved = x.numel() * (_size(dtype) + 2) + 3 * _size(dtype) * weight.numel()
+    sizes = taps.table_sizes(rows, *weight.shape[::-1])
+    yield Workload("downsampler", {"x": x, "weight": weight}, moved, 4 * x.numel() * weight.shape[0], sizes)
+
+
+def _norm_examples(dtype, device):
+    for kind, shape, width in (
+        ("rms", (1, 1), 1),
+        ("rms", (2, 3, 63), 7),
+        ("layer", (7, 65), 65),
+        ("layer", (3, 1023), 257),
+        ("rms", (0, 64), 3),
+    ):
+        dim = shape[-1]
+        hidden = _normal(*shape, dtype=dtype, device=device, grad=True)
+        weight, bias = (_normal(dim, dtype=dtype, device=device) for _ in range(2))
+        arguments = {
+            "weight": weight,
+            "bias": bias if kind == "layer" else None,
+            "index": _selection(width, dim, device),
+        }
+        yield f"{kind} {list(shape)} {width}", {"hidden": hidden, **arguments, "kind": kind, "eps": 1e-5}
+    trained = {name: _normal(33, dtype=dtype, device=device, grad=True) for name in ("weight", "bias")}
+    hidden = (_normal(5, 66, dtype=dtype, device=device)[:, ::2] + 3).requires_grad_()
+    yield "trained, strided", {"hidden": hidden, **trained, "index": _selection(9, 33, device).long(), "kind": "layer"}
+
+
+def _norm_workloads(model, rows, dtype, device):
+    width = _of(0.63, model.dim)
+    hidden = _normal(rows, model.dim, dtype=dtype, device=device)
+    weight, index = _normal(model.dim, dtype=dtype, device=device), _selection(width, model.dim, device)
+    arguments = {"hidden": hidden, "weight": weight, "bias": None, "index": index}
+    moved = _size(dtype) * (rows * (model.dim + width) + model.dim) + 4 * width
+    yield Workload("attention input", arguments, moved, 0, norm_select.table_sizes(hidden, index))
+
+
+def _linear_add_examples(dtype, device):
+    for shape, width, dim, inplace in (
+        ((1, 1), 1, 1, False),
+        ((7, 65), 63, 130, False),
+        ((2, 3, 63), 3, 7, True),
+        ((65, 33), 17, 40, False),
+        ((0, 7), 3, 7, False),
+    ):
+        grad, options = not inplace, {"dtype": dtype, "device": device}
+        yield (
+            f"{list(shape)} {width} of {dim}{' in place' if inplace else ''}",
+            {
+                "x": _normal(*shape, **options, grad=grad),
+                "weight": _normal(width, shape[-1], **options, grad=grad),
+                "bias": _normal(width, **options, grad=grad) if width != 3 else None,
+                "index": _selection(width, dim, device),
+                "residual": _normal(*shape[:-1], dim, **options, grad=grad),
+                "inplace": inplace,
+            },
+        )
+    strided = _normal(5, 40, dtype=dtype, device=device)[:, ::2]
+    weight, residual = _normal(7, 20, dtype=dtype, device=device), _normal(5, 9, dtype=dtype, device=device)
+    arguments = {"weight": weight, "bias": None, "index": _selection(7, 9, device), "residual": residual}
+    yield "strided", {"x": strided.requires_grad_(), **arguments}
+
+
+def _linear_add_workloads(model, rows, dtype, device):
+    width = _of(0.93, model.dim)
+    for name, inputs in (("attention output", model.dim), ("MLP output", _of(0.45, model.middle))):
+        weight = _normal(width, inputs, dtype=dtype, device=device)
+        arguments = {
+            "x": _normal(rows, inputs, dtype=dtype, device=device),
+            "weight": weight,
+            "bias": None,
+            "index": _selection(width, model.dim, device),
+            "residual": _normal(rows, model.dim, dtype=dtype, device=device),
+            "inplace": True,
+        }
+        moved = _size(dtype) * (rows * inputs + weight.numel() + 2 * rows * width) + 4 * width
+        yield Workload(name, arguments, moved, 2 * rows * weight.numel(), linear_add.table_sizes(rows, width, inputs))
+
+
+def _low_rank_examples(dtype, device):
+    for shape, rank, outputs in (
+        ((1, 1), 1, 1),
+        ((7, 65), 3, 63),
+        ((2, 3, 33), 65, 7),
+        ((65, 17), 7, 65),
+        ((0, 7), 3, 5),
+    ):
+        options = {"dtype": dtype, "device": device, "grad": True}
+        yield (
+            f"{list(shape)} rank {rank}",
+            {
+                "x": _normal(*shape, **options),
+                "down": _normal(rank, shape[-1], **options),
+                "up": _normal(outputs, rank, **options),
+                "bias": None if rank == 3 else _normal(outputs, **options),
+            },
+        )
+
+
+def _low_rank_workloads(model, rows, dtype, device):
+    for rank in (16, 64, 256):
+        down = _normal(rank, model.dim, dtype=dtype, device=device)
+        up = _normal(model.dim, rank, dtype=dtype, device=device)
+        x = _normal(rows, model.dim, dtype=dtype, device=device)
+        moved = _size(dtype) * (2 * x.numel() + 2 * down.numel())
+        sizes = low_rank.table_sizes(rows, model.dim, rank, model.dim)
+        yield Workload(f"rank {rank}", {"x": x, "down": down, "up": up}, moved, 4 * rows * down.numel(), sizes)
+
+
+def _nf4_arguments(inputs, outputs, nested, device) -> dict:
+    packed = torch.randint(256, (inputs * outputs // 2, 1), dtype=torch.uint8, device=device)
+    blocks = inputs * outputs // 64
+    if not nested:
+        return {"packed": packed, "absmax": torch.rand(blocks, device=device), "out_features": outputs}
+    return {
+        "packed": packed,
+        "absmax": torch.randint(256, (blocks,), dtype=torch.uint8, device=device),
+        "out_features": outputs,
+        "nested_absmax": torch.rand(-(-blocks // 256), device=device),
+        "nested_code": torch.linspace(-1, 1, 256, device=device),
+        "nested_offset": torch.tensor(1.5, device=device),
+    }
+
+
+def _nf4_examples(dtype, device):
+    for shape, outputs, nested in (
+        ((1, 64), 1, True),
+        ((7, 192), 65, False),
+        ((2, 3, 64), 63, True),
+        ((0, 64), 3, True),
+    ):
+        x = _normal(*shape, dtype=dtype, device=device, grad=True)
+        bias = _normal(outputs, dtype=dtype, device=device, grad=True) if outputs > 3 else None
+        arguments = _nf4_arguments(shape[-1], outputs, nested, device)
+        yield f"{list(shape)} {outputs} {'double' if nested else 'single'}", {"x": x, "bias": bias, **arguments}
+    x = _normal(3, 256, dtype=dtype, device=device)[:, ::2].requires_grad_()
+    yield "strided, many scales", {"x": x, **_nf4_arguments(128, 140, True, device)}
+
+
+def _nf4_workloads(model, rows, dtype, device):
+    for name, inputs, outputs in (
+        ("attention", model.dim, model.dim),
+        ("MLP in", model.dim, model.middle),
+        ("MLP out", model.middle, model.dim),
+    ):
+        x, weights = _normal(rows, inputs, dtype=dtype, device=device), inputs * outputs
+        moved = weights // 2 + weights // 64 + weights // 64 // 64 + _size(dtype) * rows * (inputs + outputs)
+        arguments = {"x": x, **_nf4_arguments(inputs, outputs, True, device)}
+        sizes = nf4.table_sizes(rows, inputs, outputs)
+        yield Workload(name, arguments, moved, 2 * rows * weights, sizes)
+
+
+OPS = (
+    Op(linear_cross_entropy, naive_linear_cross_entropy, "cross_entropy_triton", _cross_entropy_examples, _cross_entropy_workloads, trains=True, rows=(2048, 8192)),
+    Op(quantize_taps, naive_quantize_taps, "taps_triton", _quantize_examples, _quantize_workloads, rows=(16, 2048, 8192)),
+    Op(dequantize_taps, naive_dequantize_taps, "taps_triton", _dequantize_examples, _dequantize_workloads, rows=(16, 2048, 8192)),
+    Op(tap_linear, naive_tap_linear, "taps_triton", _tap_examples, _tap_workloads, trains=True, exact_gradient=lambda a: a["storage"] == "full", rows=(2048, 8192)),
+    Op(norm_index_select, naive_norm_index_select, "norm_select_triton", _norm_examples, _norm_workloads),
+    Op(linear_index_add, naive_linear_index_add, "linear_add_triton", _linear_add_examples, _linear_add_workloads),
+    Op(low_rank_linear, naive_low_rank_linear, "low_rank_triton", _low_rank_examples, _low_rank_workloads, rows=(1, 4, 16, 64)),
+    Op(nf4_linear, naive_nf4_linear, "nf4_triton", _nf4_examples, _nf4_workloads, rows=(1, 2, 4, 8, 16, 64, 2048)),
+)  # fmt: skip
