@@ -2,39 +2,14 @@
 
 import re
 
-import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from examples import compress_llm, compress_vit
 from hf_qst.mixed_rank import LowRankLinear
-
-
-@pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory):
-    """A random Llama with the project's tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = AutoTokenizer.from_pretrained(compress_llm.BASE)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_language_model_is_smaller_and_reloads_as_it_was(tiny_base, tmp_path, capsys):

@@ -1,32 +1,8 @@
 """The README's demo, on a tiny base and a few steps."""
 
-import pytest
-import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples import demo
-
-
-@pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory):
-    """A random Llama with the project's tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_demo_prints_the_table_and_reloads_what_it_saved(tiny_base, tmp_path, capsys):

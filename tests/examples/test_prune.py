@@ -2,31 +2,18 @@
 
 import re
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from examples import prune
 from hf_qst import PrunedBranch
 
 
-def test_model_is_pruned_reloaded_recovered_and_saved(tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(prune.BASE)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    base, output = tmp_path / "base", tmp_path / "out"
-    LlamaForCausalLM(config).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+def test_model_is_pruned_reloaded_recovered_and_saved(tiny_base, tmp_path, capsys):
+    output = tmp_path / "out"
     sizes = ["--steps", "4", "--recovery-steps", "2", "--length", "64", "--training-blocks", "64", "--held-blocks", "4"]
-    prune.main(["--model", str(base), "--output", str(output), "--device", "cpu", "--width-multiple", "16", *sizes])
+    prune.main(
+        ["--model", str(tiny_base), "--output", str(output), "--device", "cpu", "--width-multiple", "16", *sizes]
+    )
 
     printed = capsys.readouterr().out
     lines = dict(re.findall(r"^(dense|pruned|reloaded|recovered) +([\d.]+ MB, perplexity [\d.]+)$", printed, re.M))
