@@ -22,13 +22,15 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import compression_7b as large
 from benchmarks import compression_layers, compression_llm, compression_speed, compression_vit
+from benchmarks.checks import require_device, require_parts, require_positive
 from benchmarks.compression_methods import DEFAULT, LLM_METHODS, METHODS
 from benchmarks.compression_plots import plots
 from benchmarks.compression_report import report
-from benchmarks.measure import ROOT, environment, write_json
+from benchmarks.measure import ROOT, ResultFile
 from examples import compress_vit
 
 PARTS = ("llm", "cost", "residual", "vit", "layers", "speed", "7b")
+POSITIVE = ("calibration_blocks", "held_blocks", "seeds", "epochs", "images", "rank", "repeats", "threads")
 QUICK = {
     "keep": [0.6],
     "vit_keep": [0.4],
@@ -78,14 +80,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fresh", action="store_true", help="forget what is in the file")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     args = parser.parse_args(argv)
-    for name in ("calibration_blocks", "held_blocks", "seeds", "epochs", "images", "rank", "repeats", "threads"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    for name in ("keep", "vit_keep"):
-        if not all(0 < keep < 1 for keep in getattr(args, name)):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give numbers between 0 and 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch sees no CUDA device here")
+    require_positive(parser, args, POSITIVE)
+    require_parts(parser, args, ("keep", "vit_keep"))
+    require_device(parser, args)
     if args.predict_7b:
         args.parts = ["7b"]
     if args.quick:
@@ -93,23 +90,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class Results:
-    """The result file: parts by name, each with the machine and the arguments it was made with."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.path, self.device = args.output / "compression.json", torch.device(args.device)
-        self.parts: dict[str, dict] = {}
-        if self.path.exists() and not args.fresh:
-            self.parts = json.loads(self.path.read_text())
-
-    def begun(self, part: str, used: dict) -> dict:
-        """What is there of a part that was made with the same arguments."""
-        found = self.parts.get(part, {})
-        return found.get("result", {}) if found.get("arguments") == used else {}
-
-    def put(self, part: str, used: dict, result: dict) -> None:
-        self.parts[part] = {**environment(self.device), "arguments": used, "result": result}
-        write_json(self.path, self.parts)
+def results_of(args: argparse.Namespace) -> ResultFile:
+    return ResultFile(args.output / "compression.json", torch.device(args.device), args.fresh)
 
 
 class Bench:
@@ -207,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
-    results, bench = Results(args), Bench(args)
+    results, bench = results_of(args), Bench(args)
     for part in args.parts:
         used = bench.used(part)
         save = lambda result, part=part, used=used: results.put(part, used, result)
@@ -217,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         result = make(done, save)
         if json.dumps(result) != before:
             save(result)
-    found = {part: results.parts[part]["result"] for part in PARTS if part in results.parts}
+    found = results.results()
     print("\n" + report(found, args.parts))
     files = [results.path, *plots(found, args.parts, args.output)]
     print("\nwritten: " + ", ".join(str(file) for file in files), flush=True)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.compression_methods import DEFAULT, METHODS
 from benchmarks.compression_report import KINDS
-from benchmarks.measure import write_whole
-
-
-def _save(figure, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    write_whole(path, buffer.getvalue())
-    return path
+from benchmarks.measure import save_figure
 
 
 def plots(found: dict, parts: Sequence[str], folder: Path) -> list[Path]:
@@ -49,7 +38,7 @@ def _perplexity_plot(result: dict, path: Path) -> Path:
         axes.grid(alpha=0.3)
     every[0].set_ylabel("held-out perplexity (line: dense)")
     every[-1].legend(fontsize=7)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _columns(names: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -82,7 +71,7 @@ def _rank_plot(result: dict, path: Path) -> Path:
         axes.set(title=f"keep {row['keep']:g}: ranks", xlabel="block", xticks=range(len(blocks)))
         axes.set_yticks(range(len(kinds)), kinds)
     figure.colorbar(image, ax=every[0].tolist(), label="part of the layer's weights kept")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _error_plot(result: dict, path: Path) -> Path:
@@ -104,4 +93,4 @@ def _error_plot(result: dict, path: Path) -> Path:
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -79,16 +79,16 @@ def aims(result: dict) -> str:
         if baselines and (keep, DEFAULT) in at:
             met = at[keep, DEFAULT] < min(baselines)
             lines.append(
-                f"keep {keep:g}: default {at[keep, DEFAULT]:.2f}, best baseline {min(baselines):.2f}: {_met(met)}"
+                f"keep {keep:g}: default {at[keep, DEFAULT]:.2f}, best baseline {min(baselines):.2f}: {verdict(met)}"
             )
         for mixed, uniform in (("mix", "svd-llm"), (DEFAULT, "uniform-lstsq")):
             if (keep, mixed) in at and (keep, uniform) in at:
                 met = at[keep, mixed] < at[keep, uniform]
-                lines.append(f"keep {keep:g}: {METHODS[mixed].label} below {METHODS[uniform].label}: {_met(met)}")
+                lines.append(f"keep {keep:g}: {METHODS[mixed].label} below {METHODS[uniform].label}: {verdict(met)}")
     return "\n".join(lines)
 
 
-def _met(holds: bool) -> str:
+def verdict(holds: bool) -> str:
     return "met" if holds else "missed"
 
 
@@ -129,7 +129,7 @@ def vit_aim(result: dict, keep: float = 0.4, points: float = 0.5) -> str:
     """Whether the default loses at most `points` at this part kept, in the mean over the seeds."""
     rows = [row for row in summary(result) if row["method"] == DEFAULT and row["keep"] == keep]
     return "\n".join(
-        f"keep {keep:g}: {pm(row['drop'], 2)} points lost (aim: {points:g}): {_met(row['drop'][0] <= points)}"
+        f"keep {keep:g}: {pm(row['drop'], 2)} points lost (aim: {points:g}): {verdict(row['drop'][0] <= points)}"
         for row in rows
     )
 
@@ -152,7 +152,7 @@ def layer_aims(result: dict) -> str:
     for name, facts in ((name, layer_facts(one)) for name, one in result.items()):
         near, below = facts["calibration over its optimum"]["worst"], facts["held-out over plain SVD"]["worst"]
         lines.append(
-            f"{name}: within 1 % of the optimum: {_met(near <= 1.01)}; never above plain SVD: {_met(below <= 1)}"
+            f"{name}: within 1 % of the optimum: {verdict(near <= 1.01)}; never above plain SVD: {verdict(below <= 1)}"
         )
     return "\n".join(lines)
 

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.checks import require_positive
 from benchmarks.measure import ROOT, environment, write_json
 from examples.corpus import split, stdlib_files, tokens
 from hf_qst import AdaptiveTemperatureLogitsProcessor
@@ -352,9 +353,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work", type=Path, default=ROOT / "demo_output" / "decoding", help="folder of the samples")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     args = parser.parse_args(argv)
-    for name in ("samples", "tune_samples", "tune_limit", "draws", "new_tokens", "probe_texts", "workers", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
+    counts = ("samples", "tune_samples", "tune_limit", "draws", "new_tokens", "probe_texts", "workers", "threads")
+    require_positive(parser, args, counts)
     if args.draws > max(STUDENT_95):
         parser.error(f"--draws {args.draws}: give at most {max(STUDENT_95)}")
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").exists():

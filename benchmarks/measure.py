@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import json
 import os
 import platform
@@ -102,3 +103,39 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Write a matplotlib figure as PNG, whole or not at all, and close it."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
+    return path
+
+
+class ResultFile:
+    """A JSON file of results: parts by name, each with the machine and the arguments it was made with.
+
+    Args:
+        path: the file; what it holds is kept unless `fresh`.
+        device: what new parts are made on.
+    """
+
+    def __init__(self, path: Path, device: torch.device, fresh: bool):
+        self.path, self.device = path, device
+        self.parts: dict[str, dict] = json.loads(path.read_text()) if path.exists() and not fresh else {}
+
+    def begun(self, part: str, used: dict) -> dict:
+        """What is there of a part that was made with the same arguments."""
+        found = self.parts.get(part, {})
+        return found.get("result", {}) if found.get("arguments") == used else {}
+
+    def put(self, part: str, used: dict, result: dict) -> None:
+        self.parts[part] = {**environment(self.device), "arguments": used, "result": result}
+        write_json(self.path, self.parts)
+
+    def results(self) -> dict[str, dict]:
+        return {part: entry["result"] for part, entry in self.parts.items()}

@@ -14,7 +14,6 @@ file.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -23,9 +22,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import compression_speed, pruning_cost
+from benchmarks.checks import require_device, require_parts, require_positive
 from benchmarks.compression_llm import BASE, evaluated, load_dense, load_text
 from benchmarks.compression_methods import parameters
-from benchmarks.measure import ROOT, environment, write_json
+from benchmarks.measure import ROOT, ResultFile
 from benchmarks.pruning_methods import DEFAULT, METHODS, ROUNDED, Bench, Schedule, made, recovered
 from benchmarks.pruning_report import plots, report
 from examples.corpus import blocks, split, stdlib_files, tokens
@@ -33,6 +33,8 @@ from hf_qst.decoder_stack import find_decoder_stack
 from hf_qst.disp.layout import PruningLayout
 
 PARTS = ("quality", "speed", "training")
+POSITIVE = ("seeds", "steps", "batch", "length", "recovery_steps", "training_blocks", "calibration_blocks",
+            "held_blocks", "repeats", "threads")  # fmt: skip
 QUICK = {
     "keep": [0.6],
     "methods": ["random", "flap", "slicegpt", "disp"],
@@ -73,49 +75,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fresh", action="store_true", help="forget what is in the file")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     args = parser.parse_args(argv)
-    for name in ("seeds", "steps", "batch", "length", "recovery_steps", "training_blocks", "calibration_blocks",
-                 "held_blocks", "repeats", "threads"):  # fmt: skip
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    for name in ("keep", "ablation_keep"):
-        if not all(0 < keep < 1 for keep in getattr(args, name)):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give numbers between 0 and 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch sees no CUDA device here")
+    require_positive(parser, args, POSITIVE)
+    require_parts(parser, args, ("keep", "ablation_keep"))
+    require_device(parser, args)
     if args.quick:
         vars(args).update(QUICK)
     return args
 
 
-class Results:
-    """The result file: parts by name, each with the machine and the arguments it was made with."""
+def results_of(args: argparse.Namespace) -> ResultFile:
+    return ResultFile(args.output / "pruning.json", torch.device(args.device), args.fresh)
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.path = args, args.output / "pruning.json"
-        self.parts: dict[str, dict] = {}
-        if self.path.exists() and not args.fresh:
-            self.parts = json.loads(self.path.read_text())
 
-    def used(self, part: str) -> dict:
-        """The arguments that a part's figures depend on."""
-        names = {
-            "quality": ("model", "batch", "length", "recovery_steps", "recovery_rate", "training_blocks",
-                        "calibration_blocks", "held_blocks", "device"),
-            "speed": ("model", "repeats", "threads", "device", "quick"),
-            "training": ("model", "length", "repeats", "threads", "device"),
-        }  # fmt: skip
-        used = {name: getattr(self.args, name) for name in names[part]}
-        return used | ({"model": "examples/base_model"} if Path(self.args.model) == BASE else {})
-
-    def begun(self, part: str) -> dict:
-        """What is there of a part that was made with the same arguments."""
-        found = self.parts.get(part, {})
-        return found.get("result", {}) if found.get("arguments") == self.used(part) else {}
-
-    def put(self, part: str, result: dict) -> None:
-        machine = environment(torch.device(self.args.device))
-        self.parts[part] = {**machine, "arguments": self.used(part), "result": result}
-        write_json(self.path, self.parts)
+def used(args: argparse.Namespace, part: str) -> dict:
+    """The arguments that a part's figures depend on."""
+    names = {
+        "quality": ("model", "batch", "length", "recovery_steps", "recovery_rate", "training_blocks",
+                    "calibration_blocks", "held_blocks", "device"),
+        "speed": ("model", "repeats", "threads", "device", "quick"),
+        "training": ("model", "length", "repeats", "threads", "device"),
+    }  # fmt: skip
+    values = {name: getattr(args, name) for name in names[part]}
+    return values | ({"model": "examples/base_model"} if Path(args.model) == BASE else {})
 
 
 def bench_of(args: argparse.Namespace) -> Bench:
@@ -147,9 +128,9 @@ def current(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
     return [row for row in rows if row.get("steps", args.steps) == args.steps]
 
 
-def quality(args: argparse.Namespace, results: Results) -> dict:
+def quality(args: argparse.Namespace, results: ResultFile) -> dict:
     """Every method at every part kept, before and after the recovery; rows that are there are not made again."""
-    result = results.begun("quality")
+    result = results.begun("quality", used(args, "quality"))
     missing = wanted(args, result.get("rows", []))
     if not missing:
         return result
@@ -168,13 +149,13 @@ def quality(args: argparse.Namespace, results: Results) -> dict:
                 row["recovered"] = evaluated(recovered(bench, model, seed), bench.text)
             rows.append(row)
         result["rows"] += rows
-        results.put("quality", result)
+        results.put("quality", used(args, "quality"), result)
     return result
 
 
-def speed(args: argparse.Namespace, results: Results) -> dict:
+def speed(args: argparse.Namespace, results: ResultFile) -> dict:
     """The base and a random model of 100M parameters at the widths learned at the smallest part kept."""
-    result = results.begun("speed")
+    result = results.begun("speed", used(args, "speed"))
     learned = results.parts.get("quality", {}).get("result", {}).get("rows", [])
     rows = [row for row in learned if row["method"] == DEFAULT and row["seed"] == 0]
     if not rows:
@@ -197,17 +178,17 @@ def speed(args: argparse.Namespace, results: Results) -> dict:
         }
         result["keep"] = row["keep"]
         result[name] = pruning_cost.speed(dense, widths, prompt, new, args.repeats)
-        results.put("speed", result)
+        results.put("speed", used(args, "speed"), result)
     return result
 
 
-def training(args: argparse.Namespace, results: Results) -> dict:
+def training(args: argparse.Namespace, results: ResultFile) -> dict:
     """A step of 4 rows of the base."""
-    result = results.begun("training")
+    result = results.begun("training", used(args, "training"))
     if not result:
         dense = load_dense(args.model, torch.device(args.device))
         result = {"batch": 4, "rows": pruning_cost.training(dense, 4, args.length, args.repeats)}
-        results.put("training", result)
+        results.put("training", used(args, "training"), result)
     return result
 
 
@@ -215,11 +196,11 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
-    results = Results(args)
+    results = results_of(args)
     for part, make in (("quality", quality), ("speed", speed), ("training", training)):
         if part in args.parts:
             make(args, results)
-    found = {part: results.parts[part]["result"] for part in PARTS if part in results.parts}
+    found = results.results()
     print("\n" + report(found, args.parts))
     files = [results.path, *plots(found, args.parts, args.output)]
     print("\nwritten: " + ", ".join(str(file) for file in files), flush=True)

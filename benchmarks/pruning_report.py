@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.compression_llm import perplexity
-from benchmarks.compression_plots import _save
-from benchmarks.compression_report import KINDS, MIB, _met, markdown, pm
+from benchmarks.compression_report import KINDS, MIB, markdown, pm, verdict
 from benchmarks.compression_vit import interval
+from benchmarks.measure import save_figure
 from benchmarks.pruning_cost import STEPS
 from benchmarks.pruning_methods import BASELINES, DEFAULT, LABELS, METHODS
 from hf_qst.disp.layout import SELECTIONS
@@ -72,13 +72,13 @@ def aims(result: dict) -> str:
                 gap = pm(interval([a - b for a, b in zip(mine, theirs, strict=True)]), 3)
                 lines.append(
                     f"keep {keep:g}, {title}{what}: DISP {perplexity(mine):.2f}, best baseline "
-                    f"({LABELS[best['method']]}) {perplexity(theirs):.2f}, {gap} nats: {_met(sum(mine) < sum(theirs))}"
+                    f"({LABELS[best['method']]}) {perplexity(theirs):.2f}, {gap} nats: {verdict(sum(mine) < sum(theirs))}"
                 )
     learned = [row for row in result["rows"] if "threshold_ratio" in row]
     worst = max((row["below_budget"] for row in learned if row["method"] != "disp-64"), default=0.0)
     if learned:
         met = 0 <= worst <= TOLERANCE
-        lines.append(f"farthest below its budget, DISP at widths as learned: {worst:.4%}: {_met(met)}")
+        lines.append(f"farthest below its budget, DISP at widths as learned: {worst:.4%}: {verdict(met)}")
     return "\n".join(lines)
 
 
@@ -112,9 +112,11 @@ def speed_aims(result: dict) -> str:
             what = f"keep {result['keep']:g}, {name}, {row['model']}"
             if row["model"] != "as learned":
                 value = row["prefill_speedup"]
-                lines.append(f"{what}: prefill {value:.2f} of dense, aim {PREFILL_AIM}: {_met(value >= PREFILL_AIM)}")
+                lines.append(
+                    f"{what}: prefill {value:.2f} of dense, aim {PREFILL_AIM}: {verdict(value >= PREFILL_AIM)}"
+                )
             value = row["decode_speedup"]
-            lines.append(f"{what}: decode {value:.2f} of dense, aim {DECODE_AIM}: {_met(value >= DECODE_AIM)}")
+            lines.append(f"{what}: decode {value:.2f} of dense, aim {DECODE_AIM}: {verdict(value >= DECODE_AIM)}")
     return "\n".join(lines)
 
 
@@ -181,7 +183,7 @@ def _perplexity_plot(result: dict, path: Path) -> Path:
     for axes in grid[1]:
         axes.set_xlabel("part of the blocks' matrices kept")
     grid[0][-1].legend(fontsize=7)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _width_plot(result: dict, path: Path) -> Path:
@@ -201,4 +203,4 @@ def _width_plot(result: dict, path: Path) -> Path:
         axes.set(title=f"keep {row['keep']:g}: channels", xlabel="layer", xticks=range(len(row["widths"])))
         axes.set_yticks(range(len(SELECTIONS)), SELECTIONS)
     figure.colorbar(image, ax=every[0].tolist(), label="part of the selection kept")
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from benchmarks.compression_methods import parameters
-from hf_qst.calibration import CalibrationRun, SecondMoment, calibration_mode, hooks
+from hf_qst.calibration import CalibrationRun, calibration_mode, hooks
+from hf_qst.moments import SecondMoment
 
 
 class SlicedNorm(nn.Module):

@@ -26,6 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks import side_tuning_bases as bases
+from benchmarks.checks import require_device, require_positive
 from benchmarks.measure import ROOT, environment, peak_rss, settle_rss, write_json
 from benchmarks.side_tuning_losses import CURVES, loss_results, sweep, train_curves
 from benchmarks.side_tuning_methods import METHODS, Floor, Run
@@ -68,11 +69,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
         parser.error("--clock cpu needs --threads 1 and --device cpu: waiting threads would count as working")
-    for name in ("batch", "seq", "repeats", "threads", "held_out_blocks", "sweep_steps", "eval_every"):
-        if (value := getattr(args, name)) is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch sees no CUDA device here")
+    counts = ("batch", "seq", "repeats", "threads", "held_out_blocks", "sweep_steps", "eval_every")
+    require_positive(parser, args, counts)
+    require_device(parser, args)
     for shape in args.shape:
         if bases.SHAPES[shape].device == "cuda" and not args.device.startswith("cuda"):
             parser.error(f"--shape {shape} needs --device cuda")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from statistics import median
 
-from benchmarks.measure import write_whole
+from benchmarks.measure import save_figure
 
 MIB = 2**20
 
@@ -126,15 +125,6 @@ def table(result: dict) -> str:
     return "\n".join(parts)
 
 
-def _save(figure, path) -> None:
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    write_whole(path, buffer.getvalue())
-
-
 def plots(result: dict, stem) -> list:
     """PNG files beside `stem`: memory bars, and the loss curves if there are any. Returns their paths."""
     import matplotlib
@@ -159,7 +149,7 @@ def plots(result: dict, stem) -> list:
         axes.set_xlabel("MiB kept for the backward pass (log scale)")
         axes.legend()
         paths.append(stem.with_name(f"{stem.name}_memory.png"))
-        _save(figure, paths[-1])
+        save_figure(figure, paths[-1])
     if "losses" in result:
         figure, axes = plt.subplots(figsize=(7, 4))
         for name, points in result["losses"]["points"].items():
@@ -169,5 +159,5 @@ def plots(result: dict, stem) -> list:
         axes.grid(alpha=0.3)
         axes.legend()
         paths.append(stem.with_name(f"{stem.name}_loss.png"))
-        _save(figure, paths[-1])
+        save_figure(figure, paths[-1])
     return paths

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_qst.linear_layers import in_features
-from hf_qst.moments import CrossMoment, MeanInput, SecondMoment  # noqa: F401 (the moments are found here too)
+from hf_qst.moments import MeanInput, SecondMoment
 
 _BYTES_PER_ENTRY = 8
 

@@ -48,6 +48,11 @@ class Projections:
     mlp_in: tuple[str, ...]
     mlp_out: str
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of them: the matrices of a block."""
+        return *self.attention_in, self.attention_out, *self.mlp_in, self.mlp_out
+
 
 _SPLIT = Projections(
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
@@ -43,3 +45,32 @@ def float_dtype(module: nn.Module) -> torch.dtype:
 def in_features(module: nn.Module) -> int:
     """Input width of a linear layer, also of a `Conv1D` of GPT-2."""
     return module.in_features if hasattr(module, "in_features") else module.nx
+
+
+def weight_count(model: nn.Module, without: Iterable[torch.Tensor] = ()) -> int:
+    """Parameters of a model but for those of `without`; a quantised weight counts with its shape before packing."""
+    packed = {id(module.weight): module for module in model.modules() if is_linear(module)}
+    left_out = {id(parameter) for parameter in without}
+    count = 0
+    for parameter in model.parameters():
+        if id(parameter) in left_out:
+            continue
+        module = packed.get(id(parameter))
+        count += parameter.numel() if module is None else dense_shape(module)[0] * dense_shape(module)[1]
+    return count
+
+
+def empty_linear(inputs: int, outputs: int, bias: bool, conv1d: bool, dtype: torch.dtype, device) -> nn.Module:
+    """A `Linear`, or a `Conv1D`, of this size that is not initialised: that would draw random numbers."""
+    with torch.device("meta"):
+        linear = Conv1D(outputs, inputs) if conv1d else nn.Linear(inputs, outputs, bias=bias)
+    linear = linear.to(dtype)
+    return linear if torch.device(device).type == "meta" else linear.to_empty(device=device)
+
+
+def set_weights(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Give a linear layer the weight W [d_in, d_out] and the bias [d_out]."""
+    with torch.no_grad():
+        linear.weight.copy_(weight if isinstance(linear, Conv1D) else weight.T)
+        if bias is not None:
+            linear.bias.copy_(bias)

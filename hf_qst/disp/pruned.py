@@ -13,27 +13,16 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qst.decoder_stack import Architecture, DecoderStack, UnsupportedArchitectureError, find_decoder_stack
 from hf_qst.disp.layout import SELECTIONS, PruningLayout
-from hf_qst.linear_layers import dense_shape, dense_weight, float_dtype, is_linear
+from hf_qst.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, is_linear, set_weights
 from hf_qst.reshaped_models import ReshapedModelError, register_kind, reshape_model
 
 KIND = "pruned_branch"
 
 
-def empty_linear(like: nn.Module, inputs: int, outputs: int, device=None) -> nn.Module:
-    """A linear layer of this size, of the class and dtype of `like`, not initialised."""
-    device, bias = like.weight.device if device is None else device, like.bias is not None
-    with torch.device("meta"):  # the usual initialisation would draw random numbers
-        linear = Conv1D(outputs, inputs) if isinstance(like, Conv1D) else nn.Linear(inputs, outputs, bias=bias)
-    linear = linear.to(float_dtype(like))
-    return linear if torch.device(device).type == "meta" else linear.to_empty(device=device)
-
-
-def set_weights(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Give a linear layer the weight W [d_in, d_out] and the bias [d_out]."""
-    with torch.no_grad():
-        linear.weight.copy_(weight if isinstance(linear, Conv1D) else weight.T)
-        if bias is not None:
-            linear.bias.copy_(bias)
+def _resized(like: nn.Module, inputs: int, outputs: int) -> nn.Module:
+    """A linear layer of this size, of the class, device and dtype of `like`, not initialised."""
+    kind, has_bias = isinstance(like, Conv1D), like.bias is not None
+    return empty_linear(inputs, outputs, has_bias, kind, float_dtype(like), like.weight.device)
 
 
 def _for_rows(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -96,7 +85,7 @@ class PrunedBranch(nn.Module):
                     f"a pruned branch describes {name!r} as {entry['shape']}, the model's is {list(full[name])}"
                 )
         for name, entry in description["linear"].items():
-            unchanged = exchanged(unchanged, name, empty_linear(known[name], *entry["shape"]))
+            unchanged = exchanged(unchanged, name, _resized(known[name], *entry["shape"]))
         return cls(unchanged, description, full, device)
 
     def describe(self) -> dict:
@@ -133,7 +122,7 @@ class PrunedBranch(nn.Module):
             narrow = self.module.get_submodule(name)
             inputs, outputs = (_places(self.input_index if entry["role"] == READ else None, narrow, 0),
                                _places(self.output_index if entry["role"] == WRITE else None, narrow, 1))  # fmt: skip
-            dense = empty_linear(narrow, *self.full[name])
+            dense = _resized(narrow, *self.full[name])
             weight = dense_weight(narrow).new_zeros(self.full[name])
             weight[inputs[:, None], outputs] = dense_weight(narrow)
             bias = None if narrow.bias is None else narrow.bias.new_zeros(self.full[name][1])
@@ -276,10 +265,9 @@ def find_prunable_stack(model: nn.Module) -> DecoderStack:
             f"{type(model).__name__} with this config is a post-norm decoder: a norm after the addition mixes pruned and "
             "kept channels. Pruning supports pre-norm decoders."
         )
-    names = stack.architecture.projections
     for i, block in enumerate(stack.blocks):
-        for name in (*names.attention_in, names.attention_out, *names.mlp_in, names.mlp_out):
-            known = dict(block.named_modules())
+        known = dict(block.named_modules())
+        for name in stack.architecture.projections.paths:
             if not is_linear(known.get(name)):
                 raise ValueError(
                     f"block {i} of {type(model).__name__} has no plain linear layer {name!r}: it was pruned, compressed "

@@ -9,15 +9,15 @@ from torch import nn
 from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.disp.layout import SELECTIONS
 from hf_qst.disp.selection import SelectionNetwork
+from hf_qst.linear_layers import weight_count
 
 
 def other_parameters(model: nn.Module, stack: DecoderStack) -> int:
     """Parameters that pruning counts as fixed: all but the weights of the blocks' matrices; tied ones once."""
-    names = stack.architecture.projections
-    paths = (*names.attention_in, names.attention_out, *names.mlp_in, names.mlp_out)
-    weights = {id(block.get_submodule(path).weight) for block in stack.blocks for path in paths}
-    adapters = {id(p) for name, p in model.named_parameters() if "disp_net." in name}
-    return sum(p.numel() for p in model.parameters() if id(p) not in weights | adapters)
+    paths = stack.architecture.projections.paths
+    pruned = [block.get_submodule(path).weight for block in stack.blocks for path in paths]
+    adapters = [p for name, p in model.named_parameters() if "disp_net." in name]
+    return weight_count(model, without=[*pruned, *adapters])
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_qst.linear_layers import dense_shape
+from hf_qst.linear_layers import dense_shape, weight_count
 from hf_qst.mixed_rank.allocation import DENSE, BudgetError, LayerSpectrum, allocate_ranks
-from hf_qst.mixed_rank.targets import parameter_budget, weight_count
+from hf_qst.mixed_rank.targets import parameter_budget
 
 
 def fixed_ranks(model: nn.Module, names: Sequence[str], config) -> dict[str, int]:

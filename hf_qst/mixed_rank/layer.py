@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.linear_layers import dense_shape, dense_weight, float_dtype
+from hf_qst.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, set_weights
 from hf_qst.packed_weights import forbid_packing
 from hf_qst.reshaped_models import ReshapedModelError
 
@@ -114,14 +114,12 @@ class LowRankLinear(nn.Module):
     def to_dense(self) -> nn.Module:
         """A dense layer with the same outputs."""
         weight = self.weight.detach()
-        with torch.device("meta"):
-            if self.conv1d:
-                dense = Conv1D(self.out_features, self.in_features)
-            else:
-                dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        dense.weight = nn.Parameter(weight.contiguous(), requires_grad=self.down.weight.requires_grad)
+        shape = self.in_features, self.out_features
+        dense = empty_linear(*shape, self.bias is not None, self.conv1d, weight.dtype, weight.device)
+        set_weights(dense, weight if self.conv1d else weight.T, self.bias)
+        dense.weight.requires_grad_(self.down.weight.requires_grad)
         if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+            dense.bias.requires_grad_(self.bias.requires_grad)
         return dense
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_qst.decoder_stack import ARCHITECTURES, UnsupportedArchitectureError, find_decoder_stack
-from hf_qst.linear_layers import dense_shape, is_linear
+from hf_qst.linear_layers import dense_shape, is_linear, weight_count
 from hf_qst.mixed_rank.layer import LowRankLinear
 
 logger = logging.getLogger(__name__)
@@ -114,16 +114,6 @@ def _name_what_is_left_out(model: nn.Module) -> None:
         logger.warning(
             "%d three-dimensional weights (stacked experts, such as %s) are not compressed", len(experts), experts[0]
         )
-
-
-def weight_count(model: nn.Module) -> int:
-    """Parameters of a model; a quantised weight counts with its shape before packing."""
-    packed = {id(module.weight): module for module in model.modules() if is_linear(module)}
-    count = 0
-    for parameter in model.parameters():
-        module = packed.get(id(parameter))
-        count += parameter.numel() if module is None else dense_shape(module)[0] * dense_shape(module)[1]
-    return count
 
 
 def parameter_budget(model: nn.Module, names: list[str], keep_ratio: float, scope: str) -> int:

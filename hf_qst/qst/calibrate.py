@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_qst.calibration import SecondMoment
+from hf_qst.moments import SecondMoment
 from hf_qst.qst.downsample import PrincipalDownsample
 
 logger = logging.getLogger(__name__)

@@ -98,7 +98,7 @@ def test_a_second_run_makes_nothing_again_and_other_arguments_do(quick):
     compression.main(arguments)
     assert path.stat().st_mtime_ns == before
     args = compression.arguments(arguments)
-    bench, results = compression.Bench(args), compression.Results(args)
+    bench, results = compression.Bench(args), compression.results_of(args)
     assert results.begun("llm", bench.used("llm")) == found["llm"]["result"]
     args.held_blocks = 4
     assert results.begun("llm", bench.used("llm")) == {}

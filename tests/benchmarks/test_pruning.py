@@ -91,7 +91,7 @@ def test_a_second_run_makes_nothing_again_and_more_seeds_only_what_is_missing(qu
     args.seeds, args.steps = 1, 5
     assert pruning.wanted(args, rows) == [(0.6, "disp", 0)]
     args.held_blocks = 3
-    assert pruning.Results(args).begun("quality") == {}
+    assert pruning.results_of(args).begun("quality", pruning.used(args, "quality")) == {}
 
 
 def test_speed_is_measured_at_the_learned_widths(quick):

@@ -8,13 +8,12 @@ from torch import nn
 
 from hf_qst.calibration import (
     CalibrationError,
-    CrossMoment,
-    SecondMoment,
     as_batches,
     collect_statistics,
     input_groups,
     plan_passes,
 )
+from hf_qst.moments import CrossMoment, SecondMoment
 from tests.architectures import digest, tiny, token_batch
 
 NAMES = [

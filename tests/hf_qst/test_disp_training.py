@@ -18,33 +18,14 @@ from hf_qst.disp import layer as disp_layer_module
 from tests.architectures import digest, in_nf4, tiny, token_batch
 from tests.pruned_models import network, with_disp
 from tests.toy_data import text_dataset, token_dataset, tokenizer
+from tests.trainers import plain_trainer
 
 IDS = token_batch(4, 12)
 
 
 def trainer(model, directory, callback=None, data=None, **settings):
-    defaults = {
-        "per_device_train_batch_size": 8,
-        "learning_rate": 3e-3,
-        "max_steps": 10,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.05,
-        "max_grad_norm": 0.0,
-    }
-    arguments = TrainingArguments(str(directory), **{**defaults, **settings})
-    run = Trainer(
-        model,
-        arguments,
-        train_dataset=token_dataset() if data is None else data,
-        eval_dataset=token_dataset(8, seed=1),
-        data_collator=default_data_collator,
-    )
+    recipe = {"learning_rate": 3e-3, "weight_decay": 0.05, "max_grad_norm": 0.0}
+    run = plain_trainer(model, directory, data, token_dataset(8, seed=1), **{**recipe, **settings})
     if callback is not False:
         run.add_callback(DISPCallback(progress=False) if callback is None else callback)
     return run

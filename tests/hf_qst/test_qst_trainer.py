@@ -4,31 +4,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_qst import QSTConfig
 from tests.architectures import digest, in_nf4, side_network, side_tuned, tiny, token_batch
 from tests.toy_data import token_dataset
+from tests.trainers import plain_trainer
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 def trainer(model, directory, data=None, **settings):
-    defaults = {
-        "per_device_train_batch_size": 8,
-        "learning_rate": 5e-3,
-        "max_steps": 10,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "lr_scheduler_type": "constant",
-    }
-    arguments = TrainingArguments(str(directory), **{**defaults, **settings})
-    data = token_dataset() if data is None else data
-    return Trainer(model, arguments, train_dataset=data, eval_dataset=data, data_collator=default_data_collator)
+    return plain_trainer(model, directory, data, **{"learning_rate": 5e-3, **settings})
 
 
 def losses(trainer):
