@@ -13,6 +13,8 @@ from . import break_even
 
 logger = logging.getLogger(__name__)
 
+# What is not a subclass that traces, fakes or wraps.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 BACKENDS = ("auto", "triton", "torch", "naive")
 VARIABLE = "HF_QST_KERNELS"
 
@@ -155,6 +157,24 @@ def autocast_all(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ..
     if dtype is None:
         return tensors
     return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def runs_at_once(*tensors: torch.Tensor | None) -> bool:
+    """
+    Whether an op may call its implementation instead of its operator: nobody traces and no gradient is recorded.
+
+    An operator costs ten times what it launches, which is what counts while a model decodes: its Python wrappers look for
+    autograd, modes and mutated inputs that are not there. `None` passes.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_meta or (recording and tensor.requires_grad):
+            return False
+    return True
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import alignment, as_rows, check_floats, check_index, check_same_dtype, check_shape
-from .dispatch import autocast_all, runs_naive, runs_triton
+from .dispatch import autocast_all, runs_at_once, runs_naive, runs_triton
 
 
 def linear_index_add(
@@ -65,9 +65,12 @@ def linear_index_add(
         return residual.copy_(out) if inplace else out
     x, weight, bias = autocast_all(x, weight, bias)
     check_same_dtype(x=x, weight=weight, bias=bias)
+    at_once = runs_at_once(x, weight, bias, residual)
     if not inplace:
-        return _linear_index_add(x, weight, bias, index, residual)
-    _linear_index_add_(x, weight, bias, index, residual)
+        return (_added if at_once else _linear_index_add)(x, weight, bias, index, residual)
+    (_add if at_once else _linear_index_add_)(x, weight, bias, index, residual)
+    if at_once and not residual.is_inference():
+        torch.autograd.graph.increment_version(residual)  # the operator and torch do, a Triton kernel does not
     return residual
 
 
@@ -79,8 +82,7 @@ def naive_linear_index_add(x, weight, bias, index, residual, inplace=False):
     return residual.to(compute).index_add(-1, index, y).to(residual.dtype)
 
 
-@torch.library.custom_op("hf_qst::linear_index_add", mutates_args=())
-def _linear_index_add(
+def _added(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
     out = residual.clone(memory_format=torch.contiguous_format)
@@ -88,24 +90,17 @@ def _linear_index_add(
     return out
 
 
+_linear_index_add = torch.library.custom_op("hf_qst::linear_index_add", _added, mutates_args=())
+
+
 @_linear_index_add.register_fake
 def _(x, weight, bias, index, residual):
     return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
 
 
-@torch.library.custom_op("hf_qst::linear_index_add_", mutates_args={"residual"})
-def _linear_index_add_(
+def _add(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor, residual: torch.Tensor
 ) -> None:
-    _add(x, weight, bias, index, residual)
-
-
-@_linear_index_add_.register_fake
-def _(x, weight, bias, index, residual):
-    return None
-
-
-def _add(x, weight, bias, index, residual) -> None:
     """Add to `residual` in its own memory."""
     if x.numel() == 0 and (residual.numel() == 0 or index.numel() == 0):
         return
@@ -120,6 +115,14 @@ def _add(x, weight, bias, index, residual) -> None:
     # distinct entries: a gather, an addition and a scatter, where index_add_ would use atomics on CUDA
     channels = index.long().expand(*y.shape[:-1], -1)
     residual.scatter_(-1, channels, y.add_(residual.gather(-1, channels)))
+
+
+_linear_index_add_ = torch.library.custom_op("hf_qst::linear_index_add_", _add, mutates_args={"residual"})
+
+
+@_linear_index_add_.register_fake
+def _(x, weight, bias, index, residual):
+    return None
 
 
 def table_sizes(rows: int, outputs: int, inputs: int) -> dict[str, int]:

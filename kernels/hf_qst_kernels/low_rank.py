@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import alignment, as_rows, check_floats, check_same_dtype, check_shape
-from .dispatch import autocast_all, runs_naive, runs_triton
+from .dispatch import autocast_all, runs_at_once, runs_naive, runs_triton
 
 # The accumulator of h [rows, rank] and its operands have to fit into registers.
 MAX_RANK = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
@@ -50,7 +50,8 @@ def low_rank_linear(
         return naive_low_rank_linear(x, down, up, bias)
     x, down, up, bias = autocast_all(x, down, up, bias)
     check_same_dtype(x=x, down=down, up=up, bias=bias)
-    return _low_rank_linear(x, down, up, bias)
+    run = _multiply if runs_at_once(x, down, up, bias) else _low_rank_linear
+    return run(x, down, up, bias)
 
 
 def naive_low_rank_linear(x, down, up, bias=None):
@@ -60,8 +61,7 @@ def naive_low_rank_linear(x, down, up, bias=None):
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-@torch.library.custom_op("hf_qst::low_rank_linear", mutates_args=())
-def _low_rank_linear(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _multiply(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     outputs, rank = up.shape
     sizes = table_sizes(x.numel() // max(1, x.shape[-1]), x.shape[-1], rank, outputs)
     whole = x.numel() and down.numel() and up.numel()
@@ -73,6 +73,9 @@ def _low_rank_linear(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias
         return out
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(F.linear(x, down), up, bias)
+
+
+_low_rank_linear = torch.library.custom_op("hf_qst::low_rank_linear", _multiply, mutates_args=())
 
 
 def table_sizes(rows: int, inputs: int, rank: int, outputs: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import as_rows, check_floats, check_index, check_shape
-from .dispatch import runs_naive, runs_triton
+from .dispatch import runs_at_once, runs_naive, runs_triton
 
 KINDS = ("rms", "layer")
 
@@ -61,7 +61,8 @@ def norm_index_select(
         raise ValueError(f"eps must be >= 0, got {eps}")
     if runs_naive():
         return naive_norm_index_select(hidden, weight, bias, index, eps, kind)
-    return _norm_index_select(hidden, weight, bias, index, float(eps), kind)
+    run = _select if runs_at_once(hidden, weight, bias) else _norm_index_select
+    return run(hidden, weight, bias, index, float(eps), kind)
 
 
 def naive_norm_index_select(hidden, weight, bias, index, eps=1e-6, kind="rms"):
@@ -74,8 +75,7 @@ def naive_norm_index_select(hidden, weight, bias, index, eps=1e-6, kind="rms"):
     return y.index_select(-1, index).to(hidden.dtype)
 
 
-@torch.library.custom_op("hf_qst::norm_index_select", mutates_args=())
-def _norm_index_select(
+def _select(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor, eps: float, kind: str
 ) -> torch.Tensor:
     if runs_triton("norm_index_select", hidden, table_sizes(hidden, index)):
@@ -92,6 +92,9 @@ def _norm_index_select(
             like = [None if p is None else p.to(hidden.dtype) for p in (weight, bias)]
             normal = F.layer_norm(hidden, hidden.shape[-1:], *like, eps)
         return normal.index_select(-1, index)
+
+
+_norm_index_select = torch.library.custom_op("hf_qst::norm_index_select", _select, mutates_args=())
 
 
 @_norm_index_select.register_fake

@@ -73,8 +73,10 @@ class CallsOfOurs(TorchFunctionMode):
 
 
 @EACH
-def test_opcheck(op):
+def test_opcheck(op, monkeypatch):
     seen = set()
+    # without gradients the operator is passed by
+    monkeypatch.setattr(sys.modules[op.function.__module__], "runs_at_once", lambda *tensors: False, raising=False)
     for _, arguments in examples(op, torch.float32):
         with CallsOfOurs() as recorded:
             op.function(**fresh(arguments))
