@@ -4,7 +4,9 @@
     python -m benchmarks.kernels --device cuda              # every op at the shapes of real models, with a roofline
     python -m benchmarks.kernels --device cuda --tune       # measures where Triton wins and writes the user's table
     python -m benchmarks.kernels --device cuda --tune --ship  # the same, into the package
+    python -m benchmarks.kernels --device cuda --all --ship --seconds 560   # all of it and whole models, in parts
     python -m benchmarks.kernels --compile                  # no GPU needed: registers, spills and shared memory
+    python -m benchmarks.kernels --liger-memory             # no GPU needed: peak memory beside Liger's
 
 On CPU each row is one forward and backward. Variants take turns, so that a busy moment hits all of them; `cpu ms` is the
 process's CPU time, which on one thread tells more than `ms` where other programs run. `peak` is what a call allocates
@@ -13,26 +15,28 @@ above its inputs, `saved` what it keeps between forward and backward. The floor 
 On a GPU each row is a forward, of the ops that train a forward and a backward: device time by events, with a flushed L2
 cache and the launches queued ahead; the floor is the larger of bytes over the bandwidth of a copy and FLOP over the
 speed of a GEMM, both measured in the same run. `--ops`, `--models` and `--rows` choose; what a results file holds of
-the same kernels is not measured again.
+the same kernels is not measured again. `--all` runs the tests on the device, tunes, measures these rows and whole
+models, and runs compute-sanitizer; call it until it says that nothing is left.
 """
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import profile
 
+from benchmarks.checks import require_positive
+from benchmarks.kernels_all import Plan, run_all
 from benchmarks.kernels_compiled import main as compile_kernels
+from benchmarks.kernels_liger import main as compare_with_liger
+from benchmarks.kernels_reads import READINGS
 from benchmarks.kernels_rows import measure_all, plot_roofline, table
+from benchmarks.kernels_timing import about, peak_bytes, run_once
 from benchmarks.kernels_tune import tune
-from benchmarks.measure import environment, synchronize, write_json
-from hf_qst.saved_bytes import SavedForBackward
+from benchmarks.measure import synchronize, write_json
 from hf_qst_kernels import break_even, dequantize_taps, linear_cross_entropy, quantize_taps, tap_linear
 from hf_qst_kernels.registry import MODELS, OPS
 
@@ -97,12 +101,6 @@ def quantiser_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -
     }, []
 
 
-def run_once(call: Callable) -> None:
-    result = call()
-    if result.requires_grad:
-        result.backward()
-
-
 def measure_times(variants: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, dict]:
     wall = {name: [] for name in variants}
     cpu = {name: [] for name in variants}
@@ -125,22 +123,10 @@ def measure_times(variants: dict[str, Callable], device: torch.device, repeats: 
     }
 
 
-def peak_bytes(call: Callable) -> int:
-    """Most bytes a call holds at a time above what was there before it, on the CPU."""
-    with profile(profile_memory=True) as recorded:
-        run_once(call)
-    with tempfile.TemporaryDirectory() as folder:
-        recorded.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-    live = peak = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
-
-
 def saved_bytes(call: Callable, fixed: list) -> int:
     """Bytes kept for backward, less those of the tensors that are there anyway."""
+    from hf_qst.saved_bytes import SavedForBackward  # needs transformers and peft, which rows of a GPU do without
+
     holder = torch.nn.Module()
     for i, tensor in enumerate(fixed):
         holder.register_buffer(f"fixed_{i}", tensor)
@@ -180,7 +166,7 @@ def measure_cpu(args: argparse.Namespace, dtype: torch.dtype) -> None:
         variants, fixed = make(shape, device, dtype)
         repeats = max(3, args.repeats // 3) if op == "cross entropy" and shape[2] > 50000 else args.repeats
         rows.extend(measure(op, shape, variants, fixed, device, repeats))
-    report = {**environment(device), "dtype": str(dtype), "repeats": args.repeats, "rows": rows}
+    report = {**about(device), "dtype": str(dtype), "repeats": args.repeats, "rows": rows}
     write_json(args.output or RESULTS / "kernels_cpu.json", report)
 
 
@@ -190,13 +176,20 @@ def measure_gpu(args: argparse.Namespace, dtype: torch.dtype) -> None:
     chip = break_even.chip_of(torch.cuda.get_device_name(device))
     output = args.output or RESULTS / f"kernels_{chip}.json"
     report = measure_all(
-        chosen(OPS, args.ops), chosen(MODELS, args.models), device, dtype, output, not args.no_compile, args.rows,
-        args.repeats,
+        chosen([*OPS, *READINGS], args.ops), chosen(MODELS, args.models), device, dtype, output, not args.no_compile,
+        args.rows, args.repeats,
     )  # fmt: skip
     plot_roofline(report, output.with_name(f"{output.stem}_roofline.png"))
     print(table(report["rows"]))
     failed = sum("failed" in row for row in report["rows"])
     print(f"{len(report['rows'])} rows, {failed} of them failed; wrote {output} and its roofline")
+
+
+def plan_of(args: argparse.Namespace, dtype: str) -> Plan:
+    return Plan(
+        args.device, dtype, args.seconds, str(args.output_dir), args.repeats, args.ship, args.ops, args.models,
+        args.rows, args.tiny, not args.no_compile, args.threads,
+    )  # fmt: skip
 
 
 def chosen(every: Sequence, names: list[str] | None) -> list:
@@ -211,17 +204,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--repeats", type=int, default=None, help="timed calls of a row; 9 on CPU, 30 on a GPU")
     parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--ops", nargs="+", default=None, choices=[op.name for op in OPS], help="on a GPU")
+    parser.add_argument(
+        "--ops", nargs="+", default=None, choices=[op.name for op in (*OPS, *READINGS)], help="on a GPU"
+    )
     parser.add_argument("--models", nargs="+", default=None, choices=[model.name for model in MODELS], help="on a GPU")
     parser.add_argument("--rows", nargs="+", type=int, default=None, help="on a GPU")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes seconds a shape")
     parser.add_argument("--tune", action="store_true", help="choose configurations, on a GPU")
-    parser.add_argument("--ship", action="store_true", help="with --tune: write the table into the package")
+    parser.add_argument("--ship", action="store_true", help="with --tune or --all: write the table into the package")
     parser.add_argument("--compile", action="store_true", help="compile every kernel for GPUs that need not be here")
+    parser.add_argument("--liger-memory", action="store_true", help="peak memory beside Liger's, in the interpreter")
+    parser.add_argument("--all", action="store_true", help="tests, tuning, rows, whole models and compute-sanitizer")
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="with --all: stop after these, and go on next time"
+    )
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="with --all")
+    parser.add_argument("--tiny", action="store_true", help="with --all: toy shapes")
     args = parser.parse_args()
+    require_positive(parser, args, ("seconds", "repeats", "threads"))
+    if args.liger_memory:
+        compare_with_liger(args.output)
+        return
     if args.compile:
         compile_kernels([] if args.output is None else ["--output", str(args.output)])
         return
+    if args.ship and not (args.tune or args.all):
+        parser.error("--ship says where the table of --tune or --all goes: give one of them")
+    if args.all and args.device != "cuda" and not (args.tiny or args.models):
+        parser.error("--all measures on a GPU: give --device cuda, or --tiny to try it without one")
     if args.tune and args.device != "cuda":
         parser.error("--tune measures on a GPU: give --device cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -231,7 +241,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.repeats = args.repeats or (30 if args.device == "cuda" else 9)
-    if args.tune:
+    if args.all:
+        run_all(plan_of(args, str(dtype).removeprefix("torch.")))
+    elif args.tune:
         folder = break_even.SHIPPED if args.ship else break_even.user_folder()
         tune(chosen(OPS, args.ops), chosen(MODELS, args.models), dtype, folder, args.repeats, args.rows)
     elif args.device == "cuda":

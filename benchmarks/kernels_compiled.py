@@ -3,7 +3,7 @@
     python -m benchmarks.kernels_compiled                        # all targets; writes results/kernels_compiled.json
     python -m benchmarks.kernels_compiled --targets sm_90 --ops nf4_linear --output -
 
-Recorded are registers a thread, bytes of stack and local memory (what a spill would take) and shared memory a block.
+Recorded are registers a thread, instructions that move a spilled register, and shared memory a block.
 """
 
 import argparse
@@ -32,16 +32,22 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of the one kernel in a binary for an NVIDIA GPU."""
+    """Registers a thread of the one kernel in a binary for an NVIDIA GPU, and its instructions on spilled registers."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        shown = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown))
-    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "local": int(found["LOCAL"])}
+
+        def shown(what: str) -> str:
+            return subprocess.run([tool, what, path], capture_output=True, text=True, check=True).stdout
+
+        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown("--dump-resource-usage")))
+        # A stack may also be there for a call (an exact division makes one): only then it is worth to read the code.
+        has_stack = int(found["STACK"]) or int(found["LOCAL"])
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", shown("--dump-sass"))) if has_stack else 0
+    return {"registers": int(found["REG"]), "spills": spills}
 
 
 def compiled(kernel, types: dict, options: dict, target: str) -> dict[str, int]:
@@ -112,7 +118,7 @@ def compile_all(targets: list[str], ops: list[str] | None, each_once: bool = Fal
 
 def fits(row: dict) -> bool:
     """Whether a kernel keeps to its shared memory and to its registers."""
-    return row["shared"] <= row["shared_limit"] and not row.get("stack") and not row.get("local")
+    return row["shared"] <= row["shared_limit"] and not row.get("spills")
 
 
 def table(rows: list[dict]) -> str:

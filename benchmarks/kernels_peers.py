@@ -9,12 +9,38 @@ import torch.nn.functional as F
 from hf_qst_kernels.registry import Op
 
 
-def _cross_entropy(hidden, weight, labels):
-    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+def _dense(weight, dtype):
+    """A head's weight; one in 4 bits dequantised as a whole."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    from hf_qst_kernels.nf4_weight import naive_weight
+
+    return naive_weight(weight, torch.float32).to(dtype)
 
 
-def _tap(x, weight):
-    return F.linear(x, weight)
+def _cross_entropy(
+    hidden,
+    weight,
+    labels,
+    bias=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    logit_softcap=None,
+    logit_scale=1.0,
+    reduction="mean",
+    chunk_size=None,
+):
+    logits = F.linear(hidden, _dense(weight, hidden.dtype), bias).float()
+    if logit_scale != 1.0:
+        logits = logit_scale * logits
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    return F.cross_entropy(logits, labels, **options)
+
+
+def _tap(x, weight, storage="int8", center=None):
+    return F.linear(x if center is None else (x - center).to(x.dtype), weight)
 
 
 def _linear_index_add(x, weight, bias, index, residual, inplace):
@@ -26,7 +52,7 @@ def _low_rank(x, down, up):
 
 
 def _nf4(x, packed, absmax, out_features, nested_absmax, nested_code, nested_offset):
-    from hf_qst_kernels.nf4 import CODE
+    from hf_qst_kernels.nf4_weight import CODE
 
     code = torch.tensor(CODE, device=x.device)
     values = code[torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], -1).int()].view(-1, 64)
@@ -44,23 +70,57 @@ PLAIN = {
 }
 
 
-def _liger_cross_entropy(hidden, weight, labels):
+class MissingPeerError(RuntimeError):
+    """A peer that is not installed here, or does not have what a workload asks for."""
+
+
+def liger_cross_entropy(
+    hidden,
+    weight,
+    labels,
+    bias=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    logit_softcap=None,
+    logit_scale=1.0,
+    reduction="mean",
+    chunk_size=None,
+):
+    """Liger-Kernel's fused linear cross entropy, by the names of `linear_cross_entropy`; its own rule for chunks.
+
+    Raises:
+        MissingPeerError: it is not installed, or has no such option.
+    """
+    if find_spec("liger_kernel") is None:
+        raise MissingPeerError("liger_kernel is not installed")
+    if logit_scale != 1.0 or not isinstance(weight, torch.Tensor):
+        raise MissingPeerError("Liger has no factor on the logits and no 4-bit head")
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    result = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels)
+    # by position, as a torch.autograd.Function takes them: weights of classes, ignored label, z-loss, smoothing,
+    # reduction, cap on the logits
+    result = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, weight, labels, bias, None, ignore_index, 0.0, label_smoothing, reduction, logit_softcap
+    )
     return result[0] if isinstance(result, tuple) else result
 
 
-def peers(op: Op, compiled: bool) -> dict[str, Callable]:
-    """Name -> function of the op's arguments; `compiled`: with those that take `torch.compile` its seconds a shape."""
+def peers(op: Op, compiled: bool, device_type: str = "cpu") -> dict[str, Callable]:
+    """Name -> function of the op's arguments, of those that run on this kind of device.
+
+    Args:
+        compiled: with those that take `torch.compile` its seconds a shape.
+    """
     plain = PLAIN.get(op.name, op.naive)
     found = {}
     if op.name == "linear_index_add":
         found["F.linear + index_add_"] = plain
     if op.name == "linear_cross_entropy":
         found["F.linear + F.cross_entropy"] = plain
-        if find_spec("liger_kernel"):
-            found["Liger"] = _liger_cross_entropy
+        if device_type == "cuda":
+            found["Liger"] = liger_cross_entropy
     if compiled:
+        # after eight shapes of one function torch.compile would run it uncompiled and say nothing
+        torch._dynamo.reset()
         found["torch.compile"] = torch.compile(plain, dynamic=False)
     return found

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+import time
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,17 +14,20 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.kernels_compiled import sources
-from benchmarks.kernels_peers import peers
-from benchmarks.kernels_timing import Timer, ceilings, floor_us
-from benchmarks.measure import environment, write_json, write_whole
+from benchmarks.kernels_peers import MissingPeerError, peers
+from benchmarks.kernels_reads import Reading
+from benchmarks.kernels_timing import Begun, DeviceLostError, Timer, about, ceilings, check_device, floor_us, message
+from benchmarks.measure import write_json, write_whole
 from hf_qst_kernels import use_backend
 from hf_qst_kernels.registry import ModelShape, Op, Workload
 
 KEY = ("op", "model", "rows", "workload", "dtype", "variant")
 
 
-def variants(op: Op, device: torch.device, compiled: bool) -> dict[str, Callable]:
+def variants(op: Op | Reading, device: torch.device, compiled: bool) -> dict[str, Callable]:
     """Ours first (`auto` is what runs by default), then the library path (cuBLAS, bitsandbytes), then the peers."""
+    if isinstance(op, Reading):
+        return op.ways(device.type)
 
     def on(backend):
         def call(**arguments):
@@ -35,10 +37,10 @@ def variants(op: Op, device: torch.device, compiled: bool) -> dict[str, Callable
         return call
 
     ours = {"triton": on("triton"), "auto": on("auto")} if device.type == "cuda" else {}
-    return {**ours, "library": on("torch"), **peers(op, compiled)}
+    return {**ours, "library": on("torch"), **peers(op, compiled, device.type)}
 
 
-def step(op: Op, workload: Workload, function: Callable) -> Callable:
+def step(op: Op | Reading, workload: Workload, function: Callable) -> Callable:
     """A call without arguments: a forward, with a backward where the op is there to train."""
     if not op.trains:
 
@@ -72,36 +74,99 @@ def peak_bytes(call: Callable, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def measure_workload(
-    op: Op, workload: Workload, key: dict, limits: dict, timer: Timer, compiled: bool
-) -> Iterator[dict]:
-    """Rows of all variants. A variant whose result is off by more than rounding gets no time."""
-    floor = floor_us(workload.moved, workload.flops, limits)
+class Rows:
+    """The rows of a report and their file, which is written after each workload.
+
+    Args:
+        report: what goes into the file, `rows` among it.
+        until: when to begin no more, in seconds since the epoch.
+    """
+
+    def __init__(self, report: dict, output: Path, until: float = float("inf")):
+        self.report, self.output, self.until, self._begun = report, output, until, Begun(output)
+
+    @property
+    def late(self) -> bool:
+        return time.time() >= self.until
+
+    def done(self, key: dict) -> bool:
+        """Whether there is such a row; one that only lacked a package is measured when that is there."""
+        found = next((row for row in self.report["rows"] if _is(row, key)), None)
+        if found is not None and found.get("lacking") and find_spec("liger_kernel"):
+            self.report["rows"].remove(found)
+            return False
+        return found is not None
+
+    def begin(self, key: dict) -> str | None:
+        """Before a row is measured: why it must not be, if it ended its process before."""
+        return self._begun.start(key)
+
+    def add(self, row: dict) -> None:
+        self._begun.end()
+        self.report["rows"].append(row)
+
+    def write(self) -> None:
+        write_json(self.output, self.report)
+
+
+def _is(row: dict, key: dict) -> bool:
+    return all(row.get(name) == value for name, value in key.items())
+
+
+def measure_workload(op: Op | Reading, workload: Workload, key: dict, rows: Rows, timer: Timer, compiled: bool) -> bool:
+    """Rows of all variants that are not there. A variant whose result is off by more than rounding gets no time.
+
+    Returns:
+        Whether there was time for all.
+
+    Raises:
+        DeviceLostError: a variant broke the CUDA context; its row says so.
+    """
+    floor = floor_us(workload.moved, workload.flops, rows.report["ceilings"])
     calls = {name: step(op, workload, f) for name, f in variants(op, timer.device, compiled).items()}
+    todo = [name for name in calls if not rows.done({**key, "workload": workload.name, "variant": name})]
+    if not todo or rows.late:
+        return not todo
     # what is computed in place is computed on a copy each time, else the variants would see different inputs
     residual = workload.arguments.get("residual")
     kept = None if residual is None else residual.clone()
     expected = calls["library"]()
     expected = tuple(t.clone() for t in expected) if isinstance(expected, tuple) else expected.clone()
-    for name, call in calls.items():
-        row = {**key, "workload": workload.name, "variant": name, "floor_us": floor}
-        row |= {"moved_bytes": workload.moved, "flops": workload.flops}
-        if kept is not None:
-            residual.copy_(kept)
+    for name in todo:
+        if rows.late:
+            return False
+        row = {**key, "workload": workload.name, "variant": name}
+        failed = rows.begin(row)
+        row |= {"floor_us": floor, "moved_bytes": workload.moved, "flops": workload.flops}
+        if failed is not None:
+            rows.add({**row, "failed": failed})
+            continue
         try:
-            row["difference"] = difference(call(), expected)
-            if row["difference"] > 0.05:
-                row["failed"] = f"differs from the library path by {row['difference']:.2g} of its largest entry"
-            else:
-                row |= {"peak_bytes": peak_bytes(call, timer.device), **timer(call)}
-                row["percent_of_floor"] = 100 * floor / row["us"]
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        yield row
+            if kept is not None:
+                residual.copy_(kept)
+            row |= timed(calls[name], expected, floor, timer)
+            rows.add(row)
+        except MissingPeerError as error:
+            rows.add({**row, "failed": str(error), "lacking": "not installed" in str(error)})
+        except Exception as error:
+            rows.add({**row, "failed": message(error)})
+            check_device(timer.device, error)
+    return True
+
+
+def timed(call: Callable, expected, floor: float, timer: Timer) -> dict:
+    """The numbers of one row."""
+    found = {"difference": difference(call(), expected)}
+    if not found["difference"] <= 0.05:
+        found["failed"] = f"differs from the library path by {found['difference']:.2g} of its largest entry"
+        return found
+    found |= {"peak_bytes": peak_bytes(call, timer.device), **timer(call)}
+    found["percent_of_floor"] = 100 * floor / found["us"]
+    return found
 
 
 def measure_all(
-    ops: Sequence[Op],
+    ops: Sequence[Op | Reading],
     models: Sequence[ModelShape],
     device: torch.device,
     dtype: torch.dtype,
@@ -109,52 +174,58 @@ def measure_all(
     compiled: bool = True,
     rows: Sequence[int] | None = None,
     repeats: int = 30,
+    until: float = float("inf"),
 ) -> dict:
     """
     Measure and write `output` after each workload; rows that it holds of the same kernels are not measured again.
 
     Args:
+        compiled: measure `torch.compile` as well.
         rows: only these numbers of rows; `None`: those of each op.
+        until: when to stop, in seconds since the epoch.
 
     Returns:
-        The report, as it is in the file.
+        The report as it is in the file, and `left`: the number of shapes that there was no time for.
+
+    Raises:
+        DeviceLostError: this process cannot go on; another one can.
     """
     if find_spec("bitsandbytes"):
         import bitsandbytes  # noqa: F401  registers the operators that nf4_linear's library path calls
 
     timer = Timer(device, repeats)
-    report = {**environment(device), **driver(device), "dtype": str(dtype), "ceilings": ceilings(device, dtype)}
-    report |= {"repeats": repeats, "sources": sources("*.py"), "rows": []}
+    report = {**about(device), "dtype": str(dtype), "repeats": repeats, "sources": sources("*.py"), "rows": []}
     if output.exists():
         before = json.loads(output.read_text())
         if all(before.get(name) == report[name] for name in ("sources", "machine", "dtype")):
-            report["rows"] = before["rows"]
+            report |= {name: before[name] for name in ("ceilings", "rows") if name in before}
+    if "ceilings" not in report:
+        report["ceilings"] = ceilings(device, dtype)
     todo = [(op, m, n) for op in ops for m, n in itertools.product(models, op.rows) if rows is None or n in rows]
+    held, left = Rows(report, output, until), 0
     for op, model, count in tqdm(todo, desc="measuring", unit="shape"):
+        if held.late:
+            left += 1
+            continue
         key = {"op": op.name, "model": model.name, "rows": count, "dtype": str(dtype)}
-        done = {row["workload"] for row in report["rows"] if all(row[name] == key[name] for name in key)}
+        if held.done({**key, "workload": "inputs"}):
+            continue
         torch.manual_seed(0)
-        for workload in op.workloads(model, count, dtype, device.type):
-            if workload.name in done:
-                continue
-            report["rows"].extend(measure_workload(op, workload, key, report["ceilings"], timer, compiled))
-            write_json(output, report)
-    return report
-
-
-def driver(device: torch.device) -> dict:
-    """Version of the GPU's driver, of Triton, and of Liger where it is installed."""
-    versions = {name: metadata.version(name) for name in ("triton",) if find_spec(name)}
-    if find_spec("liger_kernel"):
-        versions["liger_kernel"] = metadata.version("liger_kernel")
-    if device.type != "cuda":
-        return {"kernel_versions": versions}
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return {"kernel_versions": versions, "driver": "unknown"}
-    return {"kernel_versions": versions, "driver": shown.splitlines()[0].strip(), "cuda": torch.version.cuda}
+        try:
+            through = True
+            for workload in op.workloads(model, count, dtype, device.type):
+                through &= measure_workload(op, workload, key, held, timer, compiled)
+                held.write()
+            left += not through
+        except DeviceLostError:
+            held.write()
+            raise
+        except Exception as error:  # its inputs, or its library path
+            held.add({**key, "workload": "inputs", "variant": "library", "failed": message(error)})
+            held.write()
+            check_device(device, error)
+    held.write()
+    return {**report, "left": left}
 
 
 def table(rows: Sequence[dict]) -> str:

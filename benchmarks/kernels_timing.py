@@ -1,18 +1,189 @@
 """Times of single calls on a device, and the ceilings they are held against."""
 
+import gc
+import json
+import os
+import platform
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from torch.profiler import profile
 
-from benchmarks.measure import synchronize
+from benchmarks import measure
+from benchmarks.measure import synchronize, write_json
 
 REPEATS = 30
 # More than any current GPU's L2 cache.
 FLUSHED_BYTES = 256 * 2**20
 # About half a millisecond, in which the host issues the launches that are to be timed.
 HEAD_START_CYCLES = 1_000_000
+# What twice took its process with it is not tried again.
+TRIES = 2
+# Packages that a run can do without, and what it then lacks.
+OPTIONAL = {
+    "bitsandbytes": "nf4_linear's library path dequantises and multiplies; no 4-bit models end to end",
+    "liger_kernel": "no rows of Liger's fused cross entropy",
+    "matplotlib": "no plots",
+    "peft": "no side-tuning step end to end",
+    "transformers": "no models end to end",
+    "triton": "no rows of the Triton kernels",
+}
+
+
+class DeviceLostError(RuntimeError):
+    """The CUDA context of this process no longer works, as after an illegal memory access: start another process."""
+
+
+def message(error: BaseException) -> str:
+    """A failed row's reason: the error's class and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+
+
+def check_device(device: torch.device, error: BaseException) -> None:
+    """After an error: go on if the device still computes.
+
+    Raises:
+        DeviceLostError: if it does not.
+    """
+    if device.type != "cuda":
+        return
+    # frees what the failed call held, which its traceback keeps alive
+    error.__traceback__ = None
+    gc.collect()
+    try:
+        torch.ones(1, device=device).add_(1).item()
+        torch.cuda.empty_cache()
+    except RuntimeError as lost:
+        raise DeviceLostError(f"{message(error)}; then {message(lost)}") from error
+
+
+class Begun:
+    """What is being measured, in a file of its own, so that what ends its process is known for it.
+
+    Args:
+        output: the results' file; this one lies beside it, `<name>.begun`.
+    """
+
+    def __init__(self, output: Path):
+        self._path = output.with_suffix(".begun")
+
+    def start(self, key: dict) -> str | None:
+        """Note that `key` is being measured; why it must not be, if it ended its process `TRIES` times."""
+        before = json.loads(self._path.read_text()) if self._path.exists() else {}
+        tries = before.pop("tries", 0)
+        if before != key:
+            tries = 0
+        if tries >= TRIES:
+            return f"the process ended or was stopped {tries} times while this was measured"
+        write_json(self._path, {**key, "tries": tries + 1})
+        return None
+
+    def end(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def version_of(package: str) -> str:
+    """Of an importable package; `"unknown"` where it was installed under another name."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def missing() -> dict[str, str]:
+    """Packages that are not installed here (or too old), and what the rows lack without them."""
+    found = {name: without for name, without in OPTIONAL.items() if find_spec(name) is None}
+    if "bitsandbytes" not in found:
+        numbers = version_of("bitsandbytes").split(".")[:2]
+        if all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) < (0, 50):
+            found["bitsandbytes"] = f"{'.'.join(numbers)} has no gemm_4bit: {OPTIONAL['bitsandbytes']}"
+    return found
+
+
+def about(device: torch.device) -> dict:
+    """Versions, commit, machine, driver and what was missing, as they go into every file of results.
+
+    The environment variable `HF_QST_COMMIT` names the commit where the working tree is a copy without its repository.
+    """
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger_kernel")
+    versions = {name: version_of(name) for name in packages if find_spec(name)}
+    machine = {"cpu": measure._cpu_name(), "cores": os.cpu_count()}
+    machine["threads"] = torch.get_num_threads()
+    commit = measure.commit()
+    found = {
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": os.environ.get("HF_QST_COMMIT", commit) if commit == "unknown" else commit,
+        "machine": machine,
+        "missing": missing(),
+    }
+    if device.type != "cuda":
+        return found
+    machine["gpu"] = torch.cuda.get_device_name(device)
+    machine["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {**found, "driver": driver, "cuda": torch.version.cuda}
+
+
+def spread(times: list[float]) -> tuple[float, list[float]]:
+    """Median, and the 20th and 80th percentile."""
+    if len(times) < 2:
+        return times[0], [times[0], times[0]]
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return statistics.median(times), [fifths[0], fifths[3]]
+
+
+def in_turns(
+    calls: Mapping[str, Callable], rounds: int, device: torch.device, before: Callable = lambda: None
+) -> dict[str, list[float]]:
+    """
+    Seconds of each call in each round, waited for, one of each in turn, so that a busy moment hits them alike.
+
+    Args:
+        before: what is done before every call and not timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-1, rounds):
+        for name, call in calls.items():
+            before()
+            synchronize(device)
+            started = time.perf_counter()
+            call()
+            synchronize(device)
+            if turn >= 0:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def run_once(call: Callable) -> None:
+    result = call()
+    if result.requires_grad:
+        result.backward()
+
+
+def peak_bytes(call: Callable) -> int:
+    """Most bytes a call holds at a time above what was there before it, on the CPU."""
+    with profile(profile_memory=True) as recorded:
+        run_once(call)
+    with tempfile.TemporaryDirectory() as folder:
+        recorded.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    live = peak = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
 
 
 class Timer:
@@ -38,8 +209,8 @@ class Timer:
             call()
         host = 1e6 * (time.perf_counter() - started) / self.repeats
         synchronize(self.device)
-        fifths = statistics.quantiles(times, n=5)
-        return {"us": statistics.median(times), "us_p20_p80": [fifths[0], fifths[3]], "host_us": host}
+        median, fifths = spread(times)
+        return {"us": median, "us_p20_p80": fifths, "host_us": host}
 
     def _once(self, call: Callable) -> float:
         if self._flush is None:

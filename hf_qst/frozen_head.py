@@ -3,7 +3,8 @@
 The `[tokens, vocab]` logits and their gradient never exist at once, which at a vocabulary of 128k is most of a training
 step's memory. The model's own forward stays in charge: a pre-hook takes the labels away and asks it for the logits of
 no position, the decoder stack hands over its output, and a hook computes the loss transformers would have computed
-(`ForCausalLMLoss`) and puts it into the model's output.
+(`ForCausalLMLoss`) and puts it into the model's output. The head may be in bitsandbytes' NF4: then it is dequantised a
+slice of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_qst_kernels
+from hf_qst.packed_weights import find_packed, forbid_packing, nf4_weight
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,12 @@ class LossRequest:
         labels = self.shift_labels
         if labels is None:
             labels = nn.functional.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:]
+        hidden = self.hidden.to(head.weight.device)
+        if getattr(head, "compute_dtype", None) is not None:
+            hidden = hidden.to(head.compute_dtype)  # as a 4-bit head does it
         total = hf_qst_kernels.linear_cross_entropy(
-            self.hidden.to(head.weight.device),
-            head.weight,
+            hidden,
+            head_weight(head),
             labels.to(head.weight.device),
             head.bias,
             ignore_index=self.ignore_index,
@@ -84,6 +89,31 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
+def check_head(model: nn.Module) -> None:
+    """Refuse to train through a head that nothing is back-propagated through.
+
+    Raises:
+        ValueError
+    """
+    head = model.get_output_embeddings()
+    if model.training and torch.is_grad_enabled() and head is not None and find_packed(head) is not None:
+        raise ValueError(
+            "the gradient of the side network goes through the head, but bitsandbytes has packed its 4-bit weight for a "
+            "kernel without backward, as it does at a model's first forward in evaluation mode on this processor: load "
+            "the base again and wrap it before it runs"
+        )
+
+
+def head_weight(head: nn.Module | None) -> torch.Tensor | hf_qst_kernels.NF4Weight | None:
+    """The frozen weight [vocab, d_out] for the chunked loss; None if the head needs the model's own path: trained,
+    offloaded, or quantised otherwise than in NF4."""
+    if head is None or hasattr(head, "_hf_hook"):
+        return None
+    if type(head) is nn.Linear:
+        return head.weight if head.weight.is_floating_point() and not head.weight.requires_grad else None
+    return nf4_weight(head)
+
+
 class FrozenHeadLoss:
     """Hooks of one model with a head; `enabled` asks the wrapped stack whether its adapter wants the chunked loss."""
 
@@ -92,10 +122,12 @@ class FrozenHeadLoss:
 
     def install(self, model: nn.Module) -> list:
         """Register on `model`; returns the handles that take the hooks off again."""
-        return [
+        handles = [
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
             model.register_forward_hook(_After(), with_kwargs=True),
         ]
+        head = model.get_output_embeddings()
+        return handles if head is None else [*handles, forbid_packing(head)]
 
     def wants(self, model: nn.Module, kwargs: dict) -> bool:
         """Whether this call gets its loss in chunks: a training step that does not ask for logits."""
@@ -108,17 +140,17 @@ class FrozenHeadLoss:
             and not kwargs.get("fused_lm_head", False)
             and kwargs.get("return_dict", getattr(model.config, "return_dict", True)) is not False
             and self.enabled()
-            and self._is_frozen_linear(model.get_output_embeddings())
+            and self._can_chunk(model.get_output_embeddings())
         )
 
-    def _is_frozen_linear(self, head: nn.Module | None) -> bool:
-        # A trained, quantised or offloaded head needs the model's own path.
-        plain = type(head) is nn.Linear and not hasattr(head, "_hf_hook")
-        if plain and not head.weight.requires_grad and head.weight.is_floating_point():
+    def _can_chunk(self, head: nn.Module | None) -> bool:
+        if head_weight(head) is not None:
             return True
         if not getattr(self, "_said", False):
             self._said = True
-            logger.warning("the head is trained, quantised or offloaded: the loss is computed from full logits")
+            logger.warning(
+                "the head is trained, offloaded, or quantised otherwise than in NF4: the loss is computed from full logits"
+            )
         return False
 
 
@@ -130,6 +162,7 @@ class _Before:
         if kwargs.get("labels") is None:
             return None
         check_trainable(model)
+        check_head(model)
         if model.loss_function is not ForCausalLMLoss:
             return None
         check_labels(kwargs)

@@ -1,4 +1,4 @@
-"""What to do about bitsandbytes' packed layout of 4-bit weights.
+"""4-bit weights as the kernels read them, and what to do about bitsandbytes' packed layout of them.
 
 On processors with AVX512-BF16, bitsandbytes repacks the weights of a `Linear4bit` at its first forward in eval mode, and
 `state_dict()` packs them back in place. The way back re-quantises the block scales and is not exact, so that every
@@ -11,18 +11,64 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
+from hf_qst_kernels import NF4Weight
 
-def forbid_packing(model: nn.Module) -> None:
+
+def nf4_weight(layer: nn.Module) -> NF4Weight | None:
+    """
+    The weights [out_features, in_features] of a bitsandbytes `Linear4bit`, without a copy; None for what the kernels do
+    not read: another layer or type, other blocks than 64 (256 for the scales), storage other than bytes, the packed
+    layout, or a weight that is not quantised yet.
+    """
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    # PEFT's adapters on such a layer have its name, but are no `nn.Linear`
+    if not _is_linear4bit(layer) or state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    readable = state.quant_type == "nf4" and state.blocksize == 64 and layer.weight.dtype == torch.uint8
+    if not readable or tuple(state.shape) != (layer.out_features, layer.in_features) or layer.in_features % 64:
+        return None
+    if not state.nested:
+        return NF4Weight(layer.weight.data, state.absmax, layer.out_features)
+    if state.state2.blocksize != 256:
+        return None
+    return NF4Weight(
+        layer.weight.data, state.absmax, layer.out_features, state.state2.absmax, state.state2.code, state.offset
+    )
+
+
+def _is_linear4bit(module: nn.Module) -> bool:
+    """Whether `module` is bitsandbytes' 4-bit layer; that library is not imported for it."""
+    return isinstance(module, nn.Linear) and type(module).__name__ in ("Linear4bit", "LinearNF4")
+
+
+def forbid_packing(model: nn.Module) -> AllowPacking:
     """Keep bitsandbytes from the packed layout and its bfloat16 kernel, which has no backward.
 
     Once packed, a layer stays so, whatever its compute type: a LoRA inside the base that trains on after an evaluation gets
     no gradient through the layers above it. Without the packed kernel the product is bitsandbytes' float32 one, exact and
     several times slower on such processors.
+
+    Returns:
+        A handle whose `remove()` takes this back.
     """
-    for layer in _four_bit_layers(model):
+    layers = [layer for layer in _four_bit_layers(model) if layer.support_avx512bf16_for_cpu]
+    for layer in layers:
         layer.support_avx512bf16_for_cpu = False
+    return AllowPacking(layers)
+
+
+class AllowPacking:
+    """Undoes `forbid_packing` for the layers that it changed."""
+
+    def __init__(self, layers: list[nn.Module]):
+        self.layers = layers
+
+    def remove(self) -> None:
+        for layer in self.layers:
+            layer.support_avx512bf16_for_cpu = True
 
 
 def forbid_packing_of_odd_shapes(model: nn.Module) -> None:
@@ -39,13 +85,11 @@ def forbid_packing_of_odd_shapes(model: nn.Module) -> None:
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
     """Keep bitsandbytes from packing 4-bit weights meanwhile: there is no exact way back from that layout."""
-    layers = [layer for layer in _four_bit_layers(model) if layer.support_avx512bf16_for_cpu]
-    forbid_packing(model)
+    forbidden = forbid_packing(model)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.support_avx512bf16_for_cpu = True
+        forbidden.remove()
 
 
 def find_packed(model: nn.Module) -> str | None:

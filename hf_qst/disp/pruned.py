@@ -101,16 +101,18 @@ class PrunedBranch(nn.Module):
     def forward(self, *args, **kwargs):
         """As the module's own, on hidden states [batch, seq, hidden]."""
         if self.input_index is not None:
-            args, kwargs = with_first_argument(args, kwargs, self._pick_out)
+            args, kwargs = with_first_argument(args, kwargs, self.pick_out)
         output = self.module(*args, **kwargs)
+        return (self.put_back(output[0]), *output[1:]) if isinstance(output, tuple) else self.put_back(output)
+
+    def pick_out(self, wide: torch.Tensor) -> torch.Tensor:
+        """The channels that the module reads: [..., hidden] -> [..., width]."""
+        return wide if self.input_index is None else wide.gather(-1, _for_rows(self.input_index, wide))
+
+    def put_back(self, narrow: torch.Tensor) -> torch.Tensor:
+        """The module's output at its channels, zeros at the others: [..., width] -> [..., hidden]."""
         if self.output_index is None:
-            return output
-        return (self._put_back(output[0]), *output[1:]) if isinstance(output, tuple) else self._put_back(output)
-
-    def _pick_out(self, wide: torch.Tensor) -> torch.Tensor:
-        return wide.gather(-1, _for_rows(self.input_index, wide))
-
-    def _put_back(self, narrow: torch.Tensor) -> torch.Tensor:
+            return narrow
         # The indices are unique: nothing is written twice, and the result does not depend on the order.
         wide = narrow.new_zeros(*narrow.shape[:-1], self.hidden_size)
         return wide.scatter_(-1, _for_rows(self.output_index, narrow), narrow)
@@ -290,4 +292,10 @@ def _check_masks(stack: DecoderStack, masks: Sequence[Mapping[str, torch.Tensor]
                 raise ValueError(f"masks[{i}][{name!r}] must keep at least one channel, it keeps none")
 
 
-register_kind(KIND, PrunedBranch.from_description)
+def _finish(model: nn.Module) -> None:
+    from hf_qst.disp.fused import fuse_blocks  # which imports this file
+
+    fuse_blocks(model)
+
+
+register_kind(KIND, PrunedBranch.from_description, finish=_finish)

@@ -1,7 +1,7 @@
 """Downsamplers D_i: a base hidden state [batch, seq, d] to the side network's width d_s = d / r (paper, section 3.2).
 
-Each works in two steps. `tap` is the one that reads the full-width state; it runs while the base runs, and what it
-returns is all that is kept. `finish` turns that into the side network's input and may be recomputed in the backward
+Each works in two steps. `tap` is the one that reads the full-width state, once; it runs while the base runs, and what
+it returns is all that is kept. `finish` turns that into the side network's input and may be recomputed in the backward
 pass. The base's state never carries a gradient, so nothing of it has to be kept but what a trainable `tap` needs for
 its own weight, and that is kept in 8 bits (`hf_qst_kernels.tap_linear`).
 """
@@ -43,6 +43,26 @@ class Downsample(nn.Module):
             side = self.norm(side.to(self.norm.weight.dtype))
         return self.dropout(side)
 
+    def mix(
+        self, tapped: torch.Tensor, side: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype, fused: bool
+    ) -> torch.Tensor:
+        """`(1 - sigmoid(gate)) * finish(tapped) + sigmoid(gate) * side`, float32 until it is rounded to `dtype`.
+
+        Args:
+            tapped: what `tap` returned.
+            side: [batch, seq, d_s], the side network's own state.
+            gate: [1] or [d_s], float32.
+            dtype: of the result.
+            fused: whether norm, gate and mix are one op (`hf_qst_kernels.norm_gate`); not while there is dropout.
+        """
+        if fused:
+            norm = (
+                {} if self.norm is None else {"weight": self.norm.weight, "bias": self.norm.bias, "eps": self.norm.eps}
+            )
+            return hf_qst_kernels.norm_gate(self.expand(tapped), side, gate, **norm, out_dtype=dtype)
+        down = self.finish(tapped)
+        return torch.lerp(down.float(), side.float(), torch.sigmoid(gate).expand(down.shape[-1])).to(dtype)
+
 
 class LinearDownsample(Downsample):
     """D(h) = h W, W [d, d_s]."""
@@ -70,7 +90,10 @@ class FactoredDownsample(LinearDownsample):
 
 
 class PoolDownsample(Downsample):
-    """D(h)_j = max or mean of the r channels r*j .. r*j + r - 1; nothing to train before the norm."""
+    """D(h)_j = max or mean of the r channels r*j .. r*j + r - 1; nothing to train before the norm.
+
+    One reduction of torch's, which reads the state once and writes an r-th of it: there is nothing for a kernel to save.
+    """
 
     def __init__(self, side_size: int, kind: str, **shared):
         super().__init__(side_size, **shared)
@@ -97,8 +120,8 @@ class PrincipalDownsample(Downsample):
         self.register_buffer("mean", torch.zeros(hidden_size))
 
     def tap(self, hidden):
-        dtype = self.directions.dtype
-        return nn.functional.linear(hidden.to(dtype) - self.mean, self.directions)
+        # Nothing trains here, so nothing is kept, in 8 bits or otherwise.
+        return hf_qst_kernels.tap_linear(hidden, self.directions, storage="full", center=self.mean)
 
     @torch.no_grad()
     def fit(self, mean: torch.Tensor, covariance: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_qst.decoder_stack import DecoderStack
 from hf_qst.qst.downsample import make_downsample
 from hf_qst.qst.side_block import BlockContext, SideBlock, make_norm, side_spec
+from hf_qst_kernels import dispatch
 
 
 class Float32Parameter(nn.Module):
@@ -165,22 +166,43 @@ class SideNetwork(nn.Module):
         recompute = self.checkpointing if cache is None and torch.is_grad_enabled() else False
         side = self.downsample[0].finish(embedding)
         for i, (tapped, context) in enumerate(zip(taps, contexts, strict=True)):
+            # Asked here and not in the step: a recomputed step must keep the tensors that it kept the first time.
+            fused = self._fuses(i, side)
             if recompute is True:
+                random = self._has_dropout(i)
                 side = checkpoint(
-                    self._step, i, tapped, side, context, use_reentrant=False, preserve_rng_state=self._has_dropout(i)
+                    self._step, i, tapped, side, context, fused, use_reentrant=False, preserve_rng_state=random
                 )
             else:
-                side = self._step(i, tapped, side, context, cache, count + i, recompute == "mlp")
+                side = self._step(i, tapped, side, context, fused, cache, count + i, recompute == "mlp")
         return self.upsample(self.norm(side).to(self.upsample.weight.dtype))
 
     def _step(
-        self, i: int, tapped, side, context: BlockContext, cache=None, layer_idx: int = 0, recompute_mlp: bool = False
+        self,
+        i: int,
+        tapped: torch.Tensor,
+        side: torch.Tensor,
+        context: BlockContext,
+        fused: bool,
+        cache=None,
+        layer_idx: int = 0,
+        recompute_mlp: bool = False,
     ) -> torch.Tensor:
-        down = self.downsample[i].finish(tapped)
-        beta = torch.sigmoid(self.gates[i].value)
-        mixed = torch.lerp(down.float(), side.to(down.device).float(), beta.expand(down.shape[-1]))
-        weight = self.blocks[i].attention.q_proj.weight
-        return self.blocks[i](mixed.to(weight.dtype), context, cache, layer_idx, recompute_mlp)
+        gate, dtype = self.gates[i].value, self.blocks[i].attention.q_proj.weight.dtype
+        mixed = self.downsample[i].mix(tapped, side.to(gate.device), gate, dtype, fused)
+        return self.blocks[i](mixed, context, cache, layer_idx, recompute_mlp)
+
+    def _fuses(self, i: int, side: torch.Tensor) -> bool:
+        """Whether step `i` begins with one kernel: where that was measured to win and no dropout lies in between.
+
+        A compiler fuses the ops as they are.
+        """
+        dropout = self.downsample[i].dropout
+        if torch.compiler.is_compiling() or (dropout.training and dropout.p > 0):
+            return False
+        from hf_qst_kernels.gated_norm import table_sizes  # registers operators, which takes its time
+
+        return dispatch.runs_triton("norm_gate", side, table_sizes(side))
 
     def _has_dropout(self, i: int) -> bool:
         rate = max(self.downsample[i].dropout.p, self.blocks[i].attention.spec.attention_dropout)

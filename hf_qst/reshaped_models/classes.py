@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_qst.manifest import CheckpointError
 from hf_qst.packed_weights import forbid_packing_of_odd_shapes
 from hf_qst.reshaped_models.folder import check_folder, write_folder
-from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules
+from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
 
 MODEL_TYPE = "hf_qst_reshaped"
 FORMAT = 1
@@ -218,6 +218,7 @@ def _build_modules(model: PreTrainedModel) -> None:
             ) from error
         base.set_submodule(path, build_module(unchanged, described[path], path))
         _pass_over_in_initialisation(base, path.rpartition(".")[0])
+    finish_modules(base, described)
 
 
 def _pass_over_in_initialisation(base: nn.Module, parent: str) -> None:
@@ -307,6 +308,7 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
         _require_tensors(model, model_class, config)
     model.__class__ = model_class
     _exchange_config(model, config)
+    finish_modules(model.base_model, described)
     return model
 
 
@@ -340,9 +342,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     for name in _FIELDS:
         delattr(config, name)
     config.architectures = [model.plain_class.__name__]
-    for module in dense.modules():  # a classifier's base may be of a class of ours as well
-        if isinstance(module, ReshapedModel):
-            module.__class__ = module.plain_class
+    for module in dense.modules():  # a classifier's base may be of a class of ours as well, and what a kind finished
+        if hasattr(type(module), "plain_class"):
+            module.__class__ = type(module).plain_class
     _exchange_config(dense, config)
     _require_tensors(dense, model.plain_class, config)
     return dense

@@ -7,7 +7,7 @@ function rebuilds the module from it, so a saved folder can only ever ask for co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -15,13 +15,14 @@ from transformers.pytorch_utils import Conv1D
 Builder = Callable[[nn.Module, dict], nn.Module]
 
 _BUILDERS: dict[str, Builder] = {}
+_FINISHES: dict[str, Callable[[nn.Module], None]] = {}
 
 
 class ReshapedModelError(ValueError):
     """A model with changed modules cannot be described, rebuilt or made dense."""
 
 
-def register_kind(name: str, builder: Builder) -> None:
+def register_kind(name: str, builder: Builder, finish: Callable[[nn.Module], None] | None = None) -> None:
     """Make modules of one kind savable and loadable.
 
     Args:
@@ -31,6 +32,12 @@ def register_kind(name: str, builder: Builder) -> None:
             Gets the module of the unchanged model, on whatever device the model is being built on (meta while a
             checkpoint is loaded), and the description; returns a module with the same tensor names and shapes as the
             one that was saved. The values are filled in afterwards.
+        finish (`Callable[[nn.Module], None]`, *optional*):
+            Called with the base model when all its modules are in place, by `reshape_model` and when a saved model is
+            built, again whenever more modules are exchanged. It is for what a kind needs around its modules and a builder
+            cannot reach, such as a forward of another class for their parents. It leaves the tensors and their names
+            alone. A class it gives to a module is a subclass of the module's own and names that as `plain_class`, which
+            `to_dense` gives back.
 
     A module of a kind has two methods:
 
@@ -50,6 +57,8 @@ def register_kind(name: str, builder: Builder) -> None:
         raise ReshapedModelError(
             f"register_kind: the kind {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another name"
         )
+    if finish is not None:
+        _FINISHES[name] = finish
 
 
 def build_module(unchanged: nn.Module, description: dict, path: str) -> nn.Module:
@@ -60,6 +69,12 @@ def build_module(unchanged: nn.Module, description: dict, path: str) -> nn.Modul
     """
     _require_known(description.get("kind"), path)
     return _BUILDERS[description["kind"]](unchanged, description)
+
+
+def finish_modules(base: nn.Module, described: Mapping[str, dict]) -> None:
+    """Do what the kinds of these modules, descriptions by path, still need when all of them are in place."""
+    for kind in sorted({description["kind"] for description in described.values()} & _FINISHES.keys()):
+        _FINISHES[kind](base)
 
 
 def described_modules(base: nn.Module) -> dict[str, dict]:

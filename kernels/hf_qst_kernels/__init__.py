@@ -9,22 +9,26 @@ from importlib import import_module
 from .dispatch import use_backend
 
 _MODULES = {
+    "NF4Weight": "nf4_weight",
     "dequantize_taps": "taps",
     "linear_cross_entropy": "cross_entropy",
     "linear_index_add": "linear_add",
     "low_rank_linear": "low_rank",
     "nf4_linear": "nf4",
+    "norm_gate": "gated_norm",
     "norm_index_select": "norm_select",
     "quantize_taps": "taps",
     "tap_linear": "taps",
 }
 
 __all__ = [
+    "NF4Weight",
     "dequantize_taps",
     "linear_cross_entropy",
     "linear_index_add",
     "low_rank_linear",
     "nf4_linear",
+    "norm_gate",
     "norm_index_select",
     "quantize_taps",
     "tap_linear",

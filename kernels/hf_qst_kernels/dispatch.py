@@ -112,8 +112,8 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
     if sizes is None:
         return True
     measured = break_even.nearest(op, tensor, sizes)
-    if measured is None and not break_even.has_table(tensor.device):
-        _say_unmeasured_once(torch.cuda.get_device_name(tensor.device))
+    if measured is None:
+        _say_once_if_unmeasured(tensor.device)
     return measured is not None and measured.wins
 
 
@@ -192,9 +192,10 @@ def _say_fallback_once() -> None:
 
 
 @functools.cache
-def _say_unmeasured_once(name: str) -> None:
-    logger.info(
-        "no kernel measurements for %s: ops that need them run their library path. "
-        "`python -m benchmarks.kernels --device cuda --tune` makes them",
-        name,
-    )
+def _say_once_if_unmeasured(device: torch.device) -> None:
+    if not break_even.has_table(device):
+        logger.info(
+            "no kernel measurements for %s: ops that need them run their library path. "
+            "`python -m benchmarks.kernels --device cuda --tune` makes them",
+            torch.cuda.get_device_name(device),
+        )

@@ -14,10 +14,11 @@ _DECODE = [
     {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4},
     {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
 ]
-# A tile of 128 x 128 does not fit: the epilogue's 64-bit addresses beside its sums take more registers than there are.
+# A tile of 128 x 128 does not fit, nor one of 128 x 64 in four warps (Triton 3.4, 3.6): the epilogue's 64-bit addresses
+# beside its sums take more registers than there are.
 _PREFILL = [
     {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
-    {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
     {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
 ]
 _FLOAT32 = [{"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}]
@@ -139,7 +140,7 @@ def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
     odd = {"x_stride": "i64", "weight_stride": "i64", "inputs": "i32"}
     for dtype, candidates in (("bf16", [*_DECODE, *_PREFILL]), ("fp32", _FLOAT32)):
         tensors = dict.fromkeys(("x", "weight", "bias", "residual"), f"*{dtype}")
-        types = {**tensors, **strides, **sizes, "index": "*i32", "BIAS": True, "UPCAST": False}
+        types = {**tensors, **strides, **sizes, "index": "*i64", "BIAS": True, "UPCAST": False}
         for options in candidates:
             yield f"linear_index_add {dtype}", add_linear_tiles, types, options
         yield f"linear_index_add unaligned {dtype}", add_linear_tiles, {**types, **odd}, UNALIGNED

@@ -1,41 +1,17 @@
 """A linear layer over bitsandbytes' NF4 weights, dequantised in registers.
 
-Two weights share a byte, the one of the even input in its high half; blocks of 64 share a scale `a`:
+With `W` as in `nf4_weight.py`, read as bitsandbytes stores it and rounded to `x`'s dtype before it is multiplied, as
+bitsandbytes has it,
 
-    W_k = code[n_k] a_{k // 64},      y = x W^T + b,      d x = dy W
-
-Dettmers et al., arXiv 2305.14314, section 3. With double quantisation the scales are bytes too, `q`, in blocks of 256:
-`a_j = nested_code[q_j] c_{j // 256} + offset`. All of it is read as bitsandbytes stores it. `W_k` is rounded to `x`'s
-dtype before it is multiplied, as bitsandbytes has it.
+    y = x W^T + b,      d x = dy W
 """
 
 import torch
 import torch.nn.functional as F
 
 from .arguments import as_rows, check_floats, check_same_dtype, check_shape
-from .dispatch import autocast_all, runs_naive, runs_triton
-
-BLOCK = 64
-NESTED_BLOCK = 256
-# The 16 values of NF4, quantiles of the normal distribution: arXiv 2305.14314, appendix E.
-CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+from .dispatch import autocast_all, runs_at_once, runs_naive, runs_triton
+from .nf4_weight import BLOCK, CODE, NF4Weight, check_blocks, check_weight, library_weight, naive_weight
 
 
 def nf4_linear(
@@ -51,20 +27,12 @@ def nf4_linear(
     """
     `x @ W.T + bias` for frozen NF4 weights `W [out_features, in_features]`.
 
-    Of a bitsandbytes `Params4bit` with `quant_state`: `packed` is its data, `absmax` is `quant_state.absmax`, and with
-    double quantisation `nested_absmax`, `nested_code` and `nested_offset` are `quant_state.state2.absmax`,
-    `quant_state.state2.code` and `quant_state.offset`.
-
     Args:
         x (`torch.Tensor`): `[..., in_features]`; may require a gradient. Its dtype (autocast's, where that is on) is
             that of the product.
-        packed (`torch.Tensor`): uint8, `in_features * out_features / 2` entries, row by row.
-        absmax (`torch.Tensor`): `[in_features * out_features / 64]`, float32, or uint8 with double quantisation.
-        out_features (`int`): rows of `W`; `in_features` must be a multiple of 64.
+        packed, absmax, out_features: of `W`, as in [`NF4Weight`].
         bias (`torch.Tensor`, *optional*): `[out_features]`.
-        nested_absmax (`torch.Tensor`, *optional*): `[ceil(len(absmax) / 256)]`, float32.
-        nested_code (`torch.Tensor`, *optional*): `[256]`, float32.
-        nested_offset (`torch.Tensor`, *optional*): one number, float32.
+        nested_absmax, nested_code, nested_offset: of `W`, as in [`NF4Weight`]; all three with double quantisation.
 
     Returns:
         `torch.Tensor`: `[..., out_features]`, in `x`'s dtype.
@@ -74,48 +42,16 @@ def nf4_linear(
         ValueError: sizes that do not fit, or some of the nested tensors without the others.
     """
     nested = (nested_absmax, nested_code, nested_offset)
-    _check(x, packed, absmax, out_features, bias, nested)
+    check_floats(x=x, bias=bias)
+    check_blocks("x", x)
+    check_weight(NF4Weight(packed, absmax, out_features, *nested), x.shape[-1])
+    check_shape("bias", bias, (out_features,), "[out_features]")
     if runs_naive():
         return naive_nf4_linear(x, packed, absmax, out_features, bias, *nested)
     x, bias = autocast_all(x, bias)
     check_same_dtype(x=x, bias=bias)
-    return _nf4_linear(x, packed, absmax, out_features, bias, *nested)
-
-
-def _check(x, packed, absmax, out_features, bias, nested) -> None:
-    check_floats(x=x, bias=bias)
-    nested_absmax, nested_code, nested_offset = nested
-    if x.dim() < 1 or x.shape[-1] < 1 or x.shape[-1] % BLOCK:
-        raise ValueError(f"x must be [..., in_features] with in_features a multiple of {BLOCK}, got {list(x.shape)}")
-    if packed.dtype != torch.uint8:
-        raise TypeError(f"packed must be uint8, got {packed.dtype}")
-    weights = x.shape[-1] * out_features
-    if out_features < 1 or packed.numel() != weights // 2:
-        raise ValueError(
-            f"packed must hold out_features * in_features / 2 = {weights // 2} bytes for out_features {out_features}, "
-            f"got {packed.numel()}"
-        )
-    if len({tensor is None for tensor in nested}) > 1:
-        raise ValueError("nested_absmax, nested_code and nested_offset must be given together or not at all")
-    expected = torch.float32 if nested_absmax is None else torch.uint8
-    if absmax.dtype != expected:
-        raise TypeError(f"absmax must be {expected} {'without' if nested_absmax is None else 'with'} nested_absmax, "
-                        f"got {absmax.dtype}")  # fmt: skip
-    check_shape("absmax", absmax, (weights // BLOCK,), "[out_features * in_features / 64]")
-    check_shape("bias", bias, (out_features,), "[out_features]")
-    if nested_absmax is None:
-        return
-    check_shape("nested_absmax", nested_absmax, (-(-absmax.numel() // NESTED_BLOCK),), "[ceil(len(absmax) / 256)]")
-    check_shape("nested_code", nested_code, (256,), "[256]")
-    for name, tensor in (
-        ("nested_absmax", nested_absmax),
-        ("nested_code", nested_code),
-        ("nested_offset", nested_offset),
-    ):
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {tensor.dtype}")
-    if nested_offset.numel() != 1:
-        raise ValueError(f"nested_offset must hold one number, got {list(nested_offset.shape)}")
+    run = _multiply if runs_at_once(x, bias) else _nf4_linear
+    return run(x, packed, absmax, out_features, bias, *nested)
 
 
 def naive_nf4_linear(
@@ -123,34 +59,9 @@ def naive_nf4_linear(
 ):
     """The equation at the top of this file, in float32 at least, without the rounding of `W`."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    weight = _weight(packed, absmax, out_features, nested_absmax, nested_code, nested_offset, compute)
+    weight = naive_weight(NF4Weight(packed, absmax, out_features, nested_absmax, nested_code, nested_offset), compute)
     y = x.to(compute) @ weight.T
     return (y if bias is None else y + bias).to(x.dtype)
-
-
-def _scales(absmax, nested_absmax, nested_code, nested_offset, dtype) -> torch.Tensor:
-    if nested_absmax is None:
-        return absmax.to(dtype)
-    outer = nested_absmax.to(dtype).repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
-    return nested_code.to(dtype)[absmax.int()] * outer + nested_offset.to(dtype)
-
-
-def _weight(packed, absmax, out_features, nested_absmax, nested_code, nested_offset, dtype) -> torch.Tensor:
-    code = torch.tensor(CODE, dtype=dtype, device=packed.device)
-    pairs = packed.reshape(-1)
-    values = code[torch.stack([pairs >> 4, pairs & 15], -1).int()].view(-1, BLOCK)
-    scales = _scales(absmax, nested_absmax, nested_code, nested_offset, dtype)
-    return (values * scales[:, None]).view(out_features, -1)
-
-
-def _library_weight(packed, absmax, out_features, nested, dtype) -> torch.Tensor:
-    """`W` in `dtype`, by bitsandbytes' kernel where that library is loaded (who has its weights has loaded it)."""
-    if not hasattr(torch.ops.bitsandbytes, "dequantize_4bit") or dtype == torch.float64:
-        compute = torch.promote_types(dtype, torch.float32)
-        return _weight(packed, absmax, out_features, *nested, compute).to(dtype)
-    scales = _scales(absmax, *nested, torch.float32)
-    shape = [out_features, 2 * packed.numel() // out_features]
-    return torch.ops.bitsandbytes.dequantize_4bit(packed.view(-1, 1), scales, BLOCK, "nf4", shape, dtype)
 
 
 def table_sizes(rows: int, inputs: int, outputs: int) -> dict[str, int]:
@@ -158,8 +69,7 @@ def table_sizes(rows: int, inputs: int, outputs: int) -> dict[str, int]:
     return {"rows": rows, "inputs": inputs, "outputs": outputs}
 
 
-@torch.library.custom_op("hf_qst::nf4_linear", mutates_args=())
-def _nf4_linear(
+def _multiply(
     x: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -179,7 +89,7 @@ def _nf4_linear(
     with torch.autocast(x.device.type, enabled=False):
         if x.is_cuda and x.numel() and hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
             return _library_gemm(x, packed, absmax, out_features, bias, nested)
-        return F.linear(x, _library_weight(packed, absmax, out_features, nested, x.dtype), bias)
+        return F.linear(x, library_weight(NF4Weight(packed, absmax, out_features, *nested), x.dtype), bias)
 
 
 def _library_gemm(x, packed, absmax, out_features, bias, nested) -> torch.Tensor:
@@ -189,6 +99,9 @@ def _library_gemm(x, packed, absmax, out_features, bias, nested) -> torch.Tensor
         return torch.ops.bitsandbytes.gemm_4bit(x, packed, shape, absmax, BLOCK, "nf4", bias)
     outer, code, offset = nested
     return torch.ops.bitsandbytes.gemm_4bit(x, packed, shape, outer, BLOCK, "nf4", bias, absmax, code, offset)
+
+
+_nf4_linear = torch.library.custom_op("hf_qst::nf4_linear", _multiply, mutates_args=())
 
 
 @_nf4_linear.register_fake
@@ -215,7 +128,7 @@ def _nf4_linear_backward(
         multiply_transposed(as_rows(grad).contiguous(), packed, absmax, nested, CODE, dx.view(-1, inputs))
         return dx
     with torch.autocast(grad.device.type, enabled=False):
-        return grad @ _library_weight(packed, absmax, out_features, nested, grad.dtype)
+        return grad @ library_weight(NF4Weight(packed, absmax, out_features, *nested), grad.dtype)
 
 
 @_nf4_linear_backward.register_fake

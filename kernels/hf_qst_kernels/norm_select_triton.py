@@ -13,7 +13,7 @@ from .norm_select import table_sizes
 CONFIGURATIONS = {
     decision: [
         {"ROWS": 1, "BLOCK": 1024, "num_warps": 4},
-        {"ROWS": 4, "BLOCK": 256, "num_warps": 4},
+        {"ROWS": 2, "BLOCK": 512, "num_warps": 4},
         {"ROWS": 1, "BLOCK": 2048, "num_warps": 8},
         {"ROWS": 4, "BLOCK": 512, "num_warps": 8},
     ]
@@ -38,7 +38,7 @@ def _statistics(base, inside, dim, eps, LAYER: tl.constexpr, ROWS: tl.constexpr,
         h = tl.load(base + (start + column)[None, :], mask=mask, other=0.0).to(tl.float32)
         h = tl.where(mask, h - mean[:, None], 0.0)
         squares += h * h
-    return mean, 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / dim + eps)
+    return mean, tl.rsqrt(tl.sum(squares, 1) / dim + eps)
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
     sizes = {"row_stride": "i64:16", "rows": "i32", "dim": "i32:16", "width": "i32", "eps": "fp32"}
     for dtype in ("bf16", "fp32"):
         tensors = dict.fromkeys(("hidden", "weight", "bias", "out", "grad", "grad_hidden"), f"*{dtype}")
-        types = {**tensors, **sizes, "index": "*i32", "place": "*i32"}
+        types = {**tensors, **sizes, "index": "*i64", "place": "*i32"}
         for layer in (False, True):
             flags = {"LAYER": layer, "BIAS": layer}
             for decision, kernel in (

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from . import linear_add, low_rank, nf4, norm_select, taps
+from . import gated_norm, linear_add, low_rank, nf4, norm_select, taps
 from .cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
+from .gated_norm import naive_norm_gate, norm_gate
 from .linear_add import linear_index_add, naive_linear_index_add
 from .low_rank import low_rank_linear, naive_low_rank_linear
 from .nf4 import naive_nf4_linear, nf4_linear
+from .nf4_weight import NF4Weight
 from .norm_select import naive_norm_index_select, norm_index_select
 from .taps import (
     dequantize_taps,
@@ -110,16 +112,22 @@ def _size(dtype: torch.dtype) -> int:
 
 
 def _cross_entropy_examples(dtype, device):
-    options = {
-        "plain": {},
-        "sum": {"reduction": "sum", "logit_scale": 1.7},
-        "smoothing and softcap": {"label_smoothing": 0.3, "logit_softcap": 2.0},
-    }
-    for (rows, dim, vocab), (name, option) in zip([(1, 3, 1), (7, 16, 65), (3, 7, 1023)], options.items(), strict=True):
+    smooth = {"label_smoothing": 0.3, "logit_softcap": 2.0}
+    for name, (rows, dim, vocab), option in (
+        ("plain", (1, 3, 1), {}),
+        ("4 bits twice", (7, 192, 65), {"logit_scale": 0.1}),
+        ("sum", (7, 16, 65), {"reduction": "sum", "logit_scale": 1.7}),
+        ("smoothing and softcap", (3, 7, 1023), smooth),
+        ("4 bits", (5, 64, 1023), {**smooth, "reduction": "sum", "logit_scale": 0.1}),
+    ):
         hidden = _normal(rows, dim, dtype=dtype, device=device, grad=True)
         labels = torch.randint(vocab, (rows,), device=device)
         labels[1:2] = -100
-        weight, bias = (_normal(*shape, dtype=dtype, device=device) for shape in ((vocab, dim), (vocab,)))
+        if name.startswith("4 bits"):
+            weight = NF4Weight(**_nf4_arguments(dim, vocab, name.endswith("twice"), device))
+        else:
+            weight = _normal(vocab, dim, dtype=dtype, device=device)
+        bias = _normal(vocab, dtype=dtype, device=device)
         yield name, {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "chunk_size": 4, **option}
 
 
@@ -161,14 +169,67 @@ def _tap_examples(dtype, device):
         x = _normal(rows, dim, dtype=dtype, device=device)
         weight = _normal(width, dim, dtype=dtype, device=device, grad=True)
         yield f"{storage} {rows}x{dim}", {"x": x, "weight": weight, "storage": storage}
+    exact = torch.promote_types(dtype, torch.float32)
+    # few channels in int8: float32 and the twin may put a tie on either side, half a step apart
+    for storage, dim, trains in (("int8", 65, True), ("full", 1023, True), ("full", 130, False)):
+        center = _normal(dim, dtype=exact, device=device) + 3
+        x = (torch.randn(2, 6, dim, device=device) + center).to(dtype)[:, ::2]
+        arguments = {"weight": _normal(5, dim, dtype=dtype, device=device, grad=trains), "center": center}
+        yield f"{storage} centered{'' if trains else ', fixed'}", {"x": x, "storage": storage, **arguments}
+    yield "empty, centered", {"x": torch.empty(0, 130, dtype=dtype, device=device), "storage": storage, **arguments}
 
 
 def _tap_workloads(model, rows, dtype, device):
     x = _normal(rows, model.dim, dtype=dtype, device=device)
-    weight = _normal(model.dim // 16, model.dim, dtype=dtype, device=device, grad=True)
-    moved = x.numel() * (_size(dtype) + 2) + 3 * _size(dtype) * weight.numel()
-    sizes = taps.table_sizes(rows, *weight.shape[::-1])
-    yield Workload("downsampler", {"x": x, "weight": weight}, moved, 4 * x.numel() * weight.shape[0], sizes)
+    for name, outputs, storage, center in (
+        ("to dim / 16", model.dim // 16, "int8", None),
+        ("rank 16", 16, "int8", None),
+        ("rank 16, no copy", 16, "full", None),
+        ("to dim / 16, centered, no copy", model.dim // 16, "full", torch.randn(model.dim, device=device)),
+    ):
+        weight = _normal(outputs, model.dim, dtype=dtype, device=device, grad=True)
+        arguments = {"x": x, "weight": weight, "storage": storage}
+        if center is not None:
+            arguments["center"] = center
+        kept = storage == "int8"
+        # x in forward, with its copy written, and that or x again in backward
+        moved = x.numel() * (_size(dtype) + (2 if kept else _size(dtype))) + 3 * _size(dtype) * weight.numel()
+        sizes = taps.table_sizes(rows, model.dim, outputs, kept, center is not None)
+        yield Workload(name, arguments, moved, 4 * x.numel() * outputs, sizes)
+
+
+def _gate_examples(dtype, device):
+    options = {"dtype": dtype, "device": device, "grad": True}
+    exact = {**options, "dtype": torch.promote_types(dtype, torch.float32)}
+    for shape, vector, norm in (
+        ((1, 1), False, True),
+        ((7, 3), True, True),
+        ((2, 3, 65), False, True),
+        ((3, 1023), True, True),
+        ((5, 33), False, False),
+        ((0, 64), True, True),
+    ):
+        width = shape[-1]
+        arguments = {"down": (_normal(*shape, dtype=dtype, device=device) + 2).requires_grad_()}
+        arguments["side"] = _normal(*shape, **options)
+        gate = _normal(width if vector else 1, **exact)
+        if norm:
+            arguments |= {name: _normal(width, **options) for name in ("weight", "bias")}
+        yield f"{list(shape)} {'vector' if vector else 'scalar'}", {**arguments, "gate": gate}
+    down, side = (_normal(4, 6, 130, dtype=dtype, device=device)[:, ::2, ::2].requires_grad_() for _ in range(2))
+    gate, weight = _normal(65, **exact), _normal(65, **options)
+    arguments = {"down": down, "side": side, "gate": gate, "weight": weight, "eps": 1e-2, "out_dtype": dtype}
+    yield "strided, no bias", arguments
+
+
+def _gate_workloads(model, rows, dtype, device):
+    width, options = model.dim // 16, {"dtype": dtype, "device": device, "grad": True}
+    arguments = {name: _normal(rows, width, **options) for name in ("down", "side")}
+    arguments |= {name: _normal(width, **options) for name in ("weight", "bias")}
+    gate = torch.zeros(1, device=device, requires_grad=True)
+    # two read and one written, then three read and two written
+    moved, sizes = 8 * _size(dtype) * rows * width, gated_norm.table_sizes(arguments["side"])
+    yield Workload("side block input", {**arguments, "gate": gate}, moved, 0, sizes)
 
 
 def _norm_examples(dtype, device):
@@ -322,6 +383,7 @@ OPS = (
     Op(quantize_taps, naive_quantize_taps, "taps_triton", _quantize_examples, _quantize_workloads, rows=(16, 2048, 8192)),
     Op(dequantize_taps, naive_dequantize_taps, "taps_triton", _dequantize_examples, _dequantize_workloads, rows=(16, 2048, 8192)),
     Op(tap_linear, naive_tap_linear, "taps_triton", _tap_examples, _tap_workloads, trains=True, exact_gradient=lambda a: a["storage"] == "full", rows=(2048, 8192)),
+    Op(norm_gate, naive_norm_gate, "gated_norm_triton", _gate_examples, _gate_workloads, trains=True, rows=(2048, 8192)),
     Op(norm_index_select, naive_norm_index_select, "norm_select_triton", _norm_examples, _norm_workloads),
     Op(linear_index_add, naive_linear_index_add, "linear_add_triton", _linear_add_examples, _linear_add_workloads),
     Op(low_rank_linear, naive_low_rank_linear, "low_rank_triton", _low_rank_examples, _low_rank_workloads, rows=(1, 4, 16, 64)),

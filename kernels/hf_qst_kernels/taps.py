@@ -1,7 +1,8 @@
 """A linear map of a frozen hidden state that keeps its input for backward in int8, or as it is.
 
-For `y = x W^T` with trained `W [out, dim]` and frozen `x`, backward needs `x` only for `dW = dy^T x`. Forward uses `x`
-itself, so `y` is exact; what is kept is
+For `y = (x - c) W^T` with trained `W [out, dim]` and frozen `x` and center `c [dim]` (0 if there is none), backward needs
+`x` only for `dW = dy^T (x - c) = dy^T x - (sum of dy over rows) c^T`. Forward uses `x` itself, so `y` is exact; what is
+kept is
 
     q = round(x / s) in int8,   s = max|x| / 127   for each block of 64 channels of each row,
 
@@ -10,8 +11,8 @@ and `dW` uses `q * s`. Each entry of `q * s` is within `s / 2` of `x`, so `|dW e
 
 import torch
 
-from .arguments import FLOAT_DTYPES, alignment, as_rows, check_floats
-from .dispatch import autocast_dtype, runs_naive, runs_triton
+from .arguments import FLOAT_DTYPES, alignment, as_rows, check_floats, check_shape
+from .dispatch import autocast_dtype, runs_at_once, runs_naive, runs_triton
 
 BLOCK = 64
 # Blocks whose largest entry is below this are kept as zeros: their scale would not be a normal float32 number.
@@ -19,42 +20,54 @@ TINY = 1e-35
 STORAGES = ("int8", "full")
 # Outputs whose sums a Triton program can keep in registers for all its rows, by the product's dtype.
 MAX_OUTPUTS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
+# As many where rows do not start at 16-byte boundaries: loading entry by entry takes registers of its own.
+MAX_OUTPUTS_UNALIGNED = 128
 # Bytes of float32 input that the torch paths hold at a time. Smaller chunks cost more in calls than caches give back.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 
 
-def tap_linear(x: torch.Tensor, weight: torch.Tensor, storage: str = "int8") -> torch.Tensor:
+def tap_linear(
+    x: torch.Tensor, weight: torch.Tensor, storage: str = "int8", center: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    `x @ weight.T` for a frozen hidden state `x`, keeping `x` for backward in a fourth of float32's memory.
+    `(x - center) @ weight.T` for a frozen hidden state `x`, keeping `x` for backward in a fourth of float32's memory.
 
-    The GEMM runs in `weight`'s dtype, or in autocast's where that is on. The weight's gradient is accumulated in
-    float32 and returned in `weight`'s dtype. Nothing is kept if `weight` needs no gradient.
+    The center is subtracted in float32 and the difference rounded once, to the GEMM's dtype: `weight`'s, or autocast's
+    where that is on. The weight's gradient is accumulated in float32 and returned in `weight`'s dtype. Nothing is kept
+    if `weight` needs no gradient, and no centred or cast copy of all rows is ever made.
 
     Args:
         x (`torch.Tensor`): `[..., dim]`, the tapped hidden state; must not require a gradient.
-        weight (`torch.Tensor`): `[out, dim]`, the trained projection.
+        weight (`torch.Tensor`): `[out, dim]`, the projection, trained or not.
         storage (`str`): what is kept for backward. `"int8"`: `dim` bytes and `4 * ceil(dim / 64)` bytes of scales a
             row. `"full"`: `x` itself, in its own dtype, without a copy.
+        center (`torch.Tensor`, *optional*): `[dim]`; must not require a gradient.
 
     Returns:
         `torch.Tensor`: `[..., out]`.
 
     Raises:
-        TypeError: `x` or `weight` not floating point.
-        ValueError: `x` requires a gradient, shapes that do not fit, or an unknown `storage`.
+        TypeError: `x`, `weight` or `center` not floating point.
+        ValueError: `x` or `center` requires a gradient, shapes that do not fit, or an unknown `storage`.
     """
     if storage not in STORAGES:
         raise ValueError(f"storage must be one of {STORAGES}, got {storage!r}")
-    check_floats(x=x, weight=weight)
+    check_floats(x=x, weight=weight, center=center)
     if x.dim() < 1 or x.shape[-1] < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be [out, dim] for x [..., dim], got {list(weight.shape)} and {list(x.shape)}")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError("x requires a gradient, which tap_linear does not compute: pass x.detach() or use F.linear")
+    check_shape("center", center, x.shape[-1:], "[dim]")
+    if torch.is_grad_enabled():
+        for name, tensor in (("x", x), ("center", center)):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, which tap_linear does not compute: pass {name}.detach() or use F.linear"
+                )
     if runs_naive():
-        return naive_tap_linear(x, weight, storage)
+        return naive_tap_linear(x, weight, storage, center)
     compute_dtype = autocast_dtype(x.device.type) or weight.dtype
     keep = torch.is_grad_enabled() and weight.requires_grad
-    y, _, _ = _tap_linear(x, weight, compute_dtype, storage, keep)
+    run = _project if runs_at_once(x, weight, center) else _tap_linear
+    y, _, _ = run(x, weight, center, compute_dtype, storage, keep)
     return y
 
 
@@ -115,13 +128,14 @@ def dequantize_taps(
     return (naive_dequantize_taps if runs_naive() else _dequantize)(q, scales, dtype, block)
 
 
-def naive_tap_linear(x, weight, storage="int8"):
-    """The equation at the top of this file: the value of `x W^T`, the gradient of `(q * s) W^T`."""
-    rows = x.to(weight.dtype)
-    y = rows @ weight.T
+def naive_tap_linear(x, weight, storage="int8", center=None):
+    """The equation at the top of this file: the value of `(x - c) W^T`, the gradient of `(q * s - c) W^T`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    c = 0 if center is None else center.to(wide)
+    y = (x.to(wide) - c).to(weight.dtype) @ weight.T
     if storage == "full":
         return y
-    kept = naive_dequantize_taps(*naive_quantize_taps(x), weight.dtype) @ weight.T
+    kept = (naive_dequantize_taps(*naive_quantize_taps(x), wide) - c).to(weight.dtype) @ weight.T
     return kept + (y - kept).detach()
 
 
@@ -167,67 +181,93 @@ def _(q, scales, dtype, block):
     return torch.empty(q.shape, dtype=dtype, device=q.device)
 
 
-@torch.library.custom_op("hf_qst::tap_linear", mutates_args=())
-def _tap_linear(
-    x: torch.Tensor, weight: torch.Tensor, compute_dtype: torch.dtype, storage: str, keep: bool
+def _project(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    center: torch.Tensor | None,
+    compute_dtype: torch.dtype,
+    storage: str,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`y`, and what backward needs of `x` (empty tensors where it needs nothing or `x` itself)."""
     quantized = keep and storage == "int8"
-    if quantized and _in_one_pass(x, weight, compute_dtype):
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype, device=x.device)
+    out = y.view(-1, weight.shape[0]) if y.numel() else None
+    sizes = _one_pass_sizes(x, weight, compute_dtype, quantized, center is not None)
+    if sizes and runs_triton("tap_linear", x, sizes):
         from .taps_triton import project_and_quantize
 
-        y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype, device=x.device)
-        q, scales = _empty_quantized(x, BLOCK)
-        rows, blocks = as_rows(x), scales.shape[-1]
-        kept = q.view(rows.shape), scales.view(-1, blocks)
-        project_and_quantize(rows, as_rows(weight.to(compute_dtype)), y.view(rows.shape[0], -1), *kept, BLOCK, TINY)
+        rows, kept = as_rows(x), (None, None)
+        q, scales = _empty_quantized(x, BLOCK) if quantized else _nothing_quantized(x)
+        if quantized:
+            kept = q.view(rows.shape), scales.view(-1, scales.shape[-1])
+        project_and_quantize(rows, as_rows(weight.to(compute_dtype)), center, out, *kept, BLOCK, TINY, sizes)
         return y, q, scales
-    with torch.autocast(x.device.type, enabled=False):
-        rows = x.reshape(-1, x.shape[-1]).to(compute_dtype)
-        y = torch.mm(rows, weight.to(compute_dtype).t()).view(*x.shape[:-1], weight.shape[0])
-    if quantized:
-        return y, *_quantize_rows(x, BLOCK)
-    return y, *_nothing_quantized(x)
+    if out is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            _project_torch(x.reshape(-1, x.shape[-1]), weight.to(compute_dtype), center, out)
+    return y, *(_quantize_rows(x, BLOCK) if quantized else _nothing_quantized(x))
 
 
-def _in_one_pass(x, weight, compute_dtype) -> bool:
-    """Whether a kernel shall compute the product and the int8 copy from one reading of `x`."""
-    outputs = weight.shape[0]
-    if x.numel() == 0 or not 0 < outputs <= MAX_OUTPUTS.get(compute_dtype, 0):
-        return False
-    return runs_triton("tap_linear", x, table_sizes(x.numel() // x.shape[-1], x.shape[-1], outputs))
+def _project_torch(rows, weight, center, y) -> None:
+    """`y = (rows - center) @ weight.T`; rows that have to be centred or cast are so a chunk at a time."""
+    if center is None and rows.dtype == weight.dtype:
+        torch.mm(rows, weight.t(), out=y)
+        return
+    if center is not None:
+        center = center.to(torch.promote_types(torch.promote_types(rows.dtype, center.dtype), torch.float32))
+    chunk = min(_chunk_rows(rows), rows.shape[0])
+    buffer = torch.empty(chunk, rows.shape[1], dtype=weight.dtype, device=rows.device)
+    for start in range(0, rows.shape[0], chunk):
+        part = rows[start : start + chunk]
+        work = buffer[: part.shape[0]]
+        work.copy_(part) if center is None else torch.sub(part, center, out=work)
+        torch.mm(work, weight.t(), out=y[start : start + chunk])
 
 
-def table_sizes(rows: int, dim: int, outputs: int) -> dict[str, int]:
-    """What a table's entry says of a call."""
-    return {"rows": rows, "dim": dim, "outputs": outputs, "alignment": alignment(dim)}
+def _one_pass_sizes(x, weight, compute_dtype, quantized, centered) -> dict[str, int] | None:
+    """What to ask the table with, `None` where no kernel can compute all that is wanted from one reading of `x`."""
+    outputs, dim = weight.shape[0], x.shape[-1]
+    most = MAX_OUTPUTS.get(compute_dtype, 0)
+    aligned = alignment(dim, *(tensor.stride(-2) for tensor in (x, weight) if tensor.dim() > 1))
+    if aligned == 1:
+        most = min(most, MAX_OUTPUTS_UNALIGNED)
+    if x.numel() == 0 or not 0 < outputs <= most:
+        return None
+    sizes = {**table_sizes(x.numel() // dim, dim, outputs, quantized, centered), "alignment": aligned}
+    # a product in x's own dtype says nothing of one in float32
+    return sizes if x.dtype == compute_dtype else {**sizes, "product_bits": 8 * compute_dtype.itemsize}
+
+
+def table_sizes(rows: int, dim: int, outputs: int, quantized: bool, centered: bool) -> dict[str, int]:
+    """What a table's entry says of a call on whole tensors. An entry that names other sizes never speaks for it."""
+    sizes = {"rows": rows, "dim": dim, "outputs": outputs, "alignment": alignment(dim)}
+    return sizes | ({"quantized": 1} if quantized else {}) | ({"centered": 1} if centered else {})
+
+
+_tap_linear = torch.library.custom_op("hf_qst::tap_linear", _project, mutates_args=())
 
 
 @_tap_linear.register_fake
-def _(x, weight, compute_dtype, storage, keep):
+def _(x, weight, center, compute_dtype, storage, keep):
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype)
     quantized = _empty_quantized(x, BLOCK) if keep and storage == "int8" else _nothing_quantized(x)
     return y, *quantized
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, storage, _ = inputs
+    x, weight, center, _, storage, _ = inputs
     _, q, scales = output
     ctx.mark_non_differentiable(q, scales)
     ctx.set_materialize_grads(False)
-    ctx.storage = storage
     ctx.weight_dtype = weight.dtype
-    if storage == "int8":
-        ctx.save_for_backward(q, scales)
-    else:
-        ctx.save_for_backward(x)
+    ctx.save_for_backward(*((q, scales) if storage == "int8" else (x, None)), center)
 
 
 def _backward(ctx, grad_y, _grad_q, _grad_scales):
     if grad_y is None:
-        return (None,) * 5
-    kept, scales = ctx.saved_tensors if ctx.storage == "int8" else (*ctx.saved_tensors, None)
-    return None, _tap_linear_grad_weight(grad_y, kept, scales, ctx.weight_dtype), None, None, None
+        return (None,) * 6
+    return None, _tap_linear_grad_weight(grad_y, *ctx.saved_tensors, ctx.weight_dtype), None, None, None, None
 
 
 _tap_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -235,9 +275,13 @@ _tap_linear.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("hf_qst::tap_linear_grad_weight", mutates_args=())
 def _tap_linear_grad_weight(
-    grad_y: torch.Tensor, kept: torch.Tensor, scales: torch.Tensor | None, weight_dtype: torch.dtype
+    grad_y: torch.Tensor,
+    kept: torch.Tensor,
+    scales: torch.Tensor | None,
+    center: torch.Tensor | None,
+    weight_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`grad_y^T x` in float32 sums over chunks of rows, so that `x` is never dequantised as a whole."""
+    """`grad_y^T (x - c)` in float32 sums over chunks of rows, so that `x` is never dequantised as a whole."""
     out_dim, dim = grad_y.shape[-1], kept.shape[-1]
     sum_dtype = torch.promote_types(grad_y.dtype, torch.float32)
     # CPUs without half precision units multiply half precision matrices many times slower than float32 ones
@@ -265,11 +309,13 @@ def _tap_linear_grad_weight(
                 total.addmm_(dy_part.t(), part)
             else:
                 total.add_(torch.mm(dy_part.t(), part))
+        if center is not None:
+            total.addr_(dy.sum(0, dtype=sum_dtype), center.to(sum_dtype), alpha=-1)
     return total.to(weight_dtype)
 
 
 @_tap_linear_grad_weight.register_fake
-def _(grad_y, kept, scales, weight_dtype):
+def _(grad_y, kept, scales, center, weight_dtype):
     return grad_y.new_empty((grad_y.shape[-1], kept.shape[-1]), dtype=weight_dtype)
 
 

@@ -1,5 +1,5 @@
-"""Triton path of the taps: quantising and dequantising in one read and one write, and both of a tap's uses of its input
-(the projection and its int8 copy) in one read."""
+"""Triton path of the taps: quantising and dequantising in one read and one write, and all that a tap does with its input
+(centring it, the projection, its int8 copy) in one read."""
 
 from collections.abc import Iterator
 
@@ -8,17 +8,17 @@ import triton
 import triton.language as tl
 
 from .dispatch import configuration, interpreted
-from .taps import BLOCK, MAX_OUTPUTS, table_sizes
+from .taps import BLOCK, MAX_OUTPUTS, MAX_OUTPUTS_UNALIGNED
 
 CONFIGURATIONS = {
     "tap_linear": [
         {"BLOCK_M": 64, "num_warps": 8, "num_stages": 2},
         {"BLOCK_M": 32, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 16, "num_warps": 4, "num_stages": 4},
+        {"BLOCK_M": 16, "num_warps": 4, "num_stages": 2},
     ]
 }
 # Float32 products, and rows that do not start at 16-byte boundaries, take more registers.
-SMALL = {"BLOCK_M": 16, "num_warps": 8, "num_stages": 1}
+SMALL = {"BLOCK_M": 16, "num_warps": 16, "num_stages": 1}
 # Entries of a program's tile.
 TILE = 2048
 # 1.5 * 2^23: adding it to a float32 below 2^22 rounds that to an integer, ties to even, as torch.round does.
@@ -95,6 +95,7 @@ def tap_rows(
     x_stride,
     weight,
     weight_stride,
+    center,
     y,
     q,
     scales,
@@ -102,12 +103,14 @@ def tap_rows(
     dim,
     outputs,
     tiny,
+    CENTER: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """`y = x W^T` and, from the same tiles, x in int8. `WIDTH` is `outputs` rounded up to a power of 2."""
+    """`y = (x - c) W^T` and, from the same tiles, x in int8. `WIDTH` is `outputs` rounded up to a power of 2."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     output = tl.arange(0, WIDTH).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -118,13 +121,19 @@ def tap_rows(
         values = tl.load(x + row[:, None] * x_stride + (start + lane)[None, :], mask=mask, other=0.0)
         w_mask = (output < outputs)[:, None] & live[None, :]
         w = tl.load(weight + output[:, None] * weight_stride + (start + lane)[None, :], mask=w_mask, other=0.0)
-        a = values.to(w.dtype)
+        if CENTER:
+            # beyond the row the weights are 0, whatever the difference
+            c = tl.load(center + (start + lane)[None, :], mask=live[None, :], other=0.0)
+            a = (values.to(tl.float32) - c).to(w.dtype)
+        else:
+            a = values.to(w.dtype)
         if UPCAST:  # the interpreter multiplies bfloat16 wrongly
             a, w = a.to(tl.float32), w.to(tl.float32)
         total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
-        rounded, scale = _quantized(values.to(tl.float32), tiny)
-        tl.store(q + row[:, None] * dim + (start + lane)[None, :], rounded.to(tl.int8), mask=mask)
-        tl.store(scales + row * tl.cdiv(dim, BLOCK) + start // BLOCK, scale, mask=row < rows)
+        if QUANTIZE:
+            rounded, scale = _quantized(values.to(tl.float32), tiny)
+            tl.store(q + row[:, None] * dim + (start + lane)[None, :], rounded.to(tl.int8), mask=mask)
+            tl.store(scales + row * tl.cdiv(dim, BLOCK) + start // BLOCK, scale, mask=row < rows)
     mask = (row < rows)[:, None] & (output < outputs)[None, :]
     tl.store(y + row[:, None] * outputs + output[None, :], total.to(y.dtype.element_ty), mask=mask)
 
@@ -173,21 +182,22 @@ def dequantize_rows(q: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, bl
         )
 
 
-def project_and_quantize(x, weight, y, q, scales, block: int, tiny: float) -> None:
+def project_and_quantize(x, weight, center, y, q, scales, block: int, tiny: float, sizes: dict[str, int]) -> None:
     """
-    Fill `y` with `x @ weight.T`, and `q` and `scales` as `quantize_rows` does, in one pass over `x`.
+    Fill `y` with `(x - center) @ weight.T`, and `q` and `scales` as `quantize_rows` does, in one pass over `x`.
 
     Args:
         x (`torch.Tensor`): `[rows, dim]`, entries of a row side by side; float32, bfloat16 or float16.
         weight (`torch.Tensor`): `[outputs, dim]`, likewise; its dtype is that of the product.
+        center (`torch.Tensor`): `[dim]`, or `None`.
         y (`torch.Tensor`): `[rows, outputs]`, contiguous.
-        q (`torch.Tensor`): int8 `[rows, dim]`, contiguous.
-        scales (`torch.Tensor`): float32 `[rows, ceil(dim / block)]`, contiguous; `block` is a power of 2.
+        q (`torch.Tensor`): int8 `[rows, dim]`, contiguous, or `None` for no int8 copy.
+        scales (`torch.Tensor`): float32 `[rows, ceil(dim / block)]`, contiguous; `block` is a power of 2. `None` as `q`.
+        sizes (`dict`): what the table was asked with.
     """
     (rows, dim), outputs = x.shape, weight.shape[0]
     options = SMALL
     if weight.dtype != torch.float32 and not (dim % 16 or x.stride(0) % 16 or weight.stride(0) % 16):
-        sizes = table_sizes(rows, dim, outputs)
         options = configuration("tap_linear", x, sizes, CONFIGURATIONS["tap_linear"][0])
     with torch.cuda.device_of(x):
         tap_rows[(triton.cdiv(rows, options["BLOCK_M"]),)](
@@ -195,13 +205,16 @@ def project_and_quantize(x, weight, y, q, scales, block: int, tiny: float) -> No
             x.stride(0),
             weight,
             weight.stride(0),
+            x if center is None else center.to(torch.float32).contiguous(),
             y,
-            q,
-            scales,
+            y if q is None else q,
+            y if q is None else scales,
             rows,
             dim,
             outputs,
             tiny,
+            CENTER=center is not None,
+            QUANTIZE=q is not None,
             UPCAST=interpreted() and weight.dtype == torch.bfloat16,
             WIDTH=max(16, triton.next_power_of_2(outputs)),
             BLOCK=block,
@@ -222,6 +235,7 @@ def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
     tap = {
         "x_stride": "i64:16",
         "weight_stride": "i64:16",
+        "center": "*fp32",
         "q": "*i8",
         "scales": "*fp32",
         "rows": "i32",
@@ -229,10 +243,19 @@ def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
     }
     tap |= {"dim": "i32:16", "outputs": "i32:16", "UPCAST": False, "BLOCK": BLOCK}
     odd = {"x_stride": "i64", "weight_stride": "i64", "dim": "i32", "outputs": "i32"}
+    uses = (
+        ("", True, False),
+        (" centered", True, True),
+        (" no copy", False, False),
+        (" centered no copy", False, True),
+    )
     for dtype, options in (("bf16", CONFIGURATIONS["tap_linear"]), ("fp32", [SMALL])):
         for width in (16, MAX_OUTPUTS[torch.float32 if dtype == "fp32" else torch.bfloat16]):
-            types = {**tap, **dict.fromkeys(("x", "weight", "y"), f"*{dtype}"), "WIDTH": width}
-            for option in options:
-                yield f"tap_linear width {width} {dtype}", tap_rows, types, {**option, "enable_fp_fusion": False}
-            small = {**SMALL, "enable_fp_fusion": False}
-            yield f"tap_linear width {width} unaligned {dtype}", tap_rows, {**types, **odd}, small
+            for use, quantize, center in uses:
+                types = {**tap, **dict.fromkeys(("x", "weight", "y"), f"*{dtype}"), "WIDTH": width}
+                types |= {"QUANTIZE": quantize, "CENTER": center}
+                for option in options:
+                    option = {**option, "enable_fp_fusion": False}
+                    yield f"tap_linear width {width}{use} {dtype}", tap_rows, types, option
+                small, types["WIDTH"] = {**SMALL, "enable_fp_fusion": False}, min(width, MAX_OUTPUTS_UNALIGNED)
+                yield f"tap_linear width {types['WIDTH']}{use} unaligned {dtype}", tap_rows, {**types, **odd}, small

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.architectures import CONFIGS, VOCAB, side_network, side_tuned, tiny, token_batch
+from hf_qst import frozen_head
+from tests.architectures import CONFIGS, NF4, VOCAB, side_network, side_tuned, tiny, token_batch
 
 
 def ragged(rows=3, length=12):
@@ -184,3 +186,73 @@ def test_loss_of_the_side_network_is_not_stored_on_the_model():
     layer_state = [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
     assert not [t for t in layer_state if t.requires_grad or t.grad_fn is not None]
     assert side_network(model).upsample.weight.grad is not None
+
+
+def with_4bit_head(directory, name="llama", **settings):
+    """A tiny base whose head is in 4 bits like its other layers; transformers leaves heads out unless told."""
+    base = tiny(name)
+    if getattr(base.lm_head, "bias", None) is not None:
+        torch.nn.init.normal_(base.lm_head.bias)
+    base.save_pretrained(directory)
+    config = BitsAndBytesConfig(**{**NF4, **settings}, llm_int8_skip_modules=["none of them"])
+    base = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, device_map={"": "cpu"})
+    assert type(base.lm_head).__name__ == "Linear4bit"
+    return base
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_head_in_nf4(name, double, tmp_path, monkeypatch):
+    """Phi's has a bias."""
+    seen = []
+    ours = frozen_head.hf_qst_kernels.linear_cross_entropy
+    monkeypatch.setattr(
+        frozen_head.hf_qst_kernels, "linear_cross_entropy", lambda *a, **k: seen.append(a[1]) or ours(*a, **k)
+    )
+    model = side_tuned(model=with_4bit_head(tmp_path, name, bnb_4bit_use_double_quant=double), awake=True)
+    assert_same_loss(model, ragged())
+    assert [(weight.out_features, weight.nested_absmax is not None) for weight in seen] == [(VOCAB, double)]
+
+
+def test_head_in_nf4_multiplies_in_its_compute_dtype(tmp_path):
+    base = with_4bit_head(tmp_path, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = side_tuned(model=base, awake=True)
+    chunked, _ = loss_and_gradients(model, **ragged())
+    plain, _ = loss_and_gradients(model, **ragged(), logits_to_keep=0)
+    base.lm_head.compute_dtype = torch.float32
+    exact, _ = loss_and_gradients(model, **ragged())
+    assert chunked.loss.dtype == torch.float32
+    # both paths round the same operands, and logits of a few units to steps of 2^-7; their mean over 21 rows is nearer
+    assert abs(chunked.loss - plain.loss) < 1e-4 < abs(chunked.loss - exact.loss)
+
+
+def test_head_in_fp4_keeps_the_models_own_path(tmp_path, caplog):
+    model = side_tuned(model=with_4bit_head(tmp_path, bnb_4bit_quant_type="fp4"), awake=True)
+    for _ in range(2):
+        output, gradients = loss_and_gradients(model, **ragged())
+    assert output.logits is not None and any(gradient.any() for gradient in gradients.values())
+    assert caplog.text.count("the loss is computed from full logits") == 1
+
+
+def test_head_in_nf4_trains_on_after_an_evaluation(tmp_path):
+    """On some processors bitsandbytes packs a layer that runs in evaluation mode for a kernel without backward."""
+    base = with_4bit_head(tmp_path)
+    packs = base.lm_head.support_avx512bf16_for_cpu
+    model = side_tuned(model=base, awake=True)
+    before = assert_same_loss(model, ragged())
+    with torch.no_grad():
+        model.eval()(**ragged())
+    assert torch.equal(assert_same_loss(model, ragged()), before)
+    model.unload()
+    assert base.lm_head.support_avx512bf16_for_cpu == packs
+
+
+def test_packed_head_is_refused_before_the_base_runs(tmp_path):
+    from tests.hf_qst.test_packed_weights import pack
+
+    base = with_4bit_head(tmp_path)
+    model = side_tuned(model=base, awake=True)
+    pack(base.lm_head)
+    with pytest.raises(ValueError, match=r"has packed its 4-bit weight .* load the base again and wrap it before"):
+        model.train()(**ragged())
+    frozen_head.check_head(base.eval())

@@ -1,8 +1,11 @@
 """An op's values and gradients on one path, and how far they are from those of another; for tests and their scripts."""
 
 import contextlib
+import itertools
+import json
 
 import torch
+from torch.profiler import profile
 
 # float64: against itself. float32: sums of up to 1023 terms in another order. Half precision, in steps of eps of the
 # largest entry: half of one for each dequantised weight, for what lies between two GEMMs and for the result; sums of up
@@ -61,6 +64,25 @@ def distance(ours, twin):
 
 def worst_distance(ours, twin):
     return max(distance(a, b) for a, b in zip(ours, twin, strict=True))
+
+
+def allocations(call, tmp_path):
+    """Bytes of every allocation `call` makes, also inside operators."""
+    return [size for size in _memory_events(call, tmp_path) if size > 0]
+
+
+def peak(call, tmp_path):
+    """Most bytes that `call` holds at once."""
+    return max(itertools.accumulate(_memory_events(call, tmp_path)))
+
+
+def _memory_events(call, tmp_path):
+    """Bytes taken, and given back as negative numbers, in order."""
+    with profile(profile_memory=True) as recorded:
+        call()
+    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    return [e["args"]["Bytes"] for e in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])]
 
 
 def poison(patch):

@@ -41,7 +41,7 @@ def cache(tmp_path, monkeypatch):
 def forget():
     break_even._tables.cache_clear()
     break_even._nearest.cache_clear()
-    dispatch._say_unmeasured_once.cache_clear()
+    dispatch._say_once_if_unmeasured.cache_clear()
 
 
 def write(folder, table=TABLE):

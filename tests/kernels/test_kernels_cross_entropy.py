@@ -1,15 +1,13 @@
 """`linear_cross_entropy` against the equation in its docstring, in float64, and against what torch and transformers do."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import profile
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_qst_kernels import linear_cross_entropy, use_backend
 from hf_qst_kernels.cross_entropy import default_chunk_rows
+from tests.kernels.compared import allocations
 
 OPTIONS = {
     "plain": {},
@@ -269,15 +267,6 @@ def test_without_a_gradient_nothing_is_kept(how, poisoned):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def allocations(call, tmp_path):
-    """Bytes of every allocation `call` makes, also inside operators."""
-    with profile(profile_memory=True) as recorded:
-        call()
-    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    return [event["args"]["Bytes"] for event in events if event["name"] == "[memory]" and event["args"]["Bytes"] > 0]
-
-
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["everything"]], ids=["plain", "everything"])
 def test_logits_never_exist_at_once(options, tmp_path):
     tokens, vocab, chunk = 256, 2048, 16
@@ -295,8 +284,8 @@ def test_logits_never_exist_at_once(options, tmp_path):
 
 def test_default_chunk_is_bounded_in_bytes_and_below_in_rows():
     assert 4 * 8192 * default_chunk_rows(8192, "cpu") == 16 * 2**20
-    assert 4 * 32000 * default_chunk_rows(32000, "cuda") <= 64 * 2**20
-    assert default_chunk_rows(262144, "cpu") == default_chunk_rows(262144, "cuda") == 128
+    assert default_chunk_rows(32000, "cuda") == 512 and 4 * 32000 * 512 <= 64 * 2**20
+    assert default_chunk_rows(262144, "cpu") == 128 and default_chunk_rows(262144, "cuda") == 256
 
 
 @pytest.mark.parametrize("ignored", [0, 3])

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
-from hf_qst_kernels import dequantize_taps, quantize_taps, tap_linear, use_backend
+from hf_qst_kernels import dequantize_taps, quantize_taps, tap_linear, taps, use_backend
 from hf_qst_kernels.taps import TINY
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -161,10 +162,83 @@ def test_gradient_summed_over_chunks_of_rows(storage, monkeypatch, poisoned):
     torch.testing.assert_close(chunked, whole)
 
 
-def test_full_gradient_is_exact_and_passes_gradcheck():
+@pytest.mark.parametrize("center", [False, True])
+def test_full_gradient_is_exact_and_passes_gradcheck(center):
     x = torch.randn(3, 4, 70, dtype=torch.float64)
     weight = torch.randn(5, 70, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w: tap_linear(x, w, "full"), weight)
+    c = torch.randn(70, dtype=torch.float64) if center else None
+    assert torch.autograd.gradcheck(lambda w: tap_linear(x, w, "full", c), weight)
+
+
+def test_passes_its_operator_by_without_a_gradient(monkeypatch):
+    monkeypatch.setattr("hf_qst_kernels.taps._tap_linear", None)
+    x, weight = torch.randn(3, 70), torch.randn(4, 70, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(tap_linear(x, weight), F.linear(x, weight))
+    with pytest.raises(TypeError, match="not callable"):
+        tap_linear(x, weight)
+
+
+def test_sizes_in_the_table():
+    """A product in x's own dtype with an int8 copy says nothing of one without, of a centred one or of float32's."""
+    x, weight = torch.randn(2, 3, 32).bfloat16(), torch.randn(5, 32)
+    plain = {"rows": 6, "dim": 32, "outputs": 5, "alignment": 16}
+    cases = {
+        (torch.bfloat16, False, False): plain,
+        (torch.bfloat16, True, False): {**plain, "quantized": 1},
+        (torch.bfloat16, False, True): {**plain, "centered": 1},
+        (torch.float32, False, False): {**plain, "product_bits": 32},
+    }
+    for (dtype, quantized, centered), expected in cases.items():
+        assert taps._one_pass_sizes(x, weight.to(dtype), dtype, quantized, centered) == expected
+    apart = torch.randn(6, 33).bfloat16()[:, :32]
+    assert taps._one_pass_sizes(apart, weight.bfloat16(), torch.bfloat16, False, False) == {**plain, "alignment": 1}
+    for bad in (weight.new_zeros(257, 32), weight.new_zeros(0, 32)):
+        assert taps._one_pass_sizes(x, bad.bfloat16(), torch.bfloat16, True, False) is None
+    assert taps._one_pass_sizes(x[..., ::2], weight.new_zeros(129, 16).bfloat16(), torch.bfloat16, True, False)
+    assert taps._one_pass_sizes(x[..., :7], weight.new_zeros(129, 7).bfloat16(), torch.bfloat16, True, False) is None
+
+
+@pytest.mark.parametrize("storage", ["int8", "full"])
+def test_a_center_is_subtracted_from_what_is_multiplied(storage, poisoned):
+    x, center = torch.randn(4, 5, 130) + 3, torch.randn(130) + 3
+    weight, grad_y = torch.randn(6, 130, requires_grad=True), torch.randn(4, 5, 6)
+    y = tap_linear(x, weight, storage, center)
+    assert torch.equal(y, F.linear(x - center, weight))
+    (grad,) = torch.autograd.grad(y, weight, grad_y)
+    dy, rows = grad_y.view(-1, 6).double(), (x - center).view(-1, 130).double()
+    _, scales = naive_quantize(x)
+    step = spread(scales.view(20, -1), 130) if storage == "int8" else torch.zeros(20, 130).double()
+    bound = dy.abs().t() @ (step / 2) * (1 + 254 * 2**-22) + dy.abs().t() @ (rows.abs() + 6) * 20 * 2**-23
+    assert ((grad.double() - dy.t() @ rows).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_center_is_subtracted_before_anything_is_rounded(dtype):
+    """As outlier channels need it: x of 300 and a center near it have hardly a digit in common with their difference."""
+    x = (300 + torch.randn(40, 70)).to(dtype)
+    center, weight = x.float().mean(0), torch.randn(6, 70).to(dtype)
+    expected = (x.double() - center.double()) @ weight.double().t()
+    error = (tap_linear(x, weight, center=center).double() - expected).abs().max() / expected.abs().max()
+    assert error <= 2 * torch.finfo(dtype).eps
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = tap_linear(x, weight, center=center)
+        assert torch.equal(y, F.linear((x.float() - center).bfloat16(), weight))
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_copy_of_all_rows_is_made(x_dtype, center, monkeypatch):
+    x, weight = torch.randn(4, 50, 130).to(x_dtype), torch.randn(6, 130)
+    c = torch.randn(130) if center else None
+    whole = tap_linear(x, weight, center=c)
+    monkeypatch.setattr("hf_qst_kernels.taps.CHUNK_BYTES", {"cpu": 4 * 130 * 7, "cuda": 0})
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        chunked = tap_linear(x, weight, center=c)
+    torch.testing.assert_close(chunked, whole)
+    largest = max((event.self_cpu_memory_usage for event in recorded.events()), default=0)
+    # of 200 rows a chunk of 7, and the result
+    assert largest <= max(4 * 130 * 7, 4 * 200 * 6) < x.nbytes
 
 
 @pytest.mark.parametrize("storage", ["int8", "full"])
@@ -206,13 +280,15 @@ def test_bytes_kept_for_backward(dtype):
 @pytest.mark.parametrize("storage", ["int8", "full"])
 def test_opcheck(storage):
     x, weight = torch.randn(3, 5, 70), torch.randn(4, 70, requires_grad=True)
-    torch.library.opcheck(torch.ops.hf_qst.tap_linear.default, (x, weight, torch.float32, storage, True))
-    torch.library.opcheck(torch.ops.hf_qst.tap_linear.default, (x, weight.detach(), torch.bfloat16, storage, False))
+    torch.library.opcheck(torch.ops.hf_qst.tap_linear.default, (x, weight, None, torch.float32, storage, True))
+    torch.library.opcheck(
+        torch.ops.hf_qst.tap_linear.default, (x, weight.detach(), torch.randn(70), torch.bfloat16, storage, False)
+    )
     torch.library.opcheck(torch.ops.hf_qst.quantize_taps.default, (x, 64))
     q, scales = quantize_taps(x)
     torch.library.opcheck(torch.ops.hf_qst.dequantize_taps.default, (q, scales, torch.float16, 64))
     grad_y = torch.randn(3, 5, 4)
-    kept = (q, scales) if storage == "int8" else (x, None)
+    kept = (q, scales, None) if storage == "int8" else (x, None, torch.randn(70))
     torch.library.opcheck(torch.ops.hf_qst.tap_linear_grad_weight.default, (grad_y, *kept, torch.bfloat16))
 
 
@@ -259,6 +335,21 @@ def test_public_quantiser_compiles_and_exports():
             "x requires a gradient",
         ),
         (lambda: tap_linear(torch.randn(3, 4), torch.randn(2, 5)), ValueError, r"weight must be .*got \[2, 5\]"),
+        (
+            lambda: tap_linear(torch.randn(3, 4), torch.randn(2, 4), center=torch.randn(1)),
+            ValueError,
+            r"center must be \[dim\] = \[4\], got \[1\]",
+        ),
+        (
+            lambda: tap_linear(torch.randn(3, 4), torch.randn(2, 4), center=torch.ones(4, requires_grad=True)),
+            ValueError,
+            "center requires a gradient",
+        ),
+        (
+            lambda: tap_linear(torch.randn(3, 4), torch.randn(2, 4), center=torch.ones(4).int()),
+            TypeError,
+            "center must have a dtype",
+        ),
         (
             lambda: tap_linear(torch.randn(3, 4), torch.randn(2, 4), "int4"),
             ValueError,

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.kernels_compiled import NVIDIA, fits, sources
 from hf_qst_kernels.registry import OPS
+from tests.interpreter import interpreted
 from tests.kernels.compared import TOLERANCE
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -19,26 +20,14 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels_compiled.json"
 
 
-def run(arguments, tmp_path_factory, **variables):
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),  # a cached kernel would prove nothing
-        **variables,
-    }
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def distances():
+    return interpreted("tests/kernels/triton_interpreted.py")
 
 
 @pytest.fixture(scope="module")
-def distances(tmp_path_factory):
-    return run([Path(__file__).with_name("triton_interpreted.py")], tmp_path_factory, TRITON_INTERPRET="1")
-
-
-@pytest.fixture(scope="module")
-def registry_distances(tmp_path_factory):
-    return run([Path(__file__).with_name("registry_interpreted.py")], tmp_path_factory, TRITON_INTERPRET="1")
+def registry_distances():
+    return interpreted("tests/kernels/registry_interpreted.py")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -53,7 +42,7 @@ def test_kernels_equal_the_naive_twin_in_float64(registry_distances, op, dtype):
 
 def test_every_configuration_gives_the_same(registry_distances):
     errors = {name: error for name, error in registry_distances.items() if name.startswith("configuration ")}
-    assert len(errors) == 3 + (4 + 4) + 6 * 2 + 3 * 3 + (4 + 3) * 3
+    assert len(errors) == 3 * 4 + (4 + 4) + (4 + 4) + 6 * 2 + 3 * 3 + (4 + 3) * 3
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE[torch.float32]} == {}
 
 
@@ -113,8 +102,16 @@ def test_special_values_in_the_quantise_kernel(distances):
 
 
 def compiled(tmp_path_factory, *arguments):
-    command = ["-m", "benchmarks.kernels_compiled", "--output", "-", *arguments]
-    return run(command, tmp_path_factory, TRITON_DEFAULT_FP_FUSION="1")
+    command = [sys.executable, "-m", "benchmarks.kernels_compiled", "--output", "-", *arguments]
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),  # a cached kernel would prove nothing
+        "TRITON_DEFAULT_FP_FUSION": "1",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
