@@ -23,6 +23,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -37,7 +38,14 @@ from benchmarks.kernels_rows import measure_all, plot_roofline, table
 from benchmarks.kernels_timing import about, peak_bytes, run_once
 from benchmarks.kernels_tune import tune
 from benchmarks.measure import synchronize, write_json
-from hf_qst_kernels import break_even, dequantize_taps, linear_cross_entropy, quantize_taps, tap_linear
+from hf_qst_kernels import (
+    NF4Weight,
+    break_even,
+    dequantize_taps,
+    linear_cross_entropy,
+    quantize_taps,
+    tap_linear,
+)
 from hf_qst_kernels.registry import MODELS, OPS
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,7 +77,16 @@ def head_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tup
         variants[f"  chunk_size={chunk}"] = lambda chunk=chunk: linear_cross_entropy(
             hidden, weight, labels, chunk_size=chunk
         )
-    return variants, [hidden, weight, labels]
+    fixed = [hidden, weight, labels]
+    if find_spec("bitsandbytes"):
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+        nested = state.state2.absmax, state.state2.code, state.offset
+        four_bit = NF4Weight(packed, state.absmax, vocab, *nested)
+        variants["linear_cross_entropy, 4-bit head"] = lambda: linear_cross_entropy(hidden, four_bit, labels)
+        fixed += [packed, state.absmax, *nested]
+    return variants, fixed
 
 
 def tap_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Callable], list]:
@@ -77,6 +94,7 @@ def tap_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tupl
     tokens, dim, width = shape
     x = torch.randn(tokens, dim, device=device, dtype=dtype)
     weight = torch.randn(width, dim, device=device, dtype=dtype, requires_grad=True)
+    center = torch.randn(dim, device=device, dtype=dtype)
 
     def floor():
         with torch.no_grad():
@@ -88,7 +106,12 @@ def tap_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tupl
         "F.linear": lambda: F.linear(x, weight).sum(),
         "tap_linear, full": lambda: tap_linear(x, weight, "full").sum(),
         "tap_linear, int8": lambda: tap_linear(x, weight, "int8").sum(),
-    }, [weight]
+        "F.linear, centered": lambda: F.linear(x - center, weight).sum(),
+        "tap_linear, int8, centered": lambda: tap_linear(x, weight, "int8", center).sum(),
+        # as the fixed projection has it: nothing trains
+        "F.linear, centered, frozen": lambda: F.linear(x - center, weight.detach()),
+        "tap_linear, centered, frozen": lambda: tap_linear(x, weight.detach(), "full", center),
+    }, [weight, center]
 
 
 def quantiser_variants(shape: tuple, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Callable], list]:

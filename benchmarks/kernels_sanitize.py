@@ -33,7 +33,7 @@ from benchmarks.measure import ROOT, write_json
 RESULTS = Path(__file__).parent / "results"
 TOOLS = ("memcheck", "racecheck")
 # Tests are started function by function: one that breaks the CUDA context fails all after it in its process.
-TESTS = "tests/kernels"
+TESTS = ("tests/kernels", "tests/hf_qst")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--rootdir", ".")
 PER_TEST, PER_TOOL = 300.0, 300.0
 
@@ -174,7 +174,7 @@ def resumed(path: Path, report: dict, key: Callable[[dict], tuple]) -> tuple[dic
 
 
 def run_device_tests(
-    output: Path, until: float = float("inf"), marker: str = "gpu", paths=(TESTS,), root: Path = ROOT
+    output: Path, until: float = float("inf"), marker: str = "gpu", paths=TESTS, root: Path = ROOT
 ) -> dict:
     """The tests on the device; `left` lists those there was no time for.
 

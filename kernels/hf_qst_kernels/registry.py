@@ -138,6 +138,12 @@ def _cross_entropy_workloads(model, rows, dtype, device):
     moved = _size(dtype) * (2 * weight.numel() + 2 * hidden.numel())
     arguments = {"hidden": hidden, "weight": weight, "labels": labels}
     yield Workload("head", arguments, moved, 4 * rows * model.dim * model.vocab, {})
+    packed = NF4Weight(**_nf4_arguments(model.dim, model.vocab, True, device))
+    moved = 2 * _nf4_bytes(weight.numel()) + 2 * _size(dtype) * hidden.numel()
+    hidden = (hidden.detach() / model.dim**0.5).requires_grad_()  # the weights here are of size 1
+    yield Workload(
+        "4-bit head", {**arguments, "hidden": hidden, "weight": packed}, moved, 4 * rows * weight.numel(), {}
+    )
 
 
 def _quantize_examples(dtype, device):
@@ -350,6 +356,11 @@ def _nf4_arguments(inputs, outputs, nested, device) -> dict:
     }
 
 
+def _nf4_bytes(weights: int) -> int:
+    """Of so many weights, with double quantisation."""
+    return weights // 2 + weights // 64 + weights // 64 // 64
+
+
 def _nf4_examples(dtype, device):
     for shape, outputs, nested in (
         ((1, 64), 1, True),
@@ -372,7 +383,7 @@ def _nf4_workloads(model, rows, dtype, device):
         ("MLP out", model.middle, model.dim),
     ):
         x, weights = _normal(rows, inputs, dtype=dtype, device=device), inputs * outputs
-        moved = weights // 2 + weights // 64 + weights // 64 // 64 + _size(dtype) * rows * (inputs + outputs)
+        moved = _nf4_bytes(weights) + _size(dtype) * rows * (inputs + outputs)
         arguments = {"x": x, **_nf4_arguments(inputs, outputs, True, device)}
         sizes = nf4.table_sizes(rows, inputs, outputs)
         yield Workload(name, arguments, moved, 2 * rows * weights, sizes)
