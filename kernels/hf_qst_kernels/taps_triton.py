@@ -20,7 +20,7 @@ CONFIGURATIONS = {
 # Float32 products, and rows that do not start at 16-byte boundaries, take more registers.
 SMALL = {"BLOCK_M": 16, "num_warps": 16, "num_stages": 1}
 # Entries of a program's tile.
-TILE = 2048
+TILE = 1024
 # 1.5 * 2^23: adding it to a float32 below 2^22 rounds that to an integer, ties to even, as torch.round does.
 ROUNDER = tl.constexpr(12582912.0)
 
