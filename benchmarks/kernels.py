@@ -16,7 +16,7 @@ On a GPU each row is a forward, of the ops that train a forward and a backward: 
 cache and the launches queued ahead; the floor is the larger of bytes over the bandwidth of a copy and FLOP over the
 speed of a GEMM, both measured in the same run. `--ops`, `--models` and `--rows` choose; what a results file holds of
 the same kernels is not measured again. `--all` runs the tests on the device, tunes, measures these rows and whole
-models, and runs compute-sanitizer; call it until it says that nothing is left.
+models, and runs compute-sanitizer (`--stages` chooses); call it until it says that nothing is left.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.checks import require_positive
-from benchmarks.kernels_all import Plan, run_all
+from benchmarks.kernels_all import STAGES, Plan, run_all
 from benchmarks.kernels_compiled import main as compile_kernels
 from benchmarks.kernels_liger import main as compare_with_liger
 from benchmarks.kernels_reads import READINGS
@@ -211,7 +211,7 @@ def measure_gpu(args: argparse.Namespace, dtype: torch.dtype) -> None:
 def plan_of(args: argparse.Namespace, dtype: str) -> Plan:
     return Plan(
         args.device, dtype, args.seconds, str(args.output_dir), args.repeats, args.ship, args.ops, args.models,
-        args.rows, args.tiny, not args.no_compile, args.threads,
+        args.rows, args.tiny, not args.no_compile, args.threads, args.stages,
     )  # fmt: skip
 
 
@@ -242,6 +242,7 @@ def main() -> None:
         "--seconds", type=float, default=3600.0, help="with --all: stop after these, and go on next time"
     )
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="with --all")
+    parser.add_argument("--stages", nargs="+", default=None, choices=list(STAGES), help="with --all: only these")
     parser.add_argument("--tiny", action="store_true", help="with --all: toy shapes")
     args = parser.parse_args()
     require_positive(parser, args, ("seconds", "repeats", "threads"))

@@ -15,11 +15,21 @@ from tqdm import tqdm
 
 from benchmarks.kernels_compiled import sources
 from benchmarks.kernels_peers import MissingPeerError, peers
-from benchmarks.kernels_reads import Reading
-from benchmarks.kernels_timing import Begun, DeviceLostError, Timer, about, ceilings, check_device, floor_us, message
+from benchmarks.kernels_reads import READINGS, Reading
+from benchmarks.kernels_timing import (
+    Begun,
+    DeviceLostError,
+    Timer,
+    about,
+    ceilings,
+    check_device,
+    comparable,
+    floor_us,
+    message,
+)
 from benchmarks.measure import write_json, write_whole
 from hf_qst_kernels import use_backend
-from hf_qst_kernels.registry import ModelShape, Op, Workload
+from hf_qst_kernels.registry import OPS, ModelShape, Op, Workload
 
 KEY = ("op", "model", "rows", "workload", "dtype", "variant")
 
@@ -74,8 +84,23 @@ def peak_bytes(call: Callable, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def changed_ops(before: dict[str, str], now: dict[str, str]) -> set[str]:
+    """
+    Names of the ops whose rows no longer hold: all, unless the files that changed are of single ops.
+
+    Args:
+        before, now: file of the kernels' package -> hash.
+    """
+    files = {op.name: {f"{op.triton}.py", f"{op.function.__module__.rpartition('.')[2]}.py"} for op in OPS}
+    files |= {reading.name: files["tap_linear"] for reading in READINGS}
+    changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    if changed - set().union(*files.values()):
+        return set(files)
+    return {name for name, its in files.items() if its & changed}
+
+
 class Rows:
-    """The rows of a report and their file, which is written after each workload.
+    """The rows of a report and their file.
 
     Args:
         report: what goes into the file, `rows` among it.
@@ -84,6 +109,7 @@ class Rows:
 
     def __init__(self, report: dict, output: Path, until: float = float("inf")):
         self.report, self.output, self.until, self._begun = report, output, until, Begun(output)
+        self._written = float("-inf")
 
     @property
     def late(self) -> bool:
@@ -105,8 +131,11 @@ class Rows:
         self._begun.end()
         self.report["rows"].append(row)
 
-    def write(self) -> None:
-        write_json(self.output, self.report)
+    def write(self, after: float = 0.0) -> None:
+        """Write the file, unless that was done less than `after` seconds ago."""
+        if time.monotonic() - self._written >= after:
+            write_json(self.output, self.report)
+            self._written = time.monotonic()
 
 
 def _is(row: dict, key: dict) -> bool:
@@ -177,7 +206,7 @@ def measure_all(
     until: float = float("inf"),
 ) -> dict:
     """
-    Measure and write `output` after each workload; rows that it holds of the same kernels are not measured again.
+    Measure and write `output` every few seconds and at the end; rows that it holds of kernels that did not change stay.
 
     Args:
         compiled: measure `torch.compile` as well.
@@ -197,11 +226,14 @@ def measure_all(
     report = {**about(device), "dtype": str(dtype), "repeats": repeats, "sources": sources("*.py"), "rows": []}
     if output.exists():
         before = json.loads(output.read_text())
-        if all(before.get(name) == report[name] for name in ("sources", "machine", "dtype")):
-            report |= {name: before[name] for name in ("ceilings", "rows") if name in before}
+        if comparable(before, report, ("dtype",)):
+            report |= {name: before[name] for name in ("ceilings",) if name in before}
+            stale = changed_ops(before.get("sources", {}), report["sources"])
+            report["rows"] = [row for row in before["rows"] if row["op"] not in stale]
     if "ceilings" not in report:
         report["ceilings"] = ceilings(device, dtype)
-    todo = [(op, m, n) for op in ops for m, n in itertools.product(models, op.rows) if rows is None or n in rows]
+    # model after model: where the time ends, those that come first have all of their ops
+    todo = [(op, m, n) for m, op in itertools.product(models, ops) for n in op.rows if rows is None or n in rows]
     held, left = Rows(report, output, until), 0
     for op, model, count in tqdm(todo, desc="measuring", unit="shape"):
         if held.late:
@@ -215,7 +247,7 @@ def measure_all(
             through = True
             for workload in op.workloads(model, count, dtype, device.type):
                 through &= measure_workload(op, workload, key, held, timer, compiled)
-                held.write()
+                held.write(after=2.0)  # it takes as long as a row once there are many
             left += not through
         except DeviceLostError:
             held.write()

@@ -21,21 +21,27 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.kernels_compiled import sources
-from benchmarks.kernels_timing import about, message
+from benchmarks.kernels_timing import about, comparable, message
 from benchmarks.measure import ROOT, write_json
 
 RESULTS = Path(__file__).parent / "results"
 TOOLS = ("memcheck", "racecheck")
-# Tests are started function by function: one that breaks the CUDA context fails all after it in its process.
+# Tests are started a few at a time: one that breaks the CUDA context fails all after it in its process. Each process
+# takes seconds to start and to compile, and none is timed, so that many run beside each other.
 TESTS = ("tests/kernels", "tests/hf_qst")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--rootdir", ".")
-PER_TEST, PER_TOOL = 300.0, 300.0
+PER_TEST, PER_TOOL = 200.0, 300.0
+GROUP = 4
+WORKERS = max(1, min(12, (os.cpu_count() or 1) - 2))
+# Seconds that what was begun may go on for after the end.
+LATE = 10.0
 
 
 def find_sanitizer() -> str | None:
@@ -131,22 +137,38 @@ def finished(command: list[str], variables: dict, limit: float, folder: Path = R
     return subprocess.CompletedProcess(command, child.returncode, *texts)
 
 
-def functions_marked(marker: str, paths: list[str], root: Path) -> list[str]:
-    """`file::function` of the tests with this marker."""
+def tests_marked(marker: str, paths: list[str], root: Path) -> tuple[dict[str, list[str]], str | None]:
+    """
+    The tests with this marker, in groups of at most `GROUP` of one function.
+
+    Returns:
+        `file::function`, with a number where it has more groups than one -> pytest's names of its tests; and what
+        pytest said if there are files that it could not collect.
+    """
     command = [*PYTEST, "--collect-only", "-m", marker, *paths]
-    listed = finished(command, {"PYTHONPATH": python_path()}, PER_TEST, root).stdout
-    return list(dict.fromkeys(re.findall(r"^(\S+\.py::\w+)", listed, flags=re.MULTILINE)))
+    done = finished(command, {"PYTHONPATH": python_path()}, PER_TEST, root)
+    functions: dict[str, list[str]] = {}
+    for name in re.findall(r"^\S+\.py::\w+.*$", done.stdout, flags=re.MULTILINE):
+        functions.setdefault(name.split("[")[0], []).append(name)
+    groups = {}
+    for function, names in functions.items():
+        parts = [names[i : i + GROUP] for i in range(0, len(names), GROUP)]
+        groups |= {f"{function} {i + 1}" if len(parts) > 1 else function: part for i, part in enumerate(parts)}
+    # 5: there are none
+    return groups, None if done.returncode in (0, 5) else (done.stdout + done.stderr)[-3000:].strip()
 
 
-def run_tests(function: str, marker: str, limit: float, root: Path) -> dict:
-    """One row: how many of a function's tests passed, failed and were skipped, and why the first failed."""
-    row = {"tests": function}
+def run_tests(name: str, tests: list[str], marker: str, limit: float, root: Path) -> dict:
+    """One row: how many of a group's tests passed, failed and were skipped, and why the first failed."""
+    row = {"tests": name}
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [*PYTEST, "-m", marker, "-p", "no:cacheprovider", f"--junitxml={report}"]
         try:
-            done = finished([*command, function], {"PYTHONPATH": python_path()}, limit, root)
+            # torch.compile without a pool of processes of its own, beside the other tests
+            variables = {"PYTHONPATH": python_path(), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            done = finished([*command, *tests], variables, limit, root)
         except subprocess.TimeoutExpired:
             return {**row, "failed": f"not through in {limit:.0f} s"}
         row |= {"seconds": round(time.time() - started, 1), "returned": done.returncode}
@@ -168,7 +190,7 @@ def resumed(path: Path, report: dict, key: Callable[[dict], tuple]) -> tuple[dic
     """The report with the rows that its file holds of the same sources, and their keys."""
     if path.exists():
         before = json.loads(path.read_text())
-        if all(before.get(name) == report[name] for name in ("sources", "machine")):
+        if comparable(before, report):
             report["rows"] = before["rows"]
     return report, {key(row) for row in report["rows"]}
 
@@ -182,34 +204,64 @@ def run_device_tests(
         paths: of the tests' folders or files, from `root`, where they are run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = {**about(device), "sources": {**sources("*.py"), **hashes_of(paths, root)}, "rows": []}
+    report = {**about(device), "sources": {**sources("*.py"), **hashes_of([*paths, "hf_qst"], root)}, "rows": []}
     report, done = resumed(output, report, lambda row: (row["tests"],))
-    left = []
-    for function in tqdm(functions_marked(marker, list(paths), root), desc="tests", unit="function"):
-        if (function,) in done:
-            continue
-        if time.time() >= until:
-            left.append(function)
-            continue
-        limit = min(PER_TEST, max(30.0, until - time.time()))
-        row = run_tests(function, marker, limit, root)
-        if limit < PER_TEST and "not through" in row.get("failed", ""):
-            left.append(function)  # stopped for want of time, which says nothing
-            continue
-        report["rows"].append(row)
-        write_json(output, report)
+    groups, broken = tests_marked(marker, list(paths), root)
+    report["rows"] = [row for row in report["rows"] if row["tests"] in groups]
+    if broken is not None:
+        report["rows"].append({"tests": "collecting", "failed": "some files could not be collected", "output": broken})
+    todo = {
+        name: lambda limit, name=name: run_tests(name, groups[name], marker, limit, root)
+        for name in groups
+        if (name,) not in done
+    }
+    left = beside_each_other(todo, report, output, until, PER_TEST, "tests")
+    order = {name: i for i, name in enumerate(groups)}
+    report["rows"].sort(key=lambda row: order.get(row["tests"], -1))
     write_json(output, report)
     return {**report, "left": left}
 
 
+def beside_each_other(
+    todo: dict[str, Callable[[float], dict]], report: dict, output: Path, until: float, longest: float, what: str
+) -> list[str]:
+    """
+    Add the row of each to the report and write it, `WORKERS` at a time.
+
+    Args:
+        todo: name -> function of the seconds it may take.
+        longest: seconds that each may take if there is time.
+
+    Returns:
+        The names of those that there was no time for: not begun, or stopped for want of it, which says nothing.
+    """
+
+    def one(name: str) -> dict | None:
+        limit = min(longest, until + LATE - time.time())
+        row = todo[name](limit) if limit > LATE else None
+        return None if row is None or (limit < longest and "not through" in row.get("failed", "")) else row
+
+    left = []
+    with ThreadPoolExecutor(WORKERS) as pool:
+        running = {pool.submit(one, name): name for name in todo}
+        for ended in tqdm(as_completed(running), total=len(running), desc=what):
+            row = ended.result()
+            if row is None:
+                left.append(running[ended])
+                continue
+            report["rows"].append(row)
+            write_json(output, report)
+    return left
+
+
 def hashes_of(paths, root: Path) -> dict[str, str]:
-    """Hashes of the tests' own files."""
+    """Hashes of the Python files in these folders, or of these files."""
     import hashlib
 
     files = [
-        file for path in paths for file in ([root / path] if (root / path).is_file() else (root / path).glob("*.py"))
+        file for path in paths for file in ([root / path] if (root / path).is_file() else (root / path).rglob("*.py"))
     ]
-    return {f"tests/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
 
 def sanitize(output: Path, until: float = float("inf"), ops: list[str] | None = None) -> dict:
@@ -225,21 +277,18 @@ def sanitize(output: Path, until: float = float("inf"), ops: list[str] | None = 
         report["rows"] = [{"tool": tool, "op": None, "failed": "compute-sanitizer not found"} for tool in TOOLS]
         write_json(output, report)
         return {**report, "left": left}
-    report["rows"] = [row for row in report["rows"] if row["op"] is not None]  # it was not found before
+    # tried again where it was not found or could not use the device, which another machine's may
+    report["rows"] = [row for row in report["rows"] if row.get("errors") is not None or "not through" in row["failed"]]
+    done = {(row["tool"], row["op"]) for row in report["rows"]}
     every = [(tool, op.name) for tool in TOOLS for op in OPS if ops is None or op.name in ops]
-    for tool, name in tqdm(every, desc="sanitizer", unit="op"):
-        if (tool, name) in done:
-            continue
-        if time.time() >= until:
-            left.append(f"{tool} {name}")
-            continue
-        limit = min(PER_TOOL, max(30.0, until - time.time()))
-        row = sanitize_op(sanitizer, tool, name, limit)
-        if limit < PER_TOOL and "not through" in row.get("failed", ""):
-            left.append(f"{tool} {name}")
-            continue
-        report["rows"].append(row)
-        write_json(output, report)
+    todo = {
+        f"{tool} {name}": lambda limit, tool=tool, name=name: sanitize_op(sanitizer, tool, name, limit)
+        for tool, name in every
+        if (tool, name) not in done
+    }
+    left = beside_each_other(todo, report, output, until, PER_TOOL, "sanitizer")
+    order = {pair: i for i, pair in enumerate(every)}
+    report["rows"].sort(key=lambda row: order.get((row["tool"], row["op"]), 0))
     write_json(output, report)
     return {**report, "left": left}
 

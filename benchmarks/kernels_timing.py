@@ -22,8 +22,13 @@ from benchmarks.measure import synchronize, write_json
 REPEATS = 30
 # More than any current GPU's L2 cache.
 FLUSHED_BYTES = 256 * 2**20
-# About half a millisecond, in which the host issues the launches that are to be timed.
-HEAD_START_CYCLES = 1_000_000
+# Microseconds in which the host issues the launches that are to be timed: at least, and at most for one that waits itself.
+HEAD_START_US = 500.0
+LONGEST_HEAD_START_US = 5000.0
+# Of `torch.cuda._sleep`, at the highest clock of current GPUs.
+CYCLES_PER_US = 2000
+# Seconds of timed calls after which a slow call gets no more of them, and how many it gets all the same.
+ENOUGH_SECONDS, LEAST_REPEATS = 0.25, 5
 # What twice took its process with it is not tried again.
 TRIES = 2
 # Packages that a run can do without, and what it then lacks.
@@ -136,6 +141,19 @@ def about(device: torch.device) -> dict:
     return {**found, "driver": driver, "cuda": torch.version.cuda}
 
 
+def comparable(before: dict, now: dict, names: tuple[str, ...] = ("sources", "dtype")) -> bool:
+    """Whether a file's rows stand beside those made now: these fields are the same, and it is such a GPU.
+
+    A GPU's rows go on in another machine with one of its name; those of a CPU in the same machine alone.
+    """
+
+    def kind(report: dict):
+        machine = report.get("machine", {})
+        return machine.get("gpu", machine), *(report.get(name) for name in names)
+
+    return kind(before) == kind(now)
+
+
 def spread(times: list[float]) -> tuple[float, list[float]]:
     """Median, and the 20th and 80th percentile."""
     if len(times) < 2:
@@ -191,7 +209,8 @@ class Timer:
 
     Args:
         device (`torch.device`)
-        repeats (`int`): calls that are timed, after three that are not.
+        repeats (`int`): calls that are timed, after three that are not. Of a slow call they are fewer: so many as take
+            `ENOUGH_SECONDS`, but at least `LEAST_REPEATS`.
     """
 
     def __init__(self, device: torch.device, repeats: int = REPEATS):
@@ -199,26 +218,32 @@ class Timer:
         self._flush = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
     def __call__(self, call: Callable) -> dict:
-        """`us`: median; `us_p20_p80`: spread; `host_us`: what the host takes to issue one call."""
-        for _ in range(3):
+        """`us`: median; `us_p20_p80`: spread; `host_us`: what the host takes to issue one call; `repeats`."""
+        for _ in range(2):
             call()
         synchronize(self.device)
-        times = [self._once(call) for _ in range(self.repeats)]
         started = time.perf_counter()
-        for _ in range(self.repeats):
-            call()
-        host = 1e6 * (time.perf_counter() - started) / self.repeats
+        call()
         synchronize(self.device)
+        enough = int(ENOUGH_SECONDS / (time.perf_counter() - started))
+        repeats = min(self.repeats, max(LEAST_REPEATS, enough))
+        started = time.perf_counter()
+        for _ in range(LEAST_REPEATS):
+            call()
+        host = 1e6 * (time.perf_counter() - started) / LEAST_REPEATS
+        synchronize(self.device)
+        head_start = min(max(HEAD_START_US, 2 * host), LONGEST_HEAD_START_US)
+        times = [self._once(call, head_start) for _ in range(repeats)]
         median, fifths = spread(times)
-        return {"us": median, "us_p20_p80": fifths, "host_us": host}
+        return {"us": median, "us_p20_p80": fifths, "host_us": host, "repeats": repeats}
 
-    def _once(self, call: Callable) -> float:
+    def _once(self, call: Callable, head_start: float) -> float:
         if self._flush is None:
             started = time.perf_counter()
             call()
             return 1e6 * (time.perf_counter() - started)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START_CYCLES)
+        torch.cuda._sleep(int(CYCLES_PER_US * head_start))
         self._flush.zero_()
         start.record()
         call()

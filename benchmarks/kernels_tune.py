@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -20,6 +21,8 @@ from hf_qst_kernels import break_even, use_backend
 from hf_qst_kernels.dispatch import use_configuration
 from hf_qst_kernels.registry import OPS, ModelShape, Op, Workload
 
+# Asked once: it starts processes, and a table is written after each shape.
+_about = functools.cache(about)
 # Microseconds of a kernel that could not be run.
 NEVER = 1e9
 
@@ -170,7 +173,7 @@ def tune(
     chip = break_even.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
     timer = Timer(device, repeats)
     table = Table(folder / f"{chip}.json", chip, device, resume)
-    shapes = [(op, m, n) for op in ops if candidates(op) for m in models for n in op.rows if rows is None or n in rows]
+    shapes = [(op, m, n) for m in models for op in ops if candidates(op) for n in op.rows if rows is None or n in rows]
     wins = left = 0
     for op, model, count in tqdm(shapes, desc="tuning", unit="shape"):
         if time.time() >= until:
@@ -219,4 +222,4 @@ def install(path: Path, folder: Path) -> Path:
 
 def write_table(path: Path, chip: str, decisions: dict, device: torch.device, **more) -> None:
     """Write the table whole, as `break_even.read_table` reads it."""
-    write_json(path, {"format": break_even.FORMAT, "chip": chip, **about(device), **more, "decisions": decisions})
+    write_json(path, {"format": break_even.FORMAT, "chip": chip, **_about(device), **more, "decisions": decisions})

@@ -208,14 +208,19 @@ def _through(half: _Half, hidden: torch.Tensor, call: Callable, inplace: bool) -
         narrow = branch.pick_out(norm(hidden))
     if projection is None:
         return hidden + branch.put_back(_first(call(branch.module, narrow)))
-    unprojected = _without(projection, lambda: _first(call(branch.module, narrow)))
+    unprojected, put_off = _without(projection, lambda: _first(call(branch.module, narrow)))
+    if not put_off:
+        return hidden + branch.put_back(unprojected)
     return linear_add.linear_index_add(
         unprojected, projection.weight, projection.bias, branch.output_index, hidden, inplace
     )
 
 
-def _without(projection: nn.Linear, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `run` returns if `projection`, the last layer in it, is left out."""
+def _without(projection: nn.Linear, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """What `run` returns if `projection`, the last layer in it, is left out, and whether it was.
+
+    It is not where what `run` calls was compiled by itself (`module.compile()`): that code multiplies at once.
+    """
     if type(projection) is nn.Linear:
         # Not before it is needed: what exchanges layers by their exact class finds `nn.Linear` until then.
         projection.__class__ = DeferrableLinear
@@ -225,12 +230,12 @@ def _without(projection: nn.Linear, run: Callable[[], torch.Tensor]) -> torch.Te
         given = _put_off.input
     finally:
         _put_off.layer = _put_off.input = None
-    if output is not given:
+    if given is not None and output is not given:
         raise RuntimeError(
             "an attention or MLP does not return what its last linear layer returns, so that hf_qst's fused block cannot "
             "run it; run the model under hf_qst_kernels.use_backend('torch')"
         )
-    return output
+    return output, given is not None
 
 
 def _first(output: torch.Tensor | tuple) -> torch.Tensor:

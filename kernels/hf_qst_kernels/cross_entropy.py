@@ -151,7 +151,7 @@ def naive_linear_cross_entropy(
     """The equation at the top of this file, in float32 at least, with all logits at once."""
     compute = torch.promote_types(hidden.dtype, torch.float32)
     weight = naive_weight(weight, compute) if isinstance(weight, NF4Weight) else weight.to(compute)
-    z = hidden.reshape(-1, hidden.shape[-1]).to(compute) @ weight.T
+    z = (hidden.reshape(-1, hidden.shape[-1]).to(compute) @ weight.T).to(compute)  # autocast rounds products
     logits = logit_scale * (z if bias is None else z + bias)
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)

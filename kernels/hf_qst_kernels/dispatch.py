@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch.autograd import forward_ad
 
 from . import break_even
 
@@ -80,7 +81,8 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
     Whether `op` shall run its Triton kernel for `tensor`.
 
     By default it does on a CUDA device if Triton imports and, for an op that names `sizes`, a table for this chip says
-    that the kernel was faster than the library there.
+    that the kernel was faster than the library there. Never where each operation of torch has to be seen: under
+    `torch.func`'s transforms, forward-mode differentiation and tracing.
 
     Args:
         op (`str`): the op's name, or that with `_backward`; for messages and as the table's key.
@@ -94,6 +96,8 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
         KernelTableError: a table for this chip is there and broken.
     """
     if _forced in ("torch", "naive") or tensor.dtype == torch.float64 or _forced_configurations.get(op, True) is None:
+        return False
+    if _every_operation_counts():
         return False
     if _forced == "triton":
         if not _triton_importable():
@@ -175,6 +179,19 @@ def runs_at_once(*tensors: torch.Tensor | None) -> bool:
         if type(tensor) not in _PLAIN or tensor.is_meta or (recording and tensor.requires_grad):
             return False
     return True
+
+
+def _every_operation_counts() -> bool:
+    """Whether something stands between torch's operations and their results, which a kernel would pass by in silence.
+
+    `vmap` and `grad` hand over tensors without memory, forward mode loses its tangents and a trace what was computed.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    )
 
 
 @functools.cache

@@ -79,7 +79,7 @@ def naive_linear_index_add(x, weight, bias, index, residual, inplace=False):
     compute = torch.promote_types(residual.dtype, torch.float32)
     y = x.to(compute) @ weight.to(compute).T
     y = y if bias is None else y + bias
-    return residual.to(compute).index_add(-1, index, y).to(residual.dtype)
+    return residual.to(compute).index_add(-1, index, y.to(compute)).to(residual.dtype)  # autocast rounds products
 
 
 def _added(

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import kernels, kernels_all, kernels_end_to_end, kernels_rows
 from benchmarks.kernels_aims import aims, never_wins
 from benchmarks.kernels_all import STAGES, Plan
+from hf_qst_kernels.registry import MODELS
 
 
 def command(monkeypatch, folder, *more):
@@ -59,6 +60,13 @@ def plan(folder, **changes):
     return Plan("cpu", "float32", 60.0, str(folder), 2, **{"tiny": True, "ops": ["low_rank_linear"], **changes})
 
 
+def test_models_of_most_interest_come_first(tmp_path):
+    names = [model.name for model in plan(tmp_path, tiny=False).chosen_models]
+    assert names[:2] == ["Llama-3-8B", "Llama-2-7B"] and sorted(names) == sorted(m.name for m in MODELS)
+    few = plan(tmp_path, tiny=False, models=["ViT-B", "Llama-2-7B"]).chosen_models
+    assert [model.name for model in few] == ["Llama-2-7B", "ViT-B"]
+
+
 def test_stage_in_a_process_of_its_own(tmp_path):
     found = kernels_all.run_isolated("rows", plan(tmp_path), time.time() + 60)
     assert found["left"] == 0 and found["found"].endswith("rows, 0 of them without a time")
@@ -95,6 +103,14 @@ def test_options_that_make_no_sense_are_refused(monkeypatch, capsys, arguments, 
     with pytest.raises(SystemExit):
         kernels.main()
     assert message in capsys.readouterr().err
+
+
+def test_chosen_stages_alone_are_run(tmp_path, monkeypatch):
+    chosen = ["rows", "tune"]
+    monkeypatch.setattr(kernels_all, "STAGES", dict.fromkeys([*chosen, "end to end"], (lambda p, u: (0, "ran"), False)))
+    stages = kernels_all.run_all(plan(tmp_path, stages=chosen))["stages"]
+    assert [stages[name].get("found") for name in chosen] == ["ran", "ran"]
+    assert stages["end to end"]["skipped"] == "left out"
 
 
 def row(op, variant, us, model="Llama-3-8B", rows=4, workload="w", **more):

@@ -31,6 +31,12 @@ def test_every_case_runs_with_kernels_on_and_off(tmp_path):
     assert again["rows"] == report["rows"] and again["left"] == []
 
 
+def test_decoding_is_a_graph_at_each_batch_and_eager_at_the_first():
+    names = lambda device: [name for name, _ in benchmark.decoding(dict, (2, 8), torch.device(device), TINY)]
+    assert names("cuda") == ["batch 2, graph", "batch 8, graph", "batch 2, eager"]
+    assert names("cpu") == ["batch 2, eager"]
+
+
 def test_case_that_fails_says_why_and_the_others_run(tmp_path, monkeypatch):
     def cases(config, device, dtype, sizes):
         def fail():

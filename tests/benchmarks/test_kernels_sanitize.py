@@ -87,6 +87,44 @@ def test_without_the_sanitizer_the_record_says_so(tmp_path, monkeypatch):
     assert kernels_sanitize.sanitizer_table(rows).count("not found") == 2
 
 
+def test_tests_run_beside_each_other_in_groups(tmp_path, monkeypatch):
+    tests, root = tmp_path / "test_some.py", {"paths": ["test_some.py"], "root": tmp_path}
+    # each of the first two groups waits for the other
+    tests.write_text(
+        textwrap.dedent(f"""\
+        import pathlib, time
+        import pytest
+
+        @pytest.mark.gpu
+        @pytest.mark.parametrize("x", ["a", "b, c", "d"])
+        def test_letters(x):
+            folder = pathlib.Path({str(tmp_path)!r})
+            (folder / f"{{x}} was here").touch()
+            for _ in range(600):
+                if len(list(folder.glob("* was here"))) == 3:
+                    return
+                time.sleep(0.1)
+            raise AssertionError("nobody else")
+        """)
+    )
+    monkeypatch.setattr(kernels_sanitize, "GROUP", 1)
+    monkeypatch.setattr(kernels_sanitize, "WORKERS", 3)
+    late = run_device_tests(tmp_path / "record.json", until=0.0, **root)
+    assert late["rows"] == [] and sorted(late["left"]) == [f"test_some.py::test_letters {i}" for i in (1, 2, 3)]
+    report = run_device_tests(tmp_path / "record.json", **root)
+    assert [(row["tests"][-1], row["passed"]) for row in report["rows"]] == [("1", 1), ("2", 1), ("3", 1)]
+    assert report["left"] == [] and run_device_tests(tmp_path / "record.json", **root)["rows"] == report["rows"]
+
+
+def test_files_that_cannot_be_collected_are_no_clean_run_and_stop_no_other(tmp_path):
+    (tmp_path / "test_broken.py").write_text("import nothing_of_this_name")
+    (tmp_path / "test_whole.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_one(): ...\n")
+    for _ in range(2):
+        report = run_device_tests(tmp_path / "record.json", paths=["test_broken.py", "test_whole.py"], root=tmp_path)
+        broken, whole = report["rows"]
+        assert "failed" in broken and "nothing_of_this_name" in broken["output"] and whole["passed"] == 1
+
+
 def test_device_tests_are_counted_by_function(tmp_path):
     tests = tmp_path / "test_some.py"
     tests.write_text(
@@ -111,3 +149,11 @@ def test_device_tests_are_counted_by_function(tmp_path):
     assert (numbers["passed"], numbers["failures"], numbers["skipped"]) == (2, 1, 0)
     assert "3 is too large" in numbers["failed"] and numbers["returned"] == 1
     assert (left_out["passed"], left_out["skipped"]) == (0, 1) and "failed" not in left_out
+
+
+def test_run_without_a_summary_is_tried_again(tmp_path, stand_in):
+    path = stand_in("no device")
+    for summary in ("nothing", "ERROR SUMMARY: 0 errors"):
+        path.write_text(f'#!/bin/sh\necho "ran 1 examples"\necho "========= {summary}"\n')
+        rows = sanitize(tmp_path / "record.json", ops=["nf4_linear"])["rows"]
+        assert [row["errors"] for row in rows] == [None if summary == "nothing" else 0] * 2

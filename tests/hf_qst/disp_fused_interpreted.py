@@ -133,6 +133,17 @@ def other_conditions():
     run = lambda: torch.no_grad()(model)(IDS, output_attentions=True).attentions
     twin, (ours, launched) = run(), in_kernels(run)
     yield "attention weights", [furthest(ours, twin), launched, sites(model)]
+    for part, name in (("MLP", "mlp.module"), ("projection", "mlp.module.down_proj")):
+        model = pruned(blocks=1)
+        twin = logits(model)
+        model.model.layers[0].get_submodule(name).compile(backend="eager")
+        ours, launched = in_kernels(lambda model=model: logits(model))
+        yield f"{part} compiled", [furthest(ours, twin), launched, (sites(model)[0], sites(model)[1] - 1)]
+    model = pruned(blocks=1)
+    of_row = lambda row: model(inputs_embeds=row[None], use_cache=False).logits
+    run = lambda: torch.no_grad()(torch.func.vmap(of_row))(model.get_input_embeddings()(IDS).detach())
+    twin, (ours, launched) = run(), in_kernels(run)
+    yield "vmap", [furthest(ours, twin), launched, none]
     model = pruned("qwen2", blocks=1)
     settings = {"r": 2, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     in_kernels(lambda: logits(model))  # its projections can be put off from here on

@@ -8,9 +8,11 @@ import json
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_qst import LowRankLinear
-from hf_qst_kernels import low_rank_triton, use_backend
+from hf_qst_kernels import low_rank_linear, low_rank_triton, use_backend
 
 LAUNCHES = []
 _LAUNCH = low_rank_triton.multiply_pair
@@ -53,6 +55,36 @@ def compared(module, x):
     return [max(errors), launches]
 
 
+def tangent(layer, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.flip(0)))).tangent
+
+
+def gradients_of_each_row(layer, x):
+    loss = lambda parameters, row: torch.func.functional_call(layer, parameters, (row,)).square().sum()
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(layer.named_parameters()), x)
+    return torch.cat([gradient.flatten() for gradient in found.values()])
+
+
+TRANSFORMS = {
+    "vmap": lambda layer, x: torch.func.vmap(layer)(x),
+    "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x.flip(0),))[1],
+    "forward mode": tangent,
+    "gradients of each row": gradients_of_each_row,
+    "make_fx": lambda layer, x: make_fx(layer)(x)(x.flip(0)),
+    "jit.trace": lambda layer, x: torch.jit.trace(layer, (x,), check_trace=False)(x.flip(0)),
+}
+
+
+def transformed(change, layer, x):
+    """How far what torch's transform makes of a layer is from that without kernels, and the launches."""
+    with use_backend("torch"):
+        twin = change(layer, x)
+    LAUNCHES.clear()
+    with use_backend("triton"):
+        return [(change(layer, x) - twin).abs().max().item(), len(LAUNCHES)]
+
+
 def cases():
     x = torch.randn(2, 3, 48)
     yield "bias", compared(layer_of(), x)
@@ -88,6 +120,12 @@ def cases():
         yield f"LoRA on {target}", compared(tuned, x)
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["0.up"], init_lora_weights=False)).merge_and_unload()
     yield "LoRA merged", compared(tuned.requires_grad_(), x)
+    for name, change in TRANSFORMS.items():
+        yield name, transformed(change, layer_of().requires_grad_(name == "gradients of each row"), x[0])
+    down, up = layer.down.weight.detach(), layer.up.weight.detach()
+    op = lambda x: low_rank_linear(x, down, up)
+    for name in ("vmap", "forward mode", "make_fx", "jit.trace"):
+        yield f"{name} of the op", transformed(TRANSFORMS[name], op, x[0])
 
 
 if __name__ == "__main__":

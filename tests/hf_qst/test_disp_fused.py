@@ -13,7 +13,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from hf_qst import prune_blocks, register_kind, reshape_model, to_dense
 from hf_qst.decoder_stack import find_decoder_stack
 from hf_qst.disp import fused
-from hf_qst_kernels import use_backend
+from hf_qst_kernels import linear_index_add, use_backend
 from tests.architectures import tiny
 from tests.hf_qst.fused_blocks import FUSED, IDS, Launches, furthest, logits, pruned, sites
 from tests.interpreter import interpreted
@@ -65,6 +65,9 @@ def test_each_kernel_runs_without_the_other(results):
         "forward of its own",
         "weights moved by accelerate",
         "attention weights",
+        "MLP compiled",
+        "projection compiled",
+        "vmap",
         "LoRA",
     ],
 )
@@ -105,6 +108,18 @@ def test_rule_of_dispatch_is_asked():
     model = pruned()
     with use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         logits(model)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_naive_addition_runs_under_autocast(inplace):
+    x, weight, bias = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5).bfloat16()
+    index, residual = torch.arange(5), torch.randn(3, 9)
+    found = []
+    for backend in ("torch", "naive"):
+        with torch.autocast("cpu", torch.bfloat16), use_backend(backend):
+            found.append(linear_index_add(x, weight, bias, index, residual.clone(), inplace))
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert furthest(*found) < 0.1
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "opt", "gpt2", "phi", "gpt_neox"])
@@ -181,7 +196,8 @@ def test_projection_is_put_off_in_one_thread_only():
         thread.join()
         return layer(x)
 
-    assert fused._without(layer, run) is x
+    found, put_off = fused._without(layer, run)
+    assert found is x and put_off
     assert torch.equal(products[0], expected) and torch.equal(layer(x), expected)
     assert copy.deepcopy(layer)(x).equal(expected)
 

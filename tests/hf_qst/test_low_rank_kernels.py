@@ -13,6 +13,8 @@ from tests.interpreter import interpreted
 KERNEL = ["bias", "no bias", "odd sizes", "one row", "frozen factors", "without gradients", "LoRA merged"]
 LAYERS = ["rank above the kernel's", "no rows", "autocast", "forward hook", "forward pre-hook", "backward hook"]
 LAYERS += ["LoRA on 0.down", "LoRA on 0.up"]
+TRANSFORMS = ["vmap", "jvp", "forward mode", "gradients of each row", "make_fx", "jit.trace"]
+TRANSFORMS += ["vmap of the op", "forward mode of the op", "make_fx of the op", "jit.trace of the op"]
 
 
 def layer_of(inputs, rank, outputs, **settings):
@@ -39,7 +41,7 @@ def test_factors_of_another_dtype_than_the_inputs(results):
     assert error < 4 * 2**-7 and launches == 1
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", [*LAYERS, *TRANSFORMS])
 def test_where_the_layers_are_called_as_ever(results, case):
     assert results[case] == [0.0, 0]
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import import_module
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from benchmarks import kernels_peers, kernels_rows, kernels_tune
 from benchmarks.kernels_peers import PLAIN, peers
 from benchmarks.kernels_reads import READINGS
-from benchmarks.kernels_timing import Timer, floor_us, in_turns, spread
+from benchmarks.kernels_timing import LEAST_REPEATS, Timer, comparable, floor_us, in_turns, spread
 from benchmarks.measure import ROOT
 from hf_qst_kernels import break_even
 from hf_qst_kernels.registry import OPS, ModelShape
@@ -55,6 +56,39 @@ def test_rows_of_the_same_kernels_are_not_measured_again(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps({**kept, "sources": {"low_rank.py": "another"}}))
     again = measure(tmp_path / "rows.json", ops)["rows"]
     assert len(again) == len(first) and again != first
+
+
+@pytest.mark.parametrize(
+    ("file", "stale"),
+    [
+        ("nf4_triton.py", {"nf4_linear"}),
+        ("taps.py", {"quantize_taps", "dequantize_taps", "tap_linear", *(reading.name for reading in READINGS)}),
+        ("dispatch.py", {op.name for op in EVERY}),
+        ("new.py", {op.name for op in EVERY}),
+    ],
+)
+def test_rows_of_the_ops_whose_files_changed_are_measured_again(file, stale):
+    now = kernels_rows.sources("*.py")
+    assert kernels_rows.changed_ops(now, now) == set()
+    assert kernels_rows.changed_ops(now, {**now, file: "another"}) == stale
+
+
+def test_rows_of_other_kernels_stay(tmp_path):
+    ops, output = [op for op in OPS if op.name in ("low_rank_linear", "norm_gate")], tmp_path / "rows.json"
+    first = {row["op"]: row for row in measure(output, ops)["rows"]}
+    kept = json.loads(output.read_text())
+    kept["sources"]["gated_norm_triton.py"] = "another"
+    output.write_text(json.dumps(kept))
+    again = {row["op"]: row for row in measure(output, ops)["rows"]}
+    assert again["low_rank_linear"] == first["low_rank_linear"] and again["norm_gate"] != first["norm_gate"]
+
+
+def test_a_gpu_of_the_same_name_goes_on_and_another_cpu_does_not():
+    report = {"sources": {}, "dtype": "torch.bfloat16", "machine": {"cpu": "a", "gpu": "NVIDIA H200"}}
+    assert comparable(report, {**report, "machine": {"cpu": "b", "gpu": "NVIDIA H200", "gpu_memory": 1}})
+    assert not comparable(report, {**report, "machine": {"cpu": "a", "gpu": "NVIDIA H100"}})
+    assert not comparable({**report, "machine": {"cpu": "a"}}, {**report, "machine": {"cpu": "b"}})
+    assert not comparable(report, {**report, "dtype": "torch.float16"})
 
 
 def test_row_that_ended_its_process_twice_is_not_tried_again(tmp_path):
@@ -130,6 +164,12 @@ def test_turns_alternate_and_a_spread_lies_within_the_times():
     assert "".join(order) == "-a-b" * 3 and [len(t) for t in times.values()] == [2, 2]
     middle, (low, high) = spread([1.0, 5.0])
     assert (middle, 1.0 <= low <= middle <= high <= 5.0) == (3.0, True)
+
+
+def test_slow_calls_are_timed_less_often():
+    assert Timer(CPU, 30)(lambda: time.sleep(0.1))["repeats"] == LEAST_REPEATS
+    assert Timer(CPU, 30)(lambda: None)["repeats"] == 30
+    assert Timer(CPU, 2)(lambda: time.sleep(0.1))["repeats"] == 2
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if kernels_tune.candidates(op)], ids=lambda op: op.name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_qst_kernels import NF4Weight, cross_entropy, linear_cross_entropy
+from hf_qst_kernels import NF4Weight, cross_entropy, linear_cross_entropy, use_backend
 from hf_qst_kernels.cross_entropy import default_chunk_rows, naive_linear_cross_entropy
 from tests.kernels.compared import TOLERANCE, allocations, fresh, peak, results, worst_distance
 
@@ -141,6 +141,16 @@ def test_dtype_of_the_products_is_that_of_hidden_or_autocasts():
     (reference,) = torch.autograd.grad(expected, hidden)
     assert grad.dtype == torch.float32
     assert (grad - reference).norm() < 2 * 2**-7 * reference.norm()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "NF4"])
+def test_naive_twin_stays_in_float32_under_autocast(packed):
+    arguments, whole = problem()
+    arguments |= {"weight": arguments["weight"] if packed else whole, "bias": arguments["bias"].bfloat16()}
+    exact = linear_cross_entropy(**arguments)
+    with torch.autocast("cpu", torch.bfloat16), use_backend("naive"):
+        loss = linear_cross_entropy(**arguments)
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 2e-3
 
 
 def test_a_chunk_has_rows_enough_to_pay_for_dequantising():
