@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import time
@@ -24,10 +23,11 @@ from benchmarks.kernels_timing import (
     ceilings,
     check_device,
     comparable,
+    device_peak,
     floor_us,
     message,
 )
-from benchmarks.measure import write_json, write_whole
+from benchmarks.measure import save_figure, write_json
 from hf_qst_kernels import use_backend
 from hf_qst_kernels.registry import OPS, ModelShape, Op, Workload
 
@@ -72,16 +72,6 @@ def difference(ours, theirs) -> float:
     """Largest difference over the largest entry."""
     pair = [(out[0] if isinstance(out, tuple) else out).detach().clone().float() for out in (ours, theirs)]
     return ((pair[0] - pair[1]).abs().max() / pair[1].abs().max().clamp(min=1e-6)).item()
-
-
-def peak_bytes(call: Callable, device: torch.device) -> int | None:
-    """Most bytes a call holds above what was there before it, on a GPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def changed_ops(before: dict[str, str], now: dict[str, str]) -> set[str]:
@@ -189,7 +179,7 @@ def timed(call: Callable, expected, floor: float, timer: Timer) -> dict:
     if not found["difference"] <= 0.05:
         found["failed"] = f"differs from the library path by {found['difference']:.2g} of its largest entry"
         return found
-    found |= {"peak_bytes": peak_bytes(call, timer.device), **timer(call)}
+    found |= {"peak_bytes": device_peak(call, timer.device)["above_bytes"], **timer(call)}
     found["percent_of_floor"] = 100 * floor / found["us"]
     return found
 
@@ -308,7 +298,4 @@ def plot_roofline(report: dict, path: Path) -> None:
     left.legend(fontsize=6)
     right.legend(fontsize=8)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_whole(path, buffer.getvalue())
-    plt.close(figure)
+    save_figure(figure, path)

@@ -204,6 +204,19 @@ def peak_bytes(call: Callable) -> int:
     return peak
 
 
+def device_peak(call: Callable, device: torch.device) -> dict[str, int | None]:
+    """Most bytes on a GPU during a call, with all that lies there, and above that; the call is made on a CPU, too."""
+    if device.type != "cuda":
+        call()
+        return {"peak_bytes": None, "above_bytes": None}
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return {"peak_bytes": peak, "above_bytes": peak - before}
+
+
 class Timer:
     """Device times of calls, each with a cold cache and its launches queued ahead; wall times on a CPU.
 

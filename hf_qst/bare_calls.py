@@ -1,7 +1,7 @@
 """When a kernel may stand in for modules: where calling them runs their `forward` and nothing besides.
 
-A module's hooks, a `forward` of its own that accelerate or a kernel library gave it, autocast and tracing all see less, or
-something else, once a kernel is called in its place. Where one of them is there, the modules are called as ever.
+A module's hooks, a `forward` of its own that accelerate or a kernel library gave it, and autocast all see less, or something
+else, once a kernel is called in its place. Where one of them is there, the modules are called as ever.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def nobody_looks_on(inputs: torch.Tensor) -> bool:
-    """Whether modules given `inputs` are called eagerly, outside autocast, and without hooks on all modules at once."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch.is_autocast_enabled(inputs.device.type)
-        or _module._has_any_global_hook()
-    )
+    """Whether modules given `inputs` are called outside autocast, and without hooks on all modules at once.
+
+    That nothing is compiled or traced is part of the rule of `hf_qst_kernels.dispatch`.
+    """
+    return not (torch.is_autocast_enabled(inputs.device.type) or _module._has_any_global_hook())
 
 
 def are_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:

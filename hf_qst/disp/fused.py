@@ -128,8 +128,7 @@ class _Half(NamedTuple):
 def _halves(block: nn.Module, plain: type, hidden: torch.Tensor) -> tuple[_Half, _Half] | None:
     """The two halves of the block, or None where no kernel runs in either."""
     if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
         or block.training
         or not (runs_triton("norm_index_select", hidden) or runs_triton("linear_index_add", hidden))
         or not nobody_looks_on(hidden)

@@ -193,12 +193,10 @@ class SideNetwork(nn.Module):
         return self.blocks[i](mixed, context, cache, layer_idx, recompute_mlp)
 
     def _fuses(self, i: int, side: torch.Tensor) -> bool:
-        """Whether step `i` begins with one kernel: where that was measured to win and no dropout lies in between.
-
-        A compiler fuses the ops as they are.
-        """
+        """Whether step `i` begins with one kernel: where that was measured to win and no dropout lies in between."""
         dropout = self.downsample[i].dropout
-        if torch.compiler.is_compiling() or (dropout.training and dropout.p > 0):
+        # Without sizes the rule costs nothing, and says no on a CPU and to a compiler, which fuses the ops as they are.
+        if (dropout.training and dropout.p > 0) or not dispatch.runs_triton("norm_gate", side):
             return False
         from hf_qst_kernels.gated_norm import table_sizes  # registers operators, which takes its time
 

@@ -81,8 +81,9 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
     Whether `op` shall run its Triton kernel for `tensor`.
 
     By default it does on a CUDA device if Triton imports and, for an op that names `sizes`, a table for this chip says
-    that the kernel was faster than the library there. Never where each operation of torch has to be seen: under
-    `torch.func`'s transforms, forward-mode differentiation and tracing.
+    that the kernel was faster than the library there. Never where each operation of torch has to be seen: while
+    `torch.compile` or a trace is made, under `torch.func`'s transforms and forward-mode differentiation. (Inside an
+    operator, which a compiled graph holds as one node, it is asked when the graph runs.)
 
     Args:
         op (`str`): the op's name, or that with `_backward`; for messages and as the table's key.
@@ -95,6 +96,8 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
             interpreter.
         KernelTableError: a table for this chip is there and broken.
     """
+    if torch.compiler.is_compiling():  # first of all, so that nothing below is compiled
+        return False
     if _forced in ("torch", "naive") or tensor.dtype == torch.float64 or _forced_configurations.get(op, True) is None:
         return False
     if _every_operation_counts():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import kernels_end_to_end as benchmark
-from benchmarks.kernels_end_to_end import CASES, LLAMAS, TINY, Decoder, Made, dense_llama
+from benchmarks.kernels_end_to_end_cases import CASES, LLAMAS, TINY, Decoder, Made, decoding, dense_llama
 from hf_qst_kernels import dispatch
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_every_case_runs_with_kernels_on_and_off(tmp_path):
 
 
 def test_decoding_is_a_graph_at_each_batch_and_eager_at_the_first():
-    names = lambda device: [name for name, _ in benchmark.decoding(dict, (2, 8), torch.device(device), TINY)]
+    names = lambda device: [name for name, _ in decoding(dict, (2, 8), torch.device(device), TINY)]
     assert names("cuda") == ["batch 2, graph", "batch 8, graph", "batch 2, eager"]
     assert names("cpu") == ["batch 2, eager"]
 

@@ -1,6 +1,9 @@
 """A side network through the Triton kernels, in the interpreter, and what chooses them."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -40,12 +43,14 @@ def test_one_kernel_before_each_side_block(found, name):
 
 
 def decided(monkeypatch, answer):
-    """Has `norm_gate` answered so and notes what was asked."""
+    """Has `norm_gate` answered so and notes what was asked; without sizes it is asked whether a kernel can run at all."""
     asked, rule = [], dispatch.runs_triton
 
     def runs_triton(op, tensor, sizes=None):
         if op != "norm_gate":
             return rule(op, tensor, sizes)
+        if sizes is None:
+            return True
         asked.append(sizes)
         return answer
 
@@ -114,3 +119,17 @@ def test_on_cuda_as_torch(name):
     model = model_of(CASES[name]).cuda()
     ours, theirs = (loss_and_gradients(model, backend) for backend in ("triton", "torch"))
     assert max(difference(ours, theirs)) <= 1e-4
+
+
+def test_without_a_gpu_the_op_is_not_even_registered():
+    """Registering its operators takes some 20 ms."""
+    code = (
+        "import sys, torch; from tests.architectures import tiny, token_batch\n"
+        "from hf_qst import QSTConfig; from peft import get_peft_model\n"
+        "model = get_peft_model(tiny('llama'), QSTConfig(task_type='CAUSAL_LM'))\n"
+        "model(input_ids=token_batch(1, 3)); assert 'hf_qst_kernels.taps' in sys.modules\n"
+        "assert 'hf_qst_kernels.gated_norm' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
