@@ -32,6 +32,7 @@ from .nf4_weight import (
     some_rows,
     with_plain_scales,
 )
+from .operators import operator
 
 # float32 bytes of one chunk's logits. Larger chunks make better GEMMs, smaller ones take less memory.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
@@ -220,7 +221,7 @@ def _check(hidden, weight, labels, bias, label_smoothing, logit_softcap, logit_s
         raise ValueError(f"chunk_size must be None or an integer >= 1, got {chunk_size}")
 
 
-@torch.library.custom_op("hf_qst::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def _linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -351,7 +352,7 @@ _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
 
 # An op of its own without an autograd formula: differentiating the gradient again then fails with torch's message for
 # that, where a plain multiplication would silently treat d loss / d hidden as a constant.
-@torch.library.custom_op("hf_qst::scale_gradient", mutates_args=())
+@operator("scale_gradient")
 def _scale_gradient(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(grad)
     # a factor of shape [1] takes part in type promotion, one of shape [] would be rounded to half precision first

@@ -14,8 +14,6 @@ from . import break_even
 
 logger = logging.getLogger(__name__)
 
-# What is not a subclass that traces, fakes or wraps.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 BACKENDS = ("auto", "triton", "torch", "naive")
 VARIABLE = "HF_QST_KERNELS"
 
@@ -100,7 +98,7 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
         return False
     if _forced in ("torch", "naive") or tensor.dtype == torch.float64 or _forced_configurations.get(op, True) is None:
         return False
-    if _every_operation_counts():
+    if every_operation_counts():
         return False
     if _forced == "triton":
         if not _triton_importable():
@@ -166,25 +164,7 @@ def autocast_all(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ..
     return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
-def runs_at_once(*tensors: torch.Tensor | None) -> bool:
-    """
-    Whether an op may call its implementation instead of its operator: nobody traces and no gradient is recorded.
-
-    An operator costs ten times what it launches, which is what counts while a model decodes: its Python wrappers look for
-    autograd, modes and mutated inputs that are not there. `None` passes.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    recording = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or tensor.is_meta or (recording and tensor.requires_grad):
-            return False
-    return True
-
-
-def _every_operation_counts() -> bool:
+def every_operation_counts() -> bool:
     """Whether something stands between torch's operations and their results, which a kernel would pass by in silence.
 
     `vmap` and `grad` hand over tensors without memory, forward mode loses its tangents and a trace what was computed.

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import FLOAT_DTYPES, alignment, as_rows, check_floats, check_shape
-from .dispatch import runs_at_once, runs_naive, runs_triton
+from .dispatch import runs_naive, runs_triton
+from .operators import Operator, operator
 
 # A program holds whole rows in registers.
 MAX_WIDTH = 2048
@@ -75,8 +76,7 @@ def norm_gate(
         raise TypeError(f"out_dtype must be one of {FLOAT_DTYPES}, got {out_dtype}")
     if runs_naive():
         return naive_norm_gate(down, side, gate, weight, bias, eps, out_dtype)
-    run = _mix if runs_at_once(down, side, gate, weight, bias) else _norm_gate
-    return run(down, side, gate, weight, bias, float(eps), out_dtype)
+    return _norm_gate(down, side, gate, weight, bias, float(eps), out_dtype)
 
 
 def naive_norm_gate(down, side, gate, weight=None, bias=None, eps=1e-5, out_dtype=None):
@@ -120,7 +120,7 @@ def _mix(
         return torch.lerp(z.to(wide), side.to(wide), beta).to(out_dtype)
 
 
-_norm_gate = torch.library.custom_op("hf_qst::norm_gate", _mix, mutates_args=())
+_norm_gate = Operator("norm_gate", _mix)
 
 
 @_norm_gate.register_fake
@@ -128,7 +128,7 @@ def _(down, side, gate, weight, bias, eps, out_dtype):
     return torch.empty(down.shape, dtype=out_dtype, device=down.device)
 
 
-@torch.library.custom_op("hf_qst::norm_gate_backward", mutates_args=())
+@operator("norm_gate_backward")
 def _norm_gate_backward(
     grad: torch.Tensor,
     down: torch.Tensor,

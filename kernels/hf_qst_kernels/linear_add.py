@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import alignment, as_rows, check_floats, check_index, check_same_dtype, check_shape
-from .dispatch import autocast_all, runs_at_once, runs_naive, runs_triton
+from .dispatch import autocast_all, runs_naive, runs_triton
+from .operators import Operator
 
 
 def linear_index_add(
@@ -65,12 +66,9 @@ def linear_index_add(
         return residual.copy_(out) if inplace else out
     x, weight, bias = autocast_all(x, weight, bias)
     check_same_dtype(x=x, weight=weight, bias=bias)
-    at_once = runs_at_once(x, weight, bias, residual)
     if not inplace:
-        return (_added if at_once else _linear_index_add)(x, weight, bias, index, residual)
-    (_add if at_once else _linear_index_add_)(x, weight, bias, index, residual)
-    if at_once and not residual.is_inference():
-        torch.autograd.graph.increment_version(residual)  # the operator and torch do, a Triton kernel does not
+        return _linear_index_add(x, weight, bias, index, residual)
+    _linear_index_add_(x, weight, bias, index, residual)
     return residual
 
 
@@ -90,7 +88,7 @@ def _added(
     return out
 
 
-_linear_index_add = torch.library.custom_op("hf_qst::linear_index_add", _added, mutates_args=())
+_linear_index_add = Operator("linear_index_add", _added)
 
 
 @_linear_index_add.register_fake
@@ -117,7 +115,7 @@ def _add(
     residual.scatter_(-1, channels, y.add_(residual.gather(-1, channels)))
 
 
-_linear_index_add_ = torch.library.custom_op("hf_qst::linear_index_add_", _add, mutates_args={"residual"})
+_linear_index_add_ = Operator("linear_index_add_", _add, mutates_args={"residual"})
 
 
 @_linear_index_add_.register_fake

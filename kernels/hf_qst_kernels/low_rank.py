@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import alignment, as_rows, check_floats, check_same_dtype, check_shape
-from .dispatch import autocast_all, runs_at_once, runs_naive, runs_triton
+from .dispatch import autocast_all, runs_naive, runs_triton
+from .operators import Operator
 
 # The accumulator of h [rows, rank] and its operands have to fit into registers.
 MAX_RANK = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
@@ -50,8 +51,7 @@ def low_rank_linear(
         return naive_low_rank_linear(x, down, up, bias)
     x, down, up, bias = autocast_all(x, down, up, bias)
     check_same_dtype(x=x, down=down, up=up, bias=bias)
-    run = _multiply if runs_at_once(x, down, up, bias) else _low_rank_linear
-    return run(x, down, up, bias)
+    return _low_rank_linear(x, down, up, bias)
 
 
 def naive_low_rank_linear(x, down, up, bias=None):
@@ -75,7 +75,7 @@ def _multiply(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch
         return F.linear(F.linear(x, down), up, bias)
 
 
-_low_rank_linear = torch.library.custom_op("hf_qst::low_rank_linear", _multiply, mutates_args=())
+_low_rank_linear = Operator("low_rank_linear", _multiply)
 
 
 def table_sizes(rows: int, inputs: int, rank: int, outputs: int) -> dict[str, int]:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import as_rows, check_floats, check_same_dtype, check_shape
-from .dispatch import autocast_all, runs_at_once, runs_naive, runs_triton
+from .dispatch import autocast_all, runs_naive, runs_triton
 from .nf4_weight import BLOCK, CODE, NF4Weight, check_blocks, check_weight, library_weight, naive_weight
+from .operators import Operator, operator
 
 
 def nf4_linear(
@@ -50,8 +51,7 @@ def nf4_linear(
         return naive_nf4_linear(x, packed, absmax, out_features, bias, *nested)
     x, bias = autocast_all(x, bias)
     check_same_dtype(x=x, bias=bias)
-    run = _multiply if runs_at_once(x, bias) else _nf4_linear
-    return run(x, packed, absmax, out_features, bias, *nested)
+    return _nf4_linear(x, packed, absmax, out_features, bias, *nested)
 
 
 def naive_nf4_linear(
@@ -101,7 +101,7 @@ def _library_gemm(x, packed, absmax, out_features, bias, nested) -> torch.Tensor
     return torch.ops.bitsandbytes.gemm_4bit(x, packed, shape, outer, BLOCK, "nf4", bias, absmax, code, offset)
 
 
-_nf4_linear = torch.library.custom_op("hf_qst::nf4_linear", _multiply, mutates_args=())
+_nf4_linear = Operator("nf4_linear", _multiply)
 
 
 @_nf4_linear.register_fake
@@ -109,7 +109,7 @@ def _(x, packed, absmax, out_features, bias, nested_absmax, nested_code, nested_
     return torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("hf_qst::nf4_linear_backward", mutates_args=())
+@operator("nf4_linear_backward")
 def _nf4_linear_backward(
     grad: torch.Tensor,
     packed: torch.Tensor,

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import as_rows, check_floats, check_index, check_shape
-from .dispatch import runs_at_once, runs_naive, runs_triton
+from .dispatch import runs_naive, runs_triton
+from .operators import Operator, operator
 
 KINDS = ("rms", "layer")
 
@@ -61,8 +62,7 @@ def norm_index_select(
         raise ValueError(f"eps must be >= 0, got {eps}")
     if runs_naive():
         return naive_norm_index_select(hidden, weight, bias, index, eps, kind)
-    run = _select if runs_at_once(hidden, weight, bias) else _norm_index_select
-    return run(hidden, weight, bias, index, float(eps), kind)
+    return _norm_index_select(hidden, weight, bias, index, float(eps), kind)
 
 
 def naive_norm_index_select(hidden, weight, bias, index, eps=1e-6, kind="rms"):
@@ -94,7 +94,7 @@ def _select(
         return normal.index_select(-1, index)
 
 
-_norm_index_select = torch.library.custom_op("hf_qst::norm_index_select", _select, mutates_args=())
+_norm_index_select = Operator("norm_index_select", _select)
 
 
 @_norm_index_select.register_fake
@@ -102,7 +102,7 @@ def _(hidden, weight, bias, index, eps, kind):
     return torch.empty((*hidden.shape[:-1], index.shape[0]), dtype=hidden.dtype, device=hidden.device)
 
 
-@torch.library.custom_op("hf_qst::norm_index_select_backward", mutates_args=())
+@operator("norm_index_select_backward")
 def _norm_index_select_backward(
     grad: torch.Tensor,
     hidden: torch.Tensor,

@@ -12,7 +12,8 @@ and `dW` uses `q * s`. Each entry of `q * s` is within `s / 2` of `x`, so `|dW e
 import torch
 
 from .arguments import FLOAT_DTYPES, alignment, as_rows, check_floats, check_shape
-from .dispatch import autocast_dtype, runs_at_once, runs_naive, runs_triton
+from .dispatch import autocast_dtype, runs_naive, runs_triton
+from .operators import Operator, operator
 
 BLOCK = 64
 # Blocks whose largest entry is below this are kept as zeros: their scale would not be a normal float32 number.
@@ -66,8 +67,7 @@ def tap_linear(
         return naive_tap_linear(x, weight, storage, center)
     compute_dtype = autocast_dtype(x.device.type) or weight.dtype
     keep = torch.is_grad_enabled() and weight.requires_grad
-    run = _project if runs_at_once(x, weight, center) else _tap_linear
-    y, _, _ = run(x, weight, center, compute_dtype, storage, keep)
+    y, _, _ = _tap_linear(x, weight, center, compute_dtype, storage, keep)
     return y
 
 
@@ -156,7 +156,7 @@ def naive_dequantize_taps(q, scales, dtype=torch.float32, block=BLOCK):
     return torch.cat([part * s for part, s in parts], -1).to(dtype)
 
 
-@torch.library.custom_op("hf_qst::quantize_taps", mutates_args=())
+@operator("quantize_taps")
 def _quantize(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantize_rows(x, block)
 
@@ -166,7 +166,7 @@ def _(x, block):
     return _empty_quantized(x, block)
 
 
-@torch.library.custom_op("hf_qst::dequantize_taps", mutates_args=())
+@operator("dequantize_taps")
 def _dequantize(q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, block: int) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     if q.numel():
@@ -245,7 +245,7 @@ def table_sizes(rows: int, dim: int, outputs: int, quantized: bool, centered: bo
     return sizes | ({"quantized": 1} if quantized else {}) | ({"centered": 1} if centered else {})
 
 
-_tap_linear = torch.library.custom_op("hf_qst::tap_linear", _project, mutates_args=())
+_tap_linear = Operator("tap_linear", _project)
 
 
 @_tap_linear.register_fake
@@ -273,7 +273,7 @@ def _backward(ctx, grad_y, _grad_q, _grad_scales):
 _tap_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("hf_qst::tap_linear_grad_weight", mutates_args=())
+@operator("tap_linear_grad_weight")
 def _tap_linear_grad_weight(
     grad_y: torch.Tensor,
     kept: torch.Tensor,

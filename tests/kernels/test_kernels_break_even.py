@@ -33,6 +33,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(dispatch, "_triton_importable", lambda: True)
+    monkeypatch.setattr(break_even, "SHIPPED", tmp_path / "shipped")
     forget()
     yield tmp_path / "hf_qst" / "kernels"
     forget()

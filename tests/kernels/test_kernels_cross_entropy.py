@@ -217,7 +217,7 @@ def test_differentiating_the_gradient_again_is_refused():
     loss = linear_cross_entropy(hidden, weight, labels)
     scale = torch.ones((), requires_grad=True)
     (grad,) = torch.autograd.grad(loss * scale, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+import hf_qst_kernels.taps
 from hf_qst_kernels import dequantize_taps, quantize_taps, tap_linear, taps, use_backend
 from hf_qst_kernels.taps import TINY
 
@@ -170,13 +171,15 @@ def test_full_gradient_is_exact_and_passes_gradcheck(center):
     assert torch.autograd.gradcheck(lambda w: tap_linear(x, w, "full", c), weight)
 
 
-def test_passes_its_operator_by_without_a_gradient(monkeypatch):
-    monkeypatch.setattr("hf_qst_kernels.taps._tap_linear", None)
+def test_an_eager_call_passes_its_operator_by(monkeypatch):
+    monkeypatch.setattr(hf_qst_kernels.taps._tap_linear, "library", None)
     x, weight = torch.randn(3, 70), torch.randn(4, 70, requires_grad=True)
     with torch.no_grad():
         assert torch.equal(tap_linear(x, weight), F.linear(x, weight))
-    with pytest.raises(TypeError, match="not callable"):
-        tap_linear(x, weight)
+    (grad,) = torch.autograd.grad(tap_linear(x, weight, "full").sum(), weight)
+    torch.testing.assert_close(grad, x.sum(0).expand(4, -1))
+    with pytest.raises(TypeError, match="not callable"):  # a tensor that somebody traces needs the operator
+        tap_linear(x.to("meta"), weight.to("meta"))
 
 
 def test_sizes_in_the_table():
