@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_qst.decoder_stack import BlockSpec
+from hf_qst.qst import fused_block
 
 
 @dataclass
@@ -30,6 +31,19 @@ class BlockContext:
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     attention_kwargs: dict = field(default_factory=dict)
     hidden_dtype: torch.dtype = torch.float32
+    # Rotary tables at the side network's size, kept for the other blocks of the same forward.
+    side_tables: dict = field(default_factory=dict)
+
+    def rotary(self, rotary_dim: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [batch, seq, 1, rotary_dim] on the device and in the dtype of `like`."""
+        key = id(self.position_embeddings), like.device, like.dtype
+        if torch.compiler.is_compiling() or key not in self.side_tables:
+            tables = side_rotary(self.position_embeddings, rotary_dim)
+            tables = tuple(table.to(like.device, like.dtype).unsqueeze(2) for table in tables)
+            if torch.compiler.is_compiling():
+                return tables
+            self.side_tables[key] = tables
+        return self.side_tables[key]
 
 
 def side_spec(base: BlockSpec, r: int, side_heads: str) -> BlockSpec:
@@ -93,7 +107,7 @@ def side_rotary(tables: tuple[torch.Tensor, torch.Tensor], rotary_dim: int) -> t
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first `cos.shape[-1]` channels of x [batch, heads, seq, head_dim]; cos, sin [batch, 1, seq, n]."""
+    """Rotate the first `cos.shape[-1]` channels of x [batch, seq, heads, head_dim]; cos, sin [batch, seq, 1, n]."""
     n = cos.shape[-1]
     turned, rest = x[..., :n], x[..., n:]
     first, second = turned.chunk(2, dim=-1)
@@ -133,16 +147,23 @@ class SideAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, context: BlockContext, cache=None, layer_idx: int = 0) -> torch.Tensor:
         """[batch, seq, d_s] -> [batch, seq, d_s]; `layer_idx` is this block's layer in `cache`."""
-        shape = (*hidden.shape[:-1], -1, self.spec.head_dim)
-        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        projected = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        return self.o_proj(self.attend(*projected, context, cache, layer_idx, _rotate))
+
+    def attend(self, query, key, value, context: BlockContext, cache, layer_idx: int, rotate) -> torch.Tensor:
+        """What the heads make of query, key and value [batch, seq, heads * head_dim], before the output projection.
+
+        Args:
+            rotate: `_rotate`, or a faster function that does the same.
+        """
+        shape = (*query.shape[:-1], -1, self.spec.head_dim)
         query, key, value = query.view(shape), key.view(shape), value.view(shape)
         if self.q_norm is not None:
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if self.spec.rotary_dim:
-            tables = side_rotary(context.position_embeddings, self.spec.rotary_dim)
-            cos, sin = (t.to(query.device, query.dtype).unsqueeze(1) for t in tables)
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+            cos, sin = context.rotary(self.spec.rotary_dim, query)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, layer_idx)
 
@@ -168,7 +189,7 @@ class SideAttention(nn.Module):
             sliding_window=self.sliding_window,
             **context.attention_kwargs,
         )
-        return self.o_proj(output.reshape(*hidden.shape[:-1], -1).to(result_dtype))
+        return output.reshape(*shape[:-2], -1).to(result_dtype)
 
 
 class SideMLP(nn.Module):
@@ -181,6 +202,7 @@ class SideMLP(nn.Module):
         )
         self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
         self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=spec.mlp_bias)
+        self.activation_name = spec.activation
         self.activation = ACT2FN[spec.activation]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -238,12 +260,28 @@ class SideBlock(nn.Module):
         self, hidden: torch.Tensor, context: BlockContext, cache=None, layer_idx: int = 0, recompute_mlp: bool = False
     ) -> torch.Tensor:
         """[batch, seq, d_s] -> [batch, seq, d_s]; with `recompute_mlp` the MLP half keeps its input alone."""
+        if fused_block.fuses(self, hidden):
+            return self._fused(hidden, context, cache, layer_idx, recompute_mlp)
         normed = self.attention_norm(hidden)
         attended = self.attention_post_norm(self.attention(normed, context, cache, layer_idx))
         if self.parallel is None:
             hidden = hidden + attended
             return hidden + self._mlp_half(hidden, recompute_mlp)
         return hidden + attended + self._mlp_half(normed if self.mlp_norm is None else hidden, recompute_mlp)
+
+    @property
+    def fused_parts(self) -> list[nn.Module]:
+        """The modules whose own forward `_fused` passes by."""
+        a, m = self.attention, self.mlp
+        parts = (a, m, a.q_proj, a.k_proj, a.v_proj, a.o_proj, self.attention_norm, self.mlp_norm)
+        return [part for part in (*parts, m.gate_proj, m.up_proj, m.down_proj) if part is not None]
+
+    def _fused(self, hidden, context: BlockContext, cache, layer_idx: int, recompute_mlp: bool) -> torch.Tensor:
+        """The same function in three autograd nodes beside the attention's own."""
+        a = self.attention
+        projected = fused_block.norm_linear(hidden, self.attention_norm, [a.q_proj, a.k_proj, a.v_proj])
+        attended = a.attend(*projected, context, cache, layer_idx, fused_block.rotate)
+        return fused_block.output_and_mlp(attended, hidden, a.o_proj, self.mlp_norm, self.mlp, recompute_mlp)
 
     def _mlp_half(self, hidden: torch.Tensor, recompute: bool) -> torch.Tensor:
         parts = [part for part in (self.mlp_norm, self.mlp, self.mlp_post_norm) if part is not None]

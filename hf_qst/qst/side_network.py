@@ -165,6 +165,9 @@ class SideNetwork(nn.Module):
         count = len(taps)
         recompute = self.checkpointing if cache is None and torch.is_grad_enabled() else False
         side = self.downsample[0].finish(embedding)
+        tables = {}
+        for context in contexts:
+            context.side_tables = tables
         for i, (tapped, context) in enumerate(zip(taps, contexts, strict=True)):
             # Asked here and not in the step: a recomputed step must keep the tensors that it kept the first time.
             fused = self._fuses(i, side)
