@@ -1,7 +1,7 @@
 """The halves of a side block as single autograd nodes, for blocks in the layout that most decoders have.
 
-    q, k, v = N_1(x) W_qkv            norm_linear
-    h = x + a W_o,  y = h + MLP(N_2(h))      output_and_mlp
+    q, k, v = rotated(N_1(x) W_qkv)                    heads
+    h = x + a W_o,   y = h + MLP(N_2(h))               output_and_mlp
 
 A side network is narrow and deep: on a GPU its time is that of starting operations, not of computing them. Written as
 modules, a block starts three times as many, among them a cast of each weight and of its gradient under autocast, and
@@ -41,16 +41,48 @@ def fuses(block: nn.Module, hidden: torch.Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or every_operation_counts() or type(hidden) not in _PLAIN:
         return False
-    dtype = hidden.dtype
     for part in block.fused_parts:
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return False
         if "forward" in part.__dict__:  # accelerate's hooks replace it
             return False
         for parameter in part._parameters.values():
-            if parameter is not None and (type(parameter) not in _PLAIN or parameter.dtype != dtype):
+            if parameter is not None and (type(parameter) not in _PLAIN or parameter.dtype != hidden.dtype):
                 return False
     return True
+
+
+def heads(
+    x: torch.Tensor, norm: nn.Module, layers: list[nn.Linear], head_dim: int, tables: tuple | None
+) -> tuple[torch.Tensor, ...]:
+    """
+    `layer(norm(x))` of the layers for query, key and value, as [batch, seq, heads, head_dim]; keeps x for backward.
+
+    Args:
+        x: [batch, seq, d_s].
+        tables: cos and sin [batch, seq, 1, n], by which the first n channels of queries and keys are rotated.
+    """
+    node = _Heads(norm, layers, head_dim, x)
+    if torch.is_grad_enabled():
+        return _HeadsFunction.apply(x, node, *(tables or (None, None)), *_tensors(norm), *_tensors(*layers))
+    return node.forward(x, tables)[0]
+
+
+def output_and_mlp(
+    attended: torch.Tensor, x: torch.Tensor, output: nn.Linear, norm: nn.Module, mlp: nn.Module, recompute: bool
+) -> torch.Tensor:
+    """
+    `h + mlp(norm(h))` with `h = x + output(attended)`; x [batch, seq, d_s].
+
+    Args:
+        mlp (`SideMLP`)
+        recompute: keep `attended` and `h` alone; else also what the MLP's inner product gave.
+    """
+    node = _OutputAndMLP(output, norm, mlp, x, recompute)
+    if torch.is_grad_enabled():
+        tensors = [*_tensors(output), *_tensors(norm), *_tensors(*node.inner.layers), *_tensors(mlp.down_proj)]
+        return _OutputAndMLPFunction.apply(attended, x, node, *tensors)
+    return node.forward(attended, x)[0]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -70,50 +102,31 @@ class _Rotation(torch.autograd.Function):
         return _turn(grad, *ctx.saved_tensors, -1), None, None
 
 
-def _turn(x, cos, sin, sign: int) -> torch.Tensor:
+def _turn(x, cos, sin, sign: int, out=None) -> torch.Tensor:
     """`(x1 c1 - x2 s1, x2 c2 + x1 s2)`, or with `sign` -1 the transposed map of it."""
-    out, n = torch.empty(x.shape, dtype=x.dtype, device=x.device), cos.shape[-1]
-    half = n // 2
-    first, second = x[..., :half], x[..., half:n]
-    s1, s2 = (sin[..., :half], sin[..., half:])[::sign]
-    torch.mul(first, cos[..., :half], out=out[..., :half]).addcmul_(second, s1, value=-sign)
-    torch.mul(second, cos[..., half:], out=out[..., half:n]).addcmul_(first, s2, value=sign)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    n = cos.shape[-1]
+    (c1, c2), (s1, s2) = cos.chunk(2, -1), sin.chunk(2, -1)[::sign]
+    first, second = x[..., : n // 2], x[..., n // 2 : n]
+    torch.mul(first, c1, out=out[..., : n // 2]).addcmul_(second, s1, value=-sign)
+    torch.mul(second, c2, out=out[..., n // 2 : n]).addcmul_(first, s2, value=sign)
     if n < x.shape[-1]:
         out[..., n:] = x[..., n:]
     return out
 
 
-def norm_linear(x: torch.Tensor, norm: nn.Module, layers: list[nn.Linear]) -> tuple[torch.Tensor, ...]:
-    """`[layer(norm(x)) for layer in layers]` for x [..., dim], keeping x alone for backward."""
-    arguments = x, _Norm(norm), _Products(layers, x), *_tensors(norm), *_tensors(*layers)
-    if torch.is_grad_enabled():
-        return _NormLinear.apply(*arguments)
-    return _norm_linear(*arguments)
-
-
-def output_and_mlp(
-    attended: torch.Tensor, x: torch.Tensor, output: nn.Linear, norm: nn.Module, mlp: nn.Module, recompute: bool
-) -> torch.Tensor:
-    """
-    `h + mlp(norm(h))` with `h = x + output(attended)`; x [batch, seq, d_s].
-
-    Args:
-        mlp (`SideMLP`)
-        recompute: keep `attended` and `h` alone; else also what the MLP's inner product gave.
-    """
-    inner = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
-    half = _Half(
-        _Norm(norm), _Products([output], x), _Products(inner, x), _Products([mlp.down_proj], x), mlp, recompute
-    )
-    arguments = attended, x, half, *_tensors(output), *_tensors(norm), *_tensors(*inner), *_tensors(mlp.down_proj)
-    if torch.is_grad_enabled():
-        return _OutputAndMLP.apply(*arguments)
-    return half.forward(attended, x)[0]
-
-
 def _tensors(*modules: nn.Module) -> list[torch.Tensor | None]:
     """Weight and bias of each: given to a node so that autograd takes their gradients from it."""
     return [tensor for module in modules for tensor in (module.weight, getattr(module, "bias", None))]
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of the products in a block whose parameters have x's dtype: autocast's where that is on."""
+    return autocast_dtype(x.device.type) or x.dtype
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 class _Norm:
@@ -123,7 +136,7 @@ class _Norm:
         self.weight, self.bias, self.eps = module.weight, getattr(module, "bias", None), module.eps
         self.layer = isinstance(module, nn.LayerNorm)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list]:
         """The result, and the statistics that `backward` wants."""
         shape = [x.shape[-1]]
         if self.layer:
@@ -132,11 +145,11 @@ class _Norm:
             y, *stats = _aten._fused_rms_norm(x, shape, self.weight, self.eps)
         else:
             y, stats = F.rms_norm(x, shape, self.weight, self.eps), []
-        return y, tuple(stats)
+        return y, stats
 
     def backward(self, grad, x, stats):
-        """Gradients in x, weight and bias; `grad` in x's dtype."""
-        shape = [x.shape[-1]]
+        """Gradients in x, weight and bias."""
+        grad, shape = grad.to(x.dtype), [x.shape[-1]]
         if self.layer:
             needed = [True, True, self.bias is not None]
             return _aten.native_layer_norm_backward(grad, x, shape, *stats, self.weight, self.bias, needed)
@@ -146,150 +159,202 @@ class _Norm:
         g, x_wide = grad.to(wide), x.to(wide)
         rstd = (x_wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         normal = x_wide * rstd
-        grad_weight = (g * normal).sum(0)
+        of_weight = (g * normal).sum(0)
         g = g * self.weight
         dx = rstd * (g - normal * (g * normal).mean(-1, keepdim=True))
-        return dx.to(x.dtype), grad_weight.to(self.weight.dtype), None
+        return dx.to(x.dtype), of_weight.to(self.weight.dtype), None
 
 
 class _Products:
-    """Several linear layers of one input, in the dtype that autocast asks for: one product where their weights have to
-    be cast in any case, else one each."""
+    """Linear layers of one input, in the dtype that autocast asks for: one product where their weights have to be cast
+    in any case, else one each."""
 
     def __init__(self, layers: list[nn.Linear], x: torch.Tensor):
         self.layers = layers
-        self.dtype = autocast_dtype(x.device.type) or layers[0].weight.dtype
+        self.dtype = product_dtype(x)
         self.sizes = [layer.weight.shape[0] for layer in layers]
         self.packed = layers[0].weight.dtype != self.dtype
 
-    def weights(self) -> list[torch.Tensor]:
-        """One matrix of all the layers' rows, or theirs."""
-        own = [layer.weight.detach() for layer in self.layers]
-        if not self.packed:
-            return own
-        packed = torch.empty(sum(self.sizes), own[0].shape[1], dtype=self.dtype, device=own[0].device)
-        torch._foreach_copy_(list(packed.split(self.sizes)), own)
-        return [packed]
-
     def forward(self, rows: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs [rows, size] of each layer."""
+        """Outputs [rows, size] of each layer, or their columns side by side where one matrix holds the weights."""
         outputs = [torch.mm(rows, weight.t()) for weight in weights]
-        if self.packed:
-            outputs = list(outputs[0].split(self.sizes, -1))
-        for layer, output in zip(self.layers, outputs, strict=True):
+        for layer, output in zip(self.layers, self.split(outputs), strict=True):
             if layer.bias is not None:
                 output += layer.bias
         return outputs
 
-    def backward(self, grads: list[torch.Tensor], rows: torch.Tensor, weights: list[torch.Tensor], needs_rows=True):
-        """The gradient in `rows`, and those of each layer's weight and bias, in turn."""
-        grads = [grad.reshape(-1, size).to(self.dtype) for grad, size in zip(grads, self.sizes, strict=True)]
-        if self.packed:
-            grads = [torch.cat(grads, 1) if len(grads) > 1 else grads[0]]
+    def split(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """By layer, views of what `forward` gave."""
+        return list(outputs[0].split(self.sizes, -1)) if self.packed else outputs
+
+    def backward(self, grads: list[torch.Tensor], rows: torch.Tensor, weights: list[torch.Tensor]):
+        """The gradient in `rows`, and those of each layer's weight and bias, in turn; `grads` as `forward` gave."""
         total = None
-        for grad, weight in zip(grads, weights, strict=True) if needs_rows else ():
+        for grad, weight in zip(grads, weights, strict=True):
             total = torch.mm(grad, weight) if total is None else total.addmm_(grad, weight)
-        of_weights = [_product(grad.t(), rows, self.layers[0].weight.dtype) for grad in grads]
+        dtype = self.layers[0].weight.dtype
+        of_weights = [product(grad.t(), rows, dtype) for grad in grads]
         if self.packed:
-            of_weights, grads = of_weights[0].split(self.sizes), grads[0].split(self.sizes, -1)
+            of_weights = of_weights[0].split(self.sizes)
         of_layers = []
-        for layer, of_weight, grad in zip(self.layers, of_weights, grads, strict=True):
+        for layer, of_weight, grad in zip(self.layers, of_weights, self.split(grads), strict=True):
             of_layers += [of_weight, None if layer.bias is None else grad.sum(0, dtype=layer.bias.dtype)]
         return total, of_layers
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`a @ b` in `dtype`, without a copy in between where the device can."""
+def _cast_weights(*groups: _Products) -> list[list[torch.Tensor]]:
+    """The matrices of each group: one of all its rows in the dtype of the product, or the layers' own."""
+    own = [[layer.weight.detach() for layer in group.layers] for group in groups]
+    if not groups[0].packed:
+        return own
+    matrices, views = [], []
+    for group, weights in zip(groups, own, strict=True):
+        matrix = torch.empty(sum(group.sizes), weights[0].shape[1], dtype=group.dtype, device=weights[0].device)
+        matrices.append([matrix])
+        views += matrix.split(group.sizes)
+    torch._foreach_copy_(views, [weight for weights in own for weight in weights])
+    return matrices
+
+
+def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`a @ b` in `dtype`, without a rounded copy in between where the device can."""
     if a.dtype == dtype or not a.is_cuda or dtype != torch.float32:
         return torch.mm(a, b).to(dtype)
     return torch.mm(a, b, out_dtype=dtype)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
+class _Heads:
+    """The first half of a block, up to the attention."""
+
+    def __init__(self, norm: nn.Module, layers: list[nn.Linear], head_dim: int, x: torch.Tensor):
+        self.norm, self.products, self.head_dim = _Norm(norm), _Products(layers, x), head_dim
+        self.shape = x.shape
+
+    def forward(self, x: torch.Tensor, tables: tuple | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Query, key and value, and the weights that were used."""
+        with torch.autocast(x.device.type, enabled=False):
+            (weights,) = _cast_weights(self.products)
+            normal, _ = self.norm.forward(_rows(x))
+            outputs = self.products.forward(normal.to(self.products.dtype), weights)
+            if tables is None:
+                return [self.by_head(part) for part in self.products.split(outputs)], weights
+            query, key, value = self.products.split(outputs)
+            if self.products.packed:  # side by side: rotated at once
+                turned = _turn(self.by_head(outputs[0][:, : -value.shape[1]]), *tables, 1)
+                query, key = turned.split([part.shape[1] // self.head_dim for part in (query, key)], 2)
+            else:
+                query, key = (_turn(self.by_head(part), *tables, 1) for part in (query, key))
+            return [query, key, self.by_head(value)], weights
+
+    def by_head(self, part: torch.Tensor) -> torch.Tensor:
+        return part.view(*self.shape[:-1], -1, self.head_dim)
+
+    def backward(self, grads: list[torch.Tensor], x, weights, tables):
+        """Gradients in x and in the parameters, in the order of the call."""
+        products, rows = self.products, _rows(x)
+        grads = [grad.reshape(-1, size) for grad, size in zip(grads, products.sizes, strict=True)]
+        if products.packed:
+            grads = [torch.cat(grads, 1)]
+        if tables is not None:
+            if products.packed:
+                turned, values = torch.empty_like(grads[0]), -products.sizes[2]
+                _turn(self.by_head(grads[0][:, :values]), *tables, -1, self.by_head(turned[:, :values]))
+                turned[:, values:] = grads[0][:, values:]
+                grads = [turned]
+            else:
+                grads[:2] = [_rows(_turn(self.by_head(grad), *tables, -1).flatten(-2)) for grad in grads[:2]]
+        normal, stats = self.norm.forward(rows)
+        of_normal, of_layers = products.backward(grads, normal.to(products.dtype), weights)
+        dx, *of_norm = self.norm.backward(of_normal, rows, stats)
+        return dx.view(x.shape), [*of_norm, *of_layers]
 
 
-def _norm_linear(x, norm, products, *_):
-    with torch.autocast(x.device.type, enabled=False):
-        normal, _ = norm.forward(_rows(x))
-        outputs = products.forward(normal.to(products.dtype), products.weights())
-    return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
-
-
-class _NormLinear(torch.autograd.Function):
+class _HeadsFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm, products, *tensors):
-        ctx.norm, ctx.products = norm, products
-        ctx.save_for_backward(x, *tensors)
-        return _norm_linear(x, norm, products)
+    def forward(ctx, x, node: _Heads, cos, sin, *tensors):
+        tables = None if cos is None else (cos, sin)
+        outputs, weights = node.forward(x, tables)
+        ctx.node, ctx.packed = node, len(weights) if node.products.packed else 0
+        ctx.save_for_backward(x, cos, sin, *weights[: ctx.packed], *tensors)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        x, *_ = ctx.saved_tensors
-        rows = _rows(x)
+        x, cos, sin, *rest = ctx.saved_tensors
+        node, tensors = ctx.node, rest[ctx.packed :]
+        weights = rest[: ctx.packed] or [tensors[2 + 2 * i].detach() for i in range(len(node.products.layers))]
         with torch.autocast(x.device.type, enabled=False):
-            normal, stats = ctx.norm.forward(rows)
-            grad, of_layers = ctx.products.backward(grads, normal.to(ctx.products.dtype), ctx.products.weights())
-            dx, *of_norm = ctx.norm.backward(grad.to(rows.dtype), rows, stats)
-        return dx.view(x.shape), None, None, *of_norm, *of_layers
+            dx, of_parameters = node.backward(grads, x, weights, None if cos is None else (cos, sin))
+        return dx, None, None, None, *of_parameters
 
 
-class _Half:
-    """The second half of a block."""
+class _OutputAndMLP:
+    """The second half of a block, from the attention's result on."""
 
-    def __init__(self, norm, output: _Products, inner: _Products, down: _Products, mlp, recompute: bool):
-        self.norm, self.output, self.inner, self.down, self.recompute = norm, output, inner, down, recompute
+    def __init__(self, output: nn.Linear, norm: nn.Module, mlp: nn.Module, x: torch.Tensor, recompute: bool):
+        self.norm, self.recompute = _Norm(norm), recompute
+        self.output, self.down = _Products([output], x), _Products([mlp.down_proj], x)
+        self.inner = _Products([part for part in (mlp.gate_proj, mlp.up_proj) if part is not None], x)
+        self.groups = self.output, self.inner, self.down
         self.activate, self.activate_backward = ACTIVATIONS[mlp.activation_name]
 
     def forward(self, attended, x):
-        """The result, `h` [rows, d_s] and the products inside the MLP."""
+        """The result, `h` [rows, d_s], the products inside the MLP and the weights that were used."""
         with torch.autocast(x.device.type, enabled=False):
-            (added,) = self.output.forward(_rows(attended).to(self.output.dtype), self.output.weights())
+            weights = _cast_weights(*self.groups)
+            (added,) = self.output.forward(_rows(attended).to(self.output.dtype), weights[0])
             h = _rows(x) + added
             normal, _ = self.norm.forward(h)
-            inside = self.inner.forward(normal.to(self.inner.dtype), self.inner.weights())
-            (y,) = self.down.forward(self.gated(inside), self.down.weights())
-            return (h + y).view(x.shape), h, inside
+            inside = self.inner.forward(normal.to(self.inner.dtype), weights[1])
+            (y,) = self.down.forward(self.gated(inside), weights[2])
+            return (h + y).view(x.shape), h, inside, weights
 
     def gated(self, inside: list[torch.Tensor]) -> torch.Tensor:
-        active = self.activate(inside[0])
-        return active if len(inside) == 1 else active.mul_(inside[1])
+        gate, *up = self.inner.split(inside)
+        return self.activate(gate).mul_(up[0]) if up else self.activate(gate)
 
-    def backward(self, grad, attended, h, inside):
+    def gated_backward(self, grad, inside: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients in the products inside the MLP, laid out as these are."""
+        gate, *up = self.inner.split(inside)
+        if not up:
+            return [self.activate_backward(grad, gate)]
+        of_gate, of_up = self.activate_backward(grad * up[0], gate), grad * self.activate(gate)
+        return [torch.cat((of_gate, of_up), 1)] if self.inner.packed else [of_gate, of_up]
+
+    def backward(self, grad, attended, h, inside, weights):
         """Gradients in `attended`, `x`, and the parameters in the order of the call."""
-        grad = grad.reshape(-1, grad.shape[-1])
+        grad = _rows(grad)
         normal, stats = self.norm.forward(h)
         normal = normal.to(self.inner.dtype)
-        if inside is None:
-            inside = self.inner.forward(normal, self.inner.weights())
-        of_gated, of_down = self.down.backward([grad], self.gated(inside), self.down.weights())
-        if len(inside) == 1:
-            of_inside = [self.activate_backward(of_gated, inside[0])]
-        else:
-            gate, up = inside
-            of_inside = [self.activate_backward(of_gated * up, gate), of_gated * self.activate(gate)]
-        of_normal, of_inner = self.inner.backward(of_inside, normal, self.inner.weights())
-        of_h, *of_norm = self.norm.backward(of_normal.to(h.dtype), h, stats)
+        inside = inside or self.inner.forward(normal, weights[1])
+        of_gated, of_down = self.down.backward([grad.to(self.down.dtype)], self.gated(inside), weights[2])
+        of_normal, of_inner = self.inner.backward(self.gated_backward(of_gated, inside), normal, weights[1])
+        of_h, *of_norm = self.norm.backward(of_normal, h, stats)
         of_h = of_h + grad
         rows = _rows(attended).to(self.output.dtype)
-        of_rows, of_output = self.output.backward([of_h], rows, self.output.weights())
+        of_rows, of_output = self.output.backward([of_h.to(self.output.dtype)], rows, weights[0])
         return of_rows.to(attended.dtype).view(attended.shape), of_h, [*of_output, *of_norm, *of_inner, *of_down]
 
 
-class _OutputAndMLP(torch.autograd.Function):
+class _OutputAndMLPFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attended, x, half, *tensors):
-        y, h, inside = half.forward(attended, x)
-        ctx.half, ctx.shape = half, x.shape
-        ctx.save_for_backward(attended, h, *([] if half.recompute else inside), *tensors)
-        ctx.inside = 0 if half.recompute else len(inside)
+    def forward(ctx, attended, x, node: _OutputAndMLP, *tensors):
+        y, h, inside, weights = node.forward(attended, x)
+        kept = [] if node.recompute else inside
+        packed = [matrix for (matrix,) in weights] if node.inner.packed else []
+        ctx.node, ctx.shape, ctx.inside, ctx.packed = node, x.shape, len(kept), len(packed)
+        ctx.save_for_backward(attended, h, *kept, *packed, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         attended, h, *rest = ctx.saved_tensors
+        inside, rest = rest[: ctx.inside], rest[ctx.inside :]
+        packed, tensors = rest[: ctx.packed], rest[ctx.packed :]
+        matrices = iter(packed or [t.detach() for t in (tensors[0], *tensors[4::2])])
+        weights = [[next(matrices) for _ in range(1 if packed else len(g.layers))] for g in ctx.node.groups]
         with torch.autocast(h.device.type, enabled=False):
-            of_attended, of_x, of_parameters = ctx.half.backward(grad, attended, h, rest[: ctx.inside] or None)
+            of_attended, of_x, of_parameters = ctx.node.backward(grad, attended, h, inside, weights)
         return of_attended, of_x.view(ctx.shape), None, *of_parameters

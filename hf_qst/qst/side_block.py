@@ -34,12 +34,12 @@ class BlockContext:
     # Rotary tables at the side network's size, kept for the other blocks of the same forward.
     side_tables: dict = field(default_factory=dict)
 
-    def rotary(self, rotary_dim: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [batch, seq, 1, rotary_dim] on the device and in the dtype of `like`."""
-        key = id(self.position_embeddings), like.device, like.dtype
+    def rotary(self, rotary_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [batch, seq, 1, rotary_dim]."""
+        key = id(self.position_embeddings), device, dtype
         if torch.compiler.is_compiling() or key not in self.side_tables:
             tables = side_rotary(self.position_embeddings, rotary_dim)
-            tables = tuple(table.to(like.device, like.dtype).unsqueeze(2) for table in tables)
+            tables = tuple(table.to(device, dtype).unsqueeze(2) for table in tables)
             if torch.compiler.is_compiling():
                 return tables
             self.side_tables[key] = tables
@@ -147,22 +147,19 @@ class SideAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, context: BlockContext, cache=None, layer_idx: int = 0) -> torch.Tensor:
         """[batch, seq, d_s] -> [batch, seq, d_s]; `layer_idx` is this block's layer in `cache`."""
-        projected = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
-        return self.o_proj(self.attend(*projected, context, cache, layer_idx, _rotate))
-
-    def attend(self, query, key, value, context: BlockContext, cache, layer_idx: int, rotate) -> torch.Tensor:
-        """What the heads make of query, key and value [batch, seq, heads * head_dim], before the output projection.
-
-        Args:
-            rotate: `_rotate`, or a faster function that does the same.
-        """
-        shape = (*query.shape[:-1], -1, self.spec.head_dim)
-        query, key, value = query.view(shape), key.view(shape), value.view(shape)
+        query, key, value = (
+            layer(hidden).unflatten(-1, (-1, self.spec.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None:
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         if self.spec.rotary_dim:
-            cos, sin = context.rotary(self.spec.rotary_dim, query)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            tables = context.rotary(self.spec.rotary_dim, query.device, query.dtype)
+            query, key = _rotate(query, *tables), _rotate(key, *tables)
+        return self.o_proj(self.attend(query, key, value, context, cache, layer_idx))
+
+    def attend(self, query, key, value, context: BlockContext, cache, layer_idx: int) -> torch.Tensor:
+        """What the heads make of query, key and value [batch, seq, heads, head_dim], before the output projection."""
+        shape = (*query.shape[:-2], -1)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, layer_idx)
@@ -189,7 +186,7 @@ class SideAttention(nn.Module):
             sliding_window=self.sliding_window,
             **context.attention_kwargs,
         )
-        return output.reshape(*shape[:-2], -1).to(result_dtype)
+        return output.reshape(shape).to(result_dtype)
 
 
 class SideMLP(nn.Module):
@@ -278,9 +275,18 @@ class SideBlock(nn.Module):
 
     def _fused(self, hidden, context: BlockContext, cache, layer_idx: int, recompute_mlp: bool) -> torch.Tensor:
         """The same function in three autograd nodes beside the attention's own."""
-        a = self.attention
-        projected = fused_block.norm_linear(hidden, self.attention_norm, [a.q_proj, a.k_proj, a.v_proj])
-        attended = a.attend(*projected, context, cache, layer_idx, fused_block.rotate)
+        a, spec, tables = self.attention, self.attention.spec, None
+        layers = [a.q_proj, a.k_proj, a.v_proj]
+        if spec.rotary_dim:
+            tables = context.rotary(spec.rotary_dim, hidden.device, fused_block.product_dtype(hidden))
+        # A norm of each head stands between its projection and its rotation.
+        inside = None if spec.qk_norm else tables
+        query, key, value = fused_block.heads(hidden, self.attention_norm, layers, spec.head_dim, inside)
+        if spec.qk_norm:
+            query, key = a.q_norm(query).to(value.dtype), a.k_norm(key).to(value.dtype)
+            if tables is not None:
+                query, key = fused_block.rotate(query, *tables), fused_block.rotate(key, *tables)
+        attended = a.attend(query, key, value, context, cache, layer_idx)
         return fused_block.output_and_mlp(attended, hidden, a.o_proj, self.mlp_norm, self.mlp, recompute_mlp)
 
     def _mlp_half(self, hidden: torch.Tensor, recompute: bool) -> torch.Tensor:

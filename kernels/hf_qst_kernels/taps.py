@@ -286,9 +286,9 @@ def _tap_linear_grad_weight(
     sum_dtype = torch.promote_types(grad_y.dtype, torch.float32)
     # CPUs without half precision units multiply half precision matrices many times slower than float32 ones
     gemm_dtype = sum_dtype if grad_y.device.type == "cpu" else grad_y.dtype
-    total = torch.zeros(out_dim, dim, dtype=sum_dtype, device=grad_y.device)
     if grad_y.numel() == 0 or kept.numel() == 0:
-        return total.to(weight_dtype)
+        return torch.zeros(out_dim, dim, dtype=weight_dtype, device=grad_y.device)
+    total = None
     dy = grad_y.reshape(-1, out_dim)
     rows = kept.reshape(-1, dim)
     row_scales = None if scales is None else scales.view(rows.shape[0], -1)
@@ -306,9 +306,10 @@ def _tap_linear_grad_weight(
                 part = buffer[: part.shape[0]].copy_(part)
             dy_part = dy[start : start + chunk].to(gemm_dtype)
             if gemm_dtype == sum_dtype:
-                total.addmm_(dy_part.t(), part)
+                total = torch.mm(dy_part.t(), part) if total is None else total.addmm_(dy_part.t(), part)
             else:
-                total.add_(torch.mm(dy_part.t(), part))
+                added = torch.mm(dy_part.t(), part, out_dtype=sum_dtype)
+                total = added if total is None else total.add_(added)
         if center is not None:
             total.addr_(dy.sum(0, dtype=sum_dtype), center.to(sum_dtype), alpha=-1)
     return total.to(weight_dtype)
