@@ -29,30 +29,32 @@ def make(dtype=torch.float64, **changes) -> SideBlock:
     return block.to(dtype)
 
 
-def context(rotary_dim: int, dtype: torch.dtype) -> BlockContext:
+def context(rotary_dim: int, dtype: torch.dtype, device="cpu") -> BlockContext:
     """Rotary tables whose halves agree, as those of every supported base."""
     if not rotary_dim:
         return BlockContext()
     angles = torch.linspace(-3, 3, SHAPE[0] * SHAPE[1] * rotary_dim // 2).view(*SHAPE[:2], -1).repeat(1, 1, 2)
-    return BlockContext(position_embeddings=(angles.cos().to(dtype), angles.sin().to(dtype)))
+    return BlockContext(position_embeddings=(angles.cos().to(device, dtype), angles.sin().to(device, dtype)))
 
 
 def results(block, fused: bool, monkeypatch, recompute=False, autocast=False) -> list[torch.Tensor]:
     """Output, the gradient in the input, and those of the parameters."""
     dtype = next(block.parameters()).dtype
+    device = next(block.parameters()).device
     block.zero_grad()
     torch.manual_seed(1)
-    x = torch.randn(SHAPE, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(SHAPE, dtype=torch.float64).to(dtype)
+    x = torch.randn(SHAPE, dtype=torch.float64).to(device, dtype).requires_grad_()
+    weight = torch.randn(SHAPE, dtype=torch.float64).to(device, dtype)
     if fused:
         assert fused_block.fuses(block, x)
     with monkeypatch.context() as patch:
         if not fused:
             patch.setattr(fused_block, "fuses", lambda *_: False)
-        with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
-            y = block(x, context(block.attention.spec.rotary_dim, dtype), recompute_mlp=recompute)
+        given = context(block.attention.spec.rotary_dim, dtype, device)
+        with torch.autocast(device.type, dtype=torch.bfloat16) if autocast else nullcontext():
+            y = block(x, given, recompute_mlp=recompute)
         (y * weight).sum().backward()
-    return [y.detach(), x.grad, *(parameter.grad for parameter in block.parameters())]
+    return [t.cpu() for t in (y.detach(), x.grad, *(parameter.grad for parameter in block.parameters()))]
 
 
 LAYOUTS = [
@@ -152,3 +154,16 @@ def test_one_step_of_a_copy_moves_only_the_copy():
             parameter.data.mul_(2)
         after = block(x, context(16, torch.float32))
     assert not torch.equal(before, after)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_on_cuda_as_near_the_exact_result_as_the_modules(norm, autocast, monkeypatch):
+    exact = results(make(norm=norm), False, monkeypatch)
+    block = make(torch.float32, norm=norm).cuda()
+    fused, modules = (results(block, way, monkeypatch, True, autocast) for way in (True, False))
+    total = sum(t.norm() for t in exact).item()
+    for e, ours, theirs in zip(exact, fused, modules, strict=True):
+        assert (ours - e).norm() <= 1.5 * (theirs - e).norm() + 1e-5 * total
