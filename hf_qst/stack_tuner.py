@@ -52,7 +52,16 @@ class StackLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     def update_layer(self, adapter_name: str, network: nn.Module, inference_mode: bool) -> None:
-        """Add a network under this name."""
+        """Add a network under this name.
+
+        Raises:
+            ValueError: a part of the network has this name: PEFT finds the tensors of other adapters by names in keys.
+        """
+        if adapter_name in {part for name, _ in network.named_parameters() for part in name.split(".")}:
+            raise ValueError(
+                f"adapter_name must be none of the names of {self.method}'s own modules, got {adapter_name!r}: PEFT would "
+                "leave tensors of other adapters out when it saves them"
+            )
         self.networks[adapter_name] = network
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 
@@ -186,7 +195,19 @@ class StackTuner(BaseTuner):
         except Exception:
             # The name of a refused adapter stays free, also where the dictionary is that of another method's adapters.
             self.peft_config.pop(adapter_name, None)
+            self._remove_network(adapter_name)
             raise
+
+    def _remove_network(self, adapter_name: str) -> None:
+        """Take the network of an adapter out, and with the last one the layer."""
+        layers = [(path, m) for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)]
+        for path, layer in layers:
+            if adapter_name in layer.networks:
+                del layer.networks[adapter_name]
+            if not layer.networks:
+                layer.remove_hooks()
+                parent, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, layer.base_layer)
 
     def _check_new_adapter_config(self, config) -> None:
         super()._check_new_adapter_config(config)
