@@ -6,6 +6,7 @@ from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.frozen_head import FrozenHeadLoss
 from hf_qst.packed_weights import keep_packed_weights
 from hf_qst.qst.calibrate import fit_principal
+from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.side_network import SideNetwork
 from hf_qst.stack_tuner import StackTuner
@@ -42,6 +43,7 @@ class QSTModel(StackTuner):
             loss = FrozenHeadLoss(layer.active_network)
             layer.hook_handles += loss.install(self.model)
             layer.hook_handles += keep_packed_weights(target)
+            layer.hook_handles.append(RefuseContinuousBatching(self.model, layer))
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, network, peft_config.inference_mode)
         layer.train(self.model.training)
