@@ -209,15 +209,6 @@ class StackTuner(BaseTuner):
                 parent, _, name = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), name, layer.base_layer)
 
-    def _check_new_adapter_config(self, config) -> None:
-        super()._check_new_adapter_config(config)
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, self.tuner_layer_cls):
-                raise ValueError(
-                    f"{self.tuner_layer_cls.alone} The model has {type(module).__name__} adapters: merge or unload them "
-                    "first."
-                )
-
     def _prepare_adapter_config(self, peft_config, model_config):
         stack = find_decoder_stack(self.model)
         self._check_stack(peft_config, stack)
@@ -227,7 +218,7 @@ class StackTuner(BaseTuner):
         dropout = _dropout_rates(stack.module.config)
         if dropout and not peft_config.inference_mode:
             logger.warning(
-                "%s runs the base in evaluation mode, also while training: its %s has no effect",
+                "%s runs the base in evaluation mode, also while training: its %s has no effect in it",
                 self.tuner_layer_cls.method,
                 ", ".join(f"{name}={rate}" for name, rate in dropout.items()),
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+
 from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.frozen_head import FrozenHeadLoss
 from hf_qst.packed_weights import keep_packed_weights
@@ -31,6 +33,14 @@ class QSTModel(StackTuner):
                 raise ValueError(
                     f"QSTConfig.modules_to_save names {wanted!r}, which lies inside the frozen base: nothing is "
                     "back-propagated there. Only modules after the decoder stack, such as the head, can be trained."
+                )
+
+    def _check_new_adapter_config(self, config) -> None:
+        super()._check_new_adapter_config(config)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, QSTLayer):
+                raise ValueError(
+                    f"{QSTLayer.alone} The model has adapters of type {type(module).__name__}: merge or unload them first."
                 )
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):

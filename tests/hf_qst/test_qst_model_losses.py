@@ -28,7 +28,9 @@ def shifted(labels, ignore_index=-100):
 
 def cross_entropy(logits, labels, ignore_index=-100, **settings):
     labels = shifted(labels, ignore_index).flatten()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), labels, ignore_index=ignore_index, **settings)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).double(), labels, ignore_index=ignore_index, **settings
+    )
 
 
 CALLS = {
