@@ -7,9 +7,11 @@ import threading
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from hf_qst.decoder_stack import DecoderStack
 from hf_qst.frozen_head import LOSS_REQUEST
+from hf_qst.qst import continuous_batching
 from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork
@@ -103,6 +105,7 @@ class QSTLayer(StackLayer):
 
     adapter_layer_names = ("qst_net",)
     method = "QST"
+    alone = "QST runs its base without gradients, so other adapters in it could not be trained."
 
     def __init__(self, base_layer: nn.Module, stack: DecoderStack):
         super().__init__(base_layer)
@@ -115,6 +118,8 @@ class QSTLayer(StackLayer):
 
     def forward(self, *args, **kwargs):
         request = kwargs.pop(LOSS_REQUEST, None)
+        if request is not None and request.hidden is not None:
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=request.hidden)
         network = self.active_network()
         if network is None:
             output = self.base_layer(*args, **kwargs)
@@ -125,6 +130,9 @@ class QSTLayer(StackLayer):
         return output
 
     def _side_tuned(self, network: SideNetwork, kwargs: dict):
+        if kwargs.get("cache") is not None:
+            # An attention implementation's own cache, which transformers hands through to each attention.
+            raise NotImplementedError(continuous_batching.MESSAGE)
         config = self.base_layer.config
         cache = kwargs.get("past_key_values")
         if kwargs["use_cache"] or cache is not None:
@@ -142,9 +150,7 @@ class QSTLayer(StackLayer):
         return with_last_hidden_state(output, network.mix(base, side.to(base.device)))
 
     def train(self, mode: bool = True):
-        """Training mode for the side networks; the base is always in eval mode."""
         super().train(mode)
-        self.base_layer.eval()
         if mode:
             for module in self.qst_net.modules():
                 if hasattr(module, "restore"):
