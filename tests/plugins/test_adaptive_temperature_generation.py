@@ -355,7 +355,7 @@ def test_a_config_by_position_that_is_greedy_stays_greedy(model, made, inputs, c
 def test_an_argument_given_twice_is_refused_as_generate_does(model, made, inputs):
     install_adaptive_temperature(model, made)
     config = GenerationConfig(do_sample=True, max_new_tokens=4)
-    with pytest.raises(TypeError, match="multiple values.*generation_config"):
+    with pytest.raises(TypeError, match=r"multiple values.*generation_config"):
         model.generate(inputs["input_ids"], config, generation_config=config)
 
 
