@@ -30,7 +30,7 @@ from hf_qst.packed_weights import forbid_packing_of_odd_shapes
 from hf_qst.registration import IMPORT_REMINDER
 from hf_qst.reshaped_models.folder import check_folder, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
-from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised
+from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
 
 PLAIN_MODEL_TYPE = "hf_qst_reshaped"
 """What folders say that were saved before the name held the reminder."""
@@ -128,6 +128,7 @@ class ReshapedModel:
         _require_saved_class(cls, config)
         if source is not None:  # without one, the tensors come with the call (`state_dict=`)
             tensors = check_folder(os.fspath(source), config.reshaped_modules, **hub)
+            _require_base_name(cls, config, tensors)
             leave_new_heads_unquantised(cls, config, tensors)
         config.transformers_weights = None
         model, loading_info = super().from_pretrained(
@@ -138,6 +139,7 @@ class ReshapedModel:
                 vars(module.config).pop("transformers_weights", None)
         _require_loaded(model, loading_info["missing_keys"])
         forbid_packing_of_odd_shapes(model)
+        save_as_loaded(model)
         return (model, loading_info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
@@ -293,6 +295,22 @@ def _pass_over_in_initialisation(base: nn.Module, parent: str) -> None:
 
 def _depth(path: str) -> int:
     return path.count(".")
+
+
+def _require_base_name(model_class: type[PreTrainedModel], config: ReshapedConfig, tensors: set[str]) -> None:
+    """A class that calls its base model otherwise would find none of the tensors.
+
+    Raises:
+        CheckpointError: naming both names.
+    """
+    own = f"{model_class.base_model_prefix}."
+    inside = tuple(f"{path}." for path in config.reshaped_modules)
+    found = {name.partition(".")[0] for name in tensors if name.partition(".")[2].startswith(inside)}
+    if found and not any(name.startswith((own, *inside)) for name in tensors):
+        raise CheckpointError(
+            f"the files call the base model {min(found)!r}, {model_class.__name__} calls it "
+            f"{model_class.base_model_prefix!r} and would start from random values"
+        )
 
 
 def _require_loaded(model: PreTrainedModel, missing: set[str]) -> None:

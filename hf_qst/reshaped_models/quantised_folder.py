@@ -1,4 +1,4 @@
-"""Folders whose weights are quantised by bitsandbytes, loaded as a class with another head than the one saved."""
+"""Folders whose weights are quantised by bitsandbytes: loaded with another head than the one saved, and saved again."""
 
 from __future__ import annotations
 
@@ -42,9 +42,31 @@ def leave_new_heads_unquantised(
         return
     skipped = values.get(_SKIPPED)
     skipped = get_keys_to_not_convert(twin) if skipped is None else skipped
+    names = sorted({*skipped, *new})
     settings = copy.copy(settings)
     if isinstance(settings, dict):
-        settings[_SKIPPED] = [*skipped, *new]
+        settings[_SKIPPED] = names
     else:
-        setattr(settings, _SKIPPED, [*skipped, *new])
+        setattr(settings, _SKIPPED, names)
     config.quantization_config = settings
+
+
+def save_as_loaded(model: PreTrainedModel) -> None:
+    """Let a model with 4-bit weights from a 4-bit folder be saved again.
+
+    transformers tries to undo on saving what joined the weights with their scales on loading, and cannot; the layers save
+    both by themselves.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    quantizer = getattr(model, "hf_quantizer", None)
+    of_quantizer = {
+        type(operation)
+        for conversion in (quantizer.get_weight_conversions() if quantizer is not None else ())
+        for operation in getattr(conversion, "operations", ())
+    }
+    if of_quantizer:
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not of_quantizer & {type(operation) for operation in getattr(conversion, "operations", ())}
+        ]
