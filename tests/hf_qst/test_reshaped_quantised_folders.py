@@ -53,7 +53,7 @@ def test_a_new_head_is_in_floating_point_trains_and_reloads(folder, auto, tmp_pa
     model.save_pretrained(tmp_path)
     again = auto.from_pretrained(tmp_path)
     assert type(again.score) is nn.Linear and torch.equal(again(IDS).logits, model(IDS).logits)
-    kinds = [[type(m) for m in part.model.modules()] for part in (again, model, base)]
+    kinds = [[type(m) for m in part.model.layers.modules()] for part in (again, model, base)]
     assert kinds[0] == kinds[1] == kinds[2]
 
 

@@ -382,7 +382,7 @@ def test_vllm_adapter_follows_its_batch(adapter):
     processor.update_state(BatchUpdate(2, removed=[1], moved=[(2, 1, MoveDirectionality.UNIDIRECTIONAL)]))
     assert given(processor, 2) == pytest.approx([1.5, 0.8])
     bad = SimpleNamespace(extra_args={"temperature": 0})
-    with pytest.raises(ValueError, match="temperature must be a finite number above 0"):
+    with pytest.raises(ValueError, match=r"extra_args\['temperature'\] must be a finite number above 0"):
         processor.update_state(BatchUpdate(3, added=[(2, bad, [], [])]))
 
 
