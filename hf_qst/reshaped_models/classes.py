@@ -24,6 +24,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from hf_qst.manifest import CheckpointError
 from hf_qst.packed_weights import forbid_packing_of_odd_shapes
@@ -321,35 +322,50 @@ def _require_loaded(model: PreTrainedModel, missing: set[str]) -> None:
         raise CheckpointError(f"tensor {lost[0]!r} is in none of the model's files ({len(lost)} such tensors)")
 
 
-def _require_tensors(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
-    """Compare the tensors of `model` with those of `model_class(config)`, which takes no memory."""
-    with torch.device("meta"):
-        twin = model_class(copy.deepcopy(config))
+def _require_rebuilt(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
+    """Compare `model` with `model_class(config)`, which takes no memory: what a saved folder would come back as."""
+    try:
+        with torch.device("meta"):
+            twin = model_class(copy.deepcopy(config))
+    except TypeError as error:
+        raise ReshapedModelError(
+            f"{model_class.__name__.removeprefix(CLASS_PREFIX)} cannot be built from its config alone, as from_pretrained "
+            f"does: {error}"
+        ) from error
+    if getattr(model, "hf_quantizer", None) is None:  # packed weights have shapes of their own
+        _require_tensors(model, twin)
+    _require_classes(model, twin)
+
+
+def _require_tensors(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     expected = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             raise ReshapedModelError(
-                f"tensor {name!r} of the model has shape {found.get(name)}, {model_class.__name__} built from its "
+                f"tensor {name!r} of the model has shape {found.get(name)}, {type(twin).__name__} built from its "
                 f"config has {expected.get(name)}"
             )
-    _require_classes(model, twin)
 
 
 def _require_classes(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     """Compare what computes with the tensors: a module of another class would come back as the architecture's."""
-    described = tuple(f"{path}." for path in getattr(model.config, "reshaped_modules", ()))
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    inside = tuple(f"{path}." for path in getattr(twin.config, "reshaped_modules", ()))
+    prefix = "" if twin.base_model is twin else f"{twin.base_model_prefix}."
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    modules = dict(model.named_modules())
     for name, expected in twin.named_modules():
-        if f"{name.removeprefix(prefix)}.".startswith(described):
+        if not name or f"{name.removeprefix(prefix)}.".startswith(inside):
+            continue  # the model's own class is about to change; a kind answers for what is inside its modules
+        if quantised and isinstance(expected, (nn.Linear, Conv1D)):
             continue
-        found = model.get_submodule(name)
-        classes = [getattr(type(module), "plain_class", type(module)) for module in (found, expected)]
-        if name and classes[0] is not classes[1]:
+        found, wanted = (getattr(kind, "plain_class", kind) for kind in (type(modules.get(name)), type(expected)))
+        if found is not wanted:
             raise ReshapedModelError(
-                f"module {name!r} of the model is of class {classes[0].__name__}, {type(twin).__name__} built from its "
-                f"config has {classes[1].__name__} there, so a saved model would compute something else; make it in the "
-                f"__init__ of a subclass of {type(twin).__name__.removeprefix(CLASS_PREFIX)}"
+                f"module {name!r} of the model is of class {found.__module__}.{found.__qualname__}, "
+                f"{type(twin).__name__} built from its config has {wanted.__module__}.{wanted.__qualname__} there, so a "
+                "saved model would compute something else; make the module in the __init__ of a subclass of "
+                f"{type(twin).__name__.removeprefix(CLASS_PREFIX)}"
             )
 
 
@@ -406,8 +422,7 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
     plain = model_class.plain_class
     if plain.is_custom_code():
         config.saved_class = f"{plain.__module__}.{plain.__qualname__}"
-    if getattr(model, "hf_quantizer", None) is None:  # packed weights have shapes of their own
-        _require_tensors(model, model_class, config)
+    _require_rebuilt(model, model_class, config)
     model.__class__ = model_class
     _exchange_config(model, config)
     _forget_origin(model)
@@ -450,7 +465,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
             module.__class__ = type(module).plain_class
     _exchange_config(dense, config)
     _forget_origin(dense)
-    _require_tensors(dense, model.plain_class, config)
+    _require_rebuilt(dense, model.plain_class, config)
     return dense
 
 

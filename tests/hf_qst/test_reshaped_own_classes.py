@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
-from hf_qst import DISPConfig
+from hf_qst import DISPConfig, MixedRankConfig
 from hf_qst.reshaped_models import ReshapedModelError, reshape_model, reshaped_class, to_dense
 from tests.architectures import tiny
 from tests.reshaped_toys import IDS, Factorised, load, outputs, reshaped, same
@@ -93,3 +93,30 @@ def test_a_merged_model_is_not_that_of_the_folder_its_base_came_from(tmp_path):
     unwrapped = model.unload()
     again = PeftModel.from_pretrained(unwrapped, tmp_path / "adapter").eval()
     assert torch.equal(again(input_ids=IDS).logits, expected)
+
+
+class WithArgument(Negated):
+    def __init__(self, config, argument):
+        super().__init__(config)
+
+
+def test_a_class_that_needs_more_than_a_config_is_named():
+    model = WithArgument(tiny("llama").config, 1)
+    model.model.layers[0].mlp.up_proj = Factorised(model.model.layers[0].mlp.up_proj, 3)
+    with pytest.raises(ReshapedModelError, match=r"WithArgument cannot be built from its config alone.*argument"):
+        reshape_model(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DISPConfig(keep_ratio=0.5),
+        MixedRankConfig(metric="plain", calibration_data=[{"input_ids": IDS}], progress=False),
+    ],
+)
+def test_a_pruned_or_compressed_subclass_stays_the_function_it_is(config, tmp_path):
+    merged = get_peft_model(Negated(tiny("llama").config).eval(), config).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert same(reshaped_class(Negated).from_pretrained(tmp_path), merged)
+    with pytest.raises(ReshapedModelError, match="Negated"):
+        load(tmp_path)
