@@ -6,6 +6,8 @@ in an environment with vLLM; docs/adaptive_temperature.md says how to make one.
 """
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -43,6 +45,9 @@ PRESET = {"block_temperature": 0.8, "temperature": 0.6}
 BAD = [{"temperature": 0}, {"block_temperature": -1.0}, {"temperature": "0.5"}, {"temperature": 1e-60}]
 
 
+IN_NEWER_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+
+
 class AdaptiveTemperature(VLLMAdaptiveTemperature, LogitsProcessor, LogitsProcessorV2):
     preset = "humaneval"
 
@@ -62,7 +67,7 @@ def folder(made, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    return vllm.LLM(
+    made = vllm.LLM(
         model=str(folder),
         dtype="float32",
         max_model_len=128,
@@ -71,6 +76,8 @@ def engine(folder):
         logprobs_mode="processed_logprobs",
         logits_processors=[AdaptiveTemperature],
     )
+    assert made.llm_engine.vllm_config.use_v2_model_runner is IN_NEWER_RUNNER
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +155,15 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(engine, reference, allo
     check(model, policy, output, allowed, PRESET)
 
 
-# --- the interface of the V2 model runner, whose engine needs Triton ----------------------------------------------------
+# --- the V2 model runner and its interface ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(IN_NEWER_RUNNER, reason="runs the others in the V2 model runner, where they run already")
+def test_the_engine_of_the_newer_runner_does_the_same():
+    command = [sys.executable, "-m", "tests.plugins.vllm_newer_runner", __file__, "-k", "mixed_batch or bad_request"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert f"{1 + len(BAD) + 1} passed" in done.stdout
 
 
 def test_the_newer_validator_refuses_a_bad_request():
