@@ -160,7 +160,7 @@ def test_model_card_speaks_of_this_method(tmp_path):
     for _ in range(2):
         model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert text.count("import hf_qst") == 1 and "KeyError: 'MIXED_RANK'" in text
+    assert text.count("import hf_qst") == 1 and "a KeyError" in text
     assert "low-rank factors" in text and "side network" not in text and "merge_and_unload()" in text
 
 
