@@ -10,14 +10,12 @@ The manifest is made when an adapter's tensors are collected for saving (`rememb
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
 from collections.abc import Mapping
 
 import torch
-from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 from torch import nn
 
@@ -30,7 +28,7 @@ CARD_TEXT = f"""
 This adapter is of the `hf_qst` package, which registers its methods with PEFT when it is imported:
 
 ```python
-import hf_qst  # noqa: F401  (without it PEFT raises KeyError: '{{method}}')
+import hf_qst  # noqa: F401  (without it PEFT raises a KeyError)
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
@@ -204,8 +202,8 @@ def write_text(path: str, text: str) -> None:
         raise
 
 
-def complete_model_card(directory: str) -> None:
-    """Say in the folder's README how to load the adapter beside it, once; what it is stands in its configuration."""
+def complete_model_card(directory: str, method: str) -> None:
+    """Say in the folder's README how to load the adapter beside it, once."""
     path = os.path.join(directory, "README.md")
     text = ""
     if os.path.exists(path):
@@ -213,6 +211,4 @@ def complete_model_card(directory: str) -> None:
             text = file.read()
     if CARD_MARK in text:
         return
-    with open(os.path.join(directory, CONFIG_NAME), encoding="utf-8") as file:
-        method = json.load(file)["peft_type"]
-    write_text(path, text + CARD_TEXT.format(method=method, remark=CARD_REMARKS[method]))
+    write_text(path, text + CARD_TEXT.format(remark=CARD_REMARKS[method]))

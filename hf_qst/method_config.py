@@ -12,6 +12,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from hf_qst import manifest
+from hf_qst.registration import write_saved_name
 
 BUDGET_SCOPES = ("targets", "model")
 """What a `keep_ratio` is a part of: the weights a method may change, or all parameters of the model."""
@@ -71,6 +72,14 @@ class MethodConfig(PeftConfig):
                 setattr(self, name, value)
         return {name: value for name, value in values.items() if name not in self.not_saved}
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs) -> dict:
+        """The fields of a saved configuration, with `peft_type` as it is in memory."""
+        values = super().from_json_file(path_json_file, **kwargs)
+        if "peft_type" in values:
+            values["peft_type"] = values["peft_type"].partition(" ")[0]
+        return values
+
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the configuration with the manifest of the weights, and complete the model card.
 
@@ -82,7 +91,8 @@ class MethodConfig(PeftConfig):
         try:
             with tempfile.TemporaryDirectory(dir=save_directory, prefix=".tmp_") as whole:
                 super().save_pretrained(whole, **kwargs)
+                write_saved_name(os.path.join(whole, CONFIG_NAME), self.peft_type)
                 os.replace(os.path.join(whole, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
         finally:
             self.manifest = loaded
-        manifest.complete_model_card(save_directory)
+        manifest.complete_model_card(save_directory, self.peft_type.value)

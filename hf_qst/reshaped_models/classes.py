@@ -3,8 +3,10 @@
 A reshaped model is an instance of a subclass of its architecture's class, made here when it is first needed. Its config
 answers in memory like the architecture's, `model_type` included, so that transformers, PEFT and this package treat the
 model as what it is. Only the file says `MODEL_TYPE`: a process that has not imported this package then refuses the
-folder, instead of filling an unchanged model with random values. The model class has a name of its own for the same
-reason: pipelines and TRL look for the name in `config.architectures` among transformers' classes, and load with that.
+folder, and prints that name, instead of filling an unchanged model with random values. The model class has a name of its
+own for the same reason: pipelines and TRL look for the name in `config.architectures` among transformers' classes, and
+load with that. A class of transformers that is called directly reads neither; what it does read is the name of the file
+of weights, `transformers_weights`, which is no file but says what to do.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import functools
 import os
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
@@ -21,18 +24,29 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from hf_qst.manifest import CheckpointError
 from hf_qst.packed_weights import forbid_packing_of_odd_shapes
+from hf_qst.registration import IMPORT_REMINDER
 from hf_qst.reshaped_models.folder import check_folder, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
+from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
 
-MODEL_TYPE = "hf_qst_reshaped"
+PLAIN_MODEL_TYPE = "hf_qst_reshaped"
+"""What folders say that were saved before the name held the reminder."""
+MODEL_TYPE = f"{PLAIN_MODEL_TYPE} ({IMPORT_REMINDER})"
+HOW_TO_LOAD = (
+    "none for this class, as modules of the saved model have other shapes than their architecture's: "
+    f"{IMPORT_REMINDER}, and load with an Auto class such as AutoModelForCausalLM"
+)
 FORMAT = 1
 CLASS_PREFIX = "Reshaped"
 _PACKAGE = __name__.rpartition(".")[0]
-_FIELDS = ("base_model_type", "hf_qst_format", "reshaped_modules")
+_FIELDS = ("base_model_type", "hf_qst_format", "reshaped_modules", "saved_class")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Arguments of a model's `from_pretrained` whose names are also fields of a config.
+_OF_LOADING = ("attn_implementation", "dtype", "experts_implementation", "quantization_config", "torch_dtype")
 
 
 def _as_architecture(config_dict: dict, model_type: str) -> dict:
@@ -43,18 +57,22 @@ def _as_architecture(config_dict: dict, model_type: str) -> dict:
             f"config.json says hf_qst_format {found!r}, this hf_qst reads {FORMAT}"
             + ("; update hf_qst" if isinstance(found, int) and found > FORMAT else ": not a reshaped model's folder")
         )
-    return {**config_dict, "model_type": model_type}
+    kept = {name: value for name, value in config_dict.items() if name != "transformers_weights"}
+    return {**kept, "model_type": model_type}
 
 
 class ReshapedConfig:
     """The part of every reshaped model's config that is not its architecture's.
 
-    `base_model_type` is the architecture's model type, `hf_qst_format` the version of this format, and
-    `reshaped_modules` the description of each changed module by its path inside the base model.
+    `base_model_type` is the architecture's model type, `hf_qst_format` the version of this format,
+    `reshaped_modules` the description of each changed module by its path inside the base model, and `saved_class` the
+    model's class where that is not one of transformers.
     """
 
     plain_class: type[PreTrainedConfig]
     auto_map = {}  # TRL reads it of a config whose `architectures` are not transformers' own
+    saved_class: str | None = None
+    transformers_weights = HOW_TO_LOAD  # stops `from_pretrained` of every class but ours
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -66,7 +84,8 @@ class ReshapedConfig:
         return super().from_dict(_as_architecture(config_dict, cls.model_type), **kwargs)
 
     def to_diff_dict(self):
-        return {**super().to_diff_dict(), "model_type": MODEL_TYPE}
+        own = {"model_type": MODEL_TYPE, "transformers_weights": HOW_TO_LOAD}
+        return {**super().to_diff_dict(), **own}
 
 
 class _AnyReshapedConfig(PreTrainedConfig):
@@ -77,7 +96,7 @@ class _AnyReshapedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         base = _as_architecture(config_dict, MODEL_TYPE).get("base_model_type")
-        if base == MODEL_TYPE or base not in CONFIG_MAPPING:
+        if base in (MODEL_TYPE, PLAIN_MODEL_TYPE) or base not in CONFIG_MAPPING:
             raise ReshapedModelError(f"config.json says base_model_type {base!r}, which transformers does not know")
         return _registered_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
 
@@ -102,17 +121,26 @@ class ReshapedModel:
             CheckpointError: naming the file and the tensor that is missing, extra, of another shape, dtype or content.
         """
         source = pretrained_model_name_or_path
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        if not isinstance(config, ReshapedConfig):
+            config, kwargs = _load_config(cls.config_class, source if config is None else config, kwargs)
+            kwargs.update(hub)
+        config = copy.copy(config)
+        _require_saved_class(cls, config)
         if source is not None:  # without one, the tensors come with the call (`state_dict=`)
-            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            described = config
-            if not isinstance(config, ReshapedConfig):
-                described = cls.config_class.from_pretrained(source if config is None else config, **hub)
-            check_folder(os.fspath(source), described.reshaped_modules, **hub)
+            tensors = check_folder(os.fspath(source), config.reshaped_modules, **hub)
+            _require_base_name(cls, config, tensors)
+            leave_new_heads_unquantised(cls, config, tensors)
+        config.transformers_weights = None
         model, loading_info = super().from_pretrained(
             source, *model_args, config=config, output_loading_info=True, **kwargs
         )
+        for module in model.modules():
+            if isinstance(getattr(module, "config", None), ReshapedConfig):
+                vars(module.config).pop("transformers_weights", None)
         _require_loaded(model, loading_info["missing_keys"])
         forbid_packing_of_odd_shapes(model)
+        save_as_loaded(model)
         return (model, loading_info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
@@ -131,7 +159,7 @@ class ReshapedModel:
         if not is_main_process or getattr(self, "_hf_peft_config_loaded", False):  # with an adapter, only that is saved
             save(save_directory)
         else:
-            write_folder(save, os.fspath(save_directory), self.config.reshaped_modules, _auto_class_name(self))
+            write_folder(save, os.fspath(save_directory), self.config.reshaped_modules, _how_to_load(self))
 
     def _get_name(self):
         # What Trainer decides by whether labels are to be shifted when it smooths them.
@@ -149,6 +177,35 @@ class ReshapedModel:
     @classmethod
     def _can_set_experts_implementation(cls):
         return cls.plain_class._can_set_experts_implementation()
+
+
+def _load_config(config_class: type, source, kwargs: dict) -> tuple[ReshapedConfig, dict]:
+    """The config in a folder with the arguments of `from_pretrained` that are fields of it, and the other arguments."""
+    kept = {name: kwargs[name] for name in _OF_LOADING if name in kwargs}
+    others = {name: value for name, value in kwargs.items() if name not in kept}
+    config, unused = config_class.from_pretrained(source, return_unused_kwargs=True, **others)
+    return config, {**unused, **kept}
+
+
+def _require_saved_class(model_class: type, config: ReshapedConfig) -> None:
+    """Refuse to load what a user's own class saved with a class of transformers, which computes something else.
+
+    Another head on the same base, as `AutoModelForSequenceClassification` makes it, is fine.
+
+    Raises:
+        ReshapedModelError: naming both classes.
+    """
+    saved = config.saved_class
+    if saved is None:  # folders without the field have the class's name alone
+        name = (config.architectures or [""])[0].removeprefix(CLASS_PREFIX)
+        saved = name if name and not hasattr(transformers, name) else None
+    if saved is not None and not model_class.plain_class.is_custom_code():
+        name = saved.rpartition(".")[2]
+        raise ReshapedModelError(
+            f"the model was saved by the class {saved}, which may compute something else than "
+            f"{model_class.plain_class.__name__} does with its weights; import {name} and load with "
+            f"hf_qst.reshaped_models.reshaped_class({name}).from_pretrained(folder)"
+        )
 
 
 @functools.cache
@@ -190,8 +247,9 @@ def _auto_mappings(config_class: type[PreTrainedConfig]) -> list[tuple[str, dict
     return [(name, mapping) for name, mapping in found if mapping is not None and config_class in mapping]
 
 
-def _auto_class_name(model: PreTrainedModel) -> str:
-    """The Auto class that loads this model; "AutoModel" for one that no Auto class has."""
+def _how_to_load(model: PreTrainedModel) -> tuple[str, str]:
+    """The imports that loading this model takes, and the class that does it."""
+    plain = model.plain_class
     for name, mapping in _auto_mappings(type(model.config)):
         found = mapping[type(model.config)]
         if (
@@ -199,8 +257,11 @@ def _auto_class_name(model: PreTrainedModel) -> str:
             and name != "AutoModelForPreTraining"
             and type(model) in (found if isinstance(found, (list, tuple)) else [found])
         ):
-            return name
-    return "AutoModel"
+            return f"from transformers import {name}", name
+    if plain.is_custom_code():
+        imports = f"from {plain.__module__} import {plain.__name__}\nfrom {_PACKAGE} import reshaped_class"
+        return imports, f"reshaped_class({plain.__name__})"
+    return "from transformers import AutoModel", "AutoModel"
 
 
 def _build_modules(model: PreTrainedModel) -> None:
@@ -237,6 +298,22 @@ def _depth(path: str) -> int:
     return path.count(".")
 
 
+def _require_base_name(model_class: type[PreTrainedModel], config: ReshapedConfig, tensors: set[str]) -> None:
+    """A class that calls its base model otherwise would find none of the tensors.
+
+    Raises:
+        CheckpointError: naming both names.
+    """
+    own = f"{model_class.base_model_prefix}."
+    inside = tuple(f"{path}." for path in config.reshaped_modules)
+    found = {name.partition(".")[0] for name in tensors if name.partition(".")[2].startswith(inside)}
+    if found and not any(name.startswith((own, *inside)) for name in tensors):
+        raise CheckpointError(
+            f"the files call the base model {min(found)!r}, {model_class.__name__} calls it "
+            f"{model_class.base_model_prefix!r} and would start from random values"
+        )
+
+
 def _require_loaded(model: PreTrainedModel, missing: set[str]) -> None:
     """A head may be new; a changed module whose tensors were not in the files would hold random values."""
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -245,17 +322,50 @@ def _require_loaded(model: PreTrainedModel, missing: set[str]) -> None:
         raise CheckpointError(f"tensor {lost[0]!r} is in none of the model's files ({len(lost)} such tensors)")
 
 
-def _require_tensors(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
-    """Compare the tensors of `model` with those of `model_class(config)`, which takes no memory."""
-    with torch.device("meta"):
-        twin = model_class(copy.deepcopy(config))
+def _require_rebuilt(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
+    """Compare `model` with `model_class(config)`, which takes no memory: what a saved folder would come back as."""
+    try:
+        with torch.device("meta"):
+            twin = model_class(copy.deepcopy(config))
+    except TypeError as error:
+        raise ReshapedModelError(
+            f"{model_class.__name__.removeprefix(CLASS_PREFIX)} cannot be built from its config alone, as from_pretrained "
+            f"does: {error}"
+        ) from error
+    if getattr(model, "hf_quantizer", None) is None:  # packed weights have shapes of their own
+        _require_tensors(model, twin)
+    _require_classes(model, twin)
+
+
+def _require_tensors(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     expected = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             raise ReshapedModelError(
-                f"tensor {name!r} of the model has shape {found.get(name)}, {model_class.__name__} built from its "
+                f"tensor {name!r} of the model has shape {found.get(name)}, {type(twin).__name__} built from its "
                 f"config has {expected.get(name)}"
+            )
+
+
+def _require_classes(model: PreTrainedModel, twin: PreTrainedModel) -> None:
+    """Compare what computes with the tensors: a module of another class would come back as the architecture's."""
+    inside = tuple(f"{path}." for path in getattr(twin.config, "reshaped_modules", ()))
+    prefix = "" if twin.base_model is twin else f"{twin.base_model_prefix}."
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    modules = dict(model.named_modules())
+    for name, expected in twin.named_modules():
+        if not name or f"{name.removeprefix(prefix)}.".startswith(inside):
+            continue  # the model's own class is about to change; a kind answers for what is inside its modules
+        if quantised and isinstance(expected, (nn.Linear, Conv1D)):
+            continue
+        found, wanted = (getattr(kind, "plain_class", kind) for kind in (type(modules.get(name)), type(expected)))
+        if found is not wanted:
+            raise ReshapedModelError(
+                f"module {name!r} of the model is of class {found.__module__}.{found.__qualname__}, "
+                f"{type(twin).__name__} built from its config has {wanted.__module__}.{wanted.__qualname__} there, so a "
+                "saved model would compute something else; make the module in the __init__ of a subclass of "
+                f"{type(twin).__name__.removeprefix(CLASS_PREFIX)}"
             )
 
 
@@ -266,6 +376,11 @@ def _exchange_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         for name, value in list(vars(module).items()):
             if value is present:
                 setattr(module, name, config)
+
+
+def _forget_origin(model: PreTrainedModel) -> None:
+    """The model is not that of the folder it was loaded from, where PEFT would look its config up and later itself."""
+    model.name_or_path = model.config.name_or_path = ""
 
 
 def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -304,10 +419,13 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
     config.base_model_type = plain_config.model_type
     config.hf_qst_format = FORMAT
     config.reshaped_modules = described
-    if getattr(model, "hf_quantizer", None) is None:  # packed weights have shapes of their own
-        _require_tensors(model, model_class, config)
+    plain = model_class.plain_class
+    if plain.is_custom_code():
+        config.saved_class = f"{plain.__module__}.{plain.__qualname__}"
+    _require_rebuilt(model, model_class, config)
     model.__class__ = model_class
     _exchange_config(model, config)
+    _forget_origin(model)
     finish_modules(model.base_model, described)
     return model
 
@@ -340,14 +458,17 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.copy(dense.config)
     config.__class__ = config.plain_class
     for name in _FIELDS:
-        delattr(config, name)
+        vars(config).pop(name, None)
     config.architectures = [model.plain_class.__name__]
     for module in dense.modules():  # a classifier's base may be of a class of ours as well, and what a kind finished
         if hasattr(type(module), "plain_class"):
             module.__class__ = type(module).plain_class
     _exchange_config(dense, config)
-    _require_tensors(dense, model.plain_class, config)
+    _forget_origin(dense)
+    _require_rebuilt(dense, model.plain_class, config)
     return dense
 
 
-AutoConfig.register(MODEL_TYPE, _AnyReshapedConfig, exist_ok=True)
+for _name in (MODEL_TYPE, PLAIN_MODEL_TYPE):
+    _class = type("_AnyReshapedConfig", (_AnyReshapedConfig,), {"model_type": _name, "__module__": __name__})
+    AutoConfig.register(_name, _class, exist_ok=True)

@@ -34,14 +34,14 @@ with the Auto classes when it is imported, builds them:
 
 ```python
 import hf_qst  # noqa: F401  (without it transformers does not know the model type)
-from transformers import {{auto_class}}
+{{imports}}
 
-model = {{auto_class}}.from_pretrained("path/of/this/folder")
+model = {{loader}}.from_pretrained("path/of/this/folder")
 ```
 """
 
 
-def write_folder(save: Callable[[str], None], directory: str, modules: dict, auto_class: str) -> None:
+def write_folder(save: Callable[[str], None], directory: str, modules: dict, how_to_load: tuple[str, str]) -> None:
     """Save a model's folder so that `directory` holds all of it or is left as it was.
 
     Args:
@@ -51,8 +51,8 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, aut
             Where they go. Files of another name, such as a tokenizer's, stay; weights of an earlier save do not.
         modules (`dict`):
             The descriptions in the configuration, kept in the manifest too.
-        auto_class (`str`):
-            The Auto class for the model card.
+        how_to_load (`tuple[str, str]`):
+            Import lines and the class that loads the folder, for the model card.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, or no safetensors file was written.
@@ -68,7 +68,7 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, aut
             files = {name: build(_read_tensors(os.path.join(staging, name)), {})["tensors"] for name in names}
             manifest = {"version": MANIFEST_VERSION, "modules": modules, "files": files}
             write_text(os.path.join(staging, MANIFEST_NAME), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-            _write_card(staging, directory, auto_class)
+            _write_card(staging, directory, *how_to_load)
             _publish(staging, directory)
     except BaseException:
         if created:
@@ -77,12 +77,12 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, aut
         raise
 
 
-def _write_card(staging: str, directory: str, auto_class: str) -> None:
+def _write_card(staging: str, directory: str, imports: str, loader: str) -> None:
     text = ""
     with contextlib.suppress(FileNotFoundError), open(os.path.join(directory, "README.md"), encoding="utf-8") as file:
         text = file.read()
     if _CARD_MARK not in text:
-        write_text(os.path.join(staging, "README.md"), text + _CARD.format(auto_class=auto_class))
+        write_text(os.path.join(staging, "README.md"), text + _CARD.format(imports=imports, loader=loader))
 
 
 def _publish(staging: str, directory: str) -> None:
@@ -94,8 +94,8 @@ def _publish(staging: str, directory: str) -> None:
             os.remove(os.path.join(directory, name))
 
 
-def check_folder(source: str, modules: dict, **hub) -> None:
-    """Check a saved model against its manifest.
+def check_folder(source: str, modules: dict, **hub) -> set[str]:
+    """Check a saved model against its manifest; returns the names of its tensors.
 
     Args:
         source (`str`):
@@ -125,6 +125,7 @@ def check_folder(source: str, modules: dict, **hub) -> None:
             raise CheckpointError(
                 f"{os.path.join(source, name)} is not in the manifest; remove it or save the model again"
             )
+    return {name for tensors in files.values() for name in tensors}
 
 
 def _locate(source: str, name: str, hub: dict) -> str:

@@ -148,7 +148,7 @@ def test_config_of_the_caller_is_not_changed():
 def test_saved_configuration_is_json_without_data(tmp_path):
     compressed().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["peft_type"] == "MIXED_RANK"
+    assert saved["peft_type"].startswith("MIXED_RANK (")
     assert "calibration_data" not in saved
     assert saved["rank_pattern"] and all(isinstance(r, int) for r in saved["rank_pattern"].values())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -160,7 +160,7 @@ def test_model_card_speaks_of_this_method(tmp_path):
     for _ in range(2):
         model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert text.count("import hf_qst") == 1 and "KeyError: 'MIXED_RANK'" in text
+    assert text.count("import hf_qst") == 1 and "a KeyError" in text
     assert "low-rank factors" in text and "side network" not in text and "merge_and_unload()" in text
 
 

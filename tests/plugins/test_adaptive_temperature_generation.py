@@ -7,12 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessorList,
     PretrainedConfig,
     PreTrainedModel,
     TopPLogitsWarper,
@@ -316,6 +318,45 @@ def test_installed_processor_gives_way_to_a_calls_own_arguments(model, made, inp
     assert built[0] is own and built[2].top_p == 0.5
     built = prepared(model, inputs, generation_config=GenerationConfig(do_sample=True, top_k=7))
     assert [type(one) for one in built] == [AdaptiveTemperatureLogitsProcessor, TopPLogitsWarper]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_arguments_by_position_are_read_as_those_by_name(model, made, inputs, wrapped):
+    """The documented order is inputs, generation_config, logits_processor."""
+    called = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])) if wrapped else model
+    config = GenerationConfig(do_sample=True, max_new_tokens=8, pad_token_id=2)
+    other = LogitsProcessorList([TopPLogitsWarper(0.5)])
+
+    def drawn(*args, **kwargs):
+        torch.manual_seed(0)
+        return called.generate(*args, attention_mask=inputs["attention_mask"], **kwargs)
+
+    uninstalled = drawn(inputs["input_ids"], config)
+    install_adaptive_temperature(called, made, block_temperature=9.0, temperature=5.0)
+    named = drawn(inputs=inputs["input_ids"], generation_config=config)
+    assert not torch.equal(named, uninstalled)
+    assert torch.equal(drawn(inputs["input_ids"], config), named)
+    both = drawn(inputs["input_ids"], generation_config=config, logits_processor=other)
+    assert not torch.equal(both, named)
+    assert torch.equal(drawn(inputs["input_ids"], config, other), both)
+
+
+def test_a_config_by_position_that_is_greedy_stays_greedy(model, made, inputs, caplog):
+    model.generation_config.do_sample = True
+    config = GenerationConfig(do_sample=False, max_new_tokens=4, pad_token_id=2)
+    mask = inputs["attention_mask"]
+    expected = model.generate(inputs["input_ids"], config, attention_mask=mask)
+    install_adaptive_temperature(model, made)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(model.generate(inputs["input_ids"], config, attention_mask=mask), expected)
+    assert "do_sample=False" in caplog.text
+
+
+def test_an_argument_given_twice_is_refused_as_generate_does(model, made, inputs):
+    install_adaptive_temperature(model, made)
+    config = GenerationConfig(do_sample=True, max_new_tokens=4)
+    with pytest.raises(TypeError, match=r"multiple values.*generation_config"):
+        model.generate(inputs["input_ids"], config, generation_config=config)
 
 
 def test_installed_processor_warns_once_that_greedy_ignores_it(model, made, inputs, caplog):

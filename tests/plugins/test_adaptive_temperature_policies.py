@@ -382,7 +382,7 @@ def test_vllm_adapter_follows_its_batch(adapter):
     processor.update_state(BatchUpdate(2, removed=[1], moved=[(2, 1, MoveDirectionality.UNIDIRECTIONAL)]))
     assert given(processor, 2) == pytest.approx([1.5, 0.8])
     bad = SimpleNamespace(extra_args={"temperature": 0})
-    with pytest.raises(ValueError, match="temperature must be a finite number above 0"):
+    with pytest.raises(ValueError, match=r"extra_args\['temperature'\] must be a finite number above 0"):
         processor.update_state(BatchUpdate(3, added=[(2, bad, [], [])]))
 
 
@@ -397,3 +397,40 @@ def test_vllm_adapter_agrees_with_the_processor(adapter):
         found.append(given(processor, 1)[0] > 0.65)
         expected.append(policy.hot_rows(rows(prompt + output))[0])
     assert found == expected and sum(found) > 10
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "0.5", True, float("inf"), float("nan"), 1e-60, 1e60, 10**400, None])
+@pytest.mark.parametrize("name", ["temperature", "block_temperature"])
+def test_vllm_is_told_of_a_bad_request_before_its_engine_sees_it(name, value):
+    VLLMAdaptiveTemperature.validate_params(SimpleNamespace(extra_args=None))
+    VLLMAdaptiveTemperature.validate_params(SimpleNamespace(extra_args={name: 0.3, "of another processor": "x"}))
+    with pytest.raises(ValueError, match=rf"extra_args\['{name}'\] must be a finite number above 0 .*temperature=0"):
+        VLLMAdaptiveTemperature.validate_params(SimpleNamespace(extra_args={name: value}))
+
+
+def test_vllm_newer_interface_agrees_with_the_policy(tmp_path):
+    """Slots are not rows; the ids of a step's drafts stand in the batch, earlier ones with their request."""
+    made = tokenizer("newline_merging")
+    made.save_pretrained(tmp_path)
+    config = SimpleNamespace(model_config=SimpleNamespace(tokenizer=str(tmp_path)))
+    ids = torch.full((3, 200), 5, dtype=torch.int32)  # what earlier requests left
+    state = SimpleNamespace(device=torch.device("cpu"), max_num_reqs=3, all_token_ids=SimpleNamespace(gpu=ids))
+    processor = VLLMAdaptiveTemperature(config, state)
+    text = made.encode(standard_library()[3][:1500], add_special_tokens=False)[:150]
+    ids[2, :120] = torch.tensor(text[:120])
+    ids[0, :4] = torch.tensor(made.encode("if x:\n    ", add_special_tokens=False)[-4:])
+    assert processor.add_request(2, SimpleNamespace(extra_args=None, temperature=1.0))
+    assert not processor.add_request(0, SimpleNamespace(extra_args=None, temperature=0))
+    processor.apply_staged_writes()
+    drafts = len(text) - 120
+    context = SimpleNamespace(
+        expanded_idx_mapping=torch.tensor([0] + [2] * (drafts + 1), dtype=torch.int32),
+        expanded_local_pos=torch.tensor([0, *range(drafts + 1)], dtype=torch.int32),
+        input_ids=torch.tensor([ids[0, 3], *text[119:]], dtype=torch.int32),
+        pos=torch.tensor([3, *range(119, 119 + drafts + 1)]),
+    )
+    found = 1 / processor.apply(torch.ones(drafts + 2, 3), context)[:, 0]
+    policy = BlockStart(VocabularyTable.from_tokenizer(made))
+    hot = [policy.hot_rows(torch.tensor([text[: 120 + i]]))[0] for i in range(drafts + 1)]
+    assert found.tolist() == pytest.approx([1.0, *(0.8 if is_hot else 0.5 for is_hot in hot)])
+    assert 0 < sum(hot) < len(hot)

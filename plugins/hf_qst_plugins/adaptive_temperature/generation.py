@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping
 
@@ -87,6 +88,7 @@ class _Generate(_Installed):
         self.warned = False
 
     def __call__(self, *args, **kwargs):
+        args, kwargs = _by_name(self.model, args, kwargs)
         if not self._samples(kwargs.get("do_sample"), kwargs.get("generation_config")):
             if not self.warned:
                 _warn_greedy()
@@ -99,6 +101,28 @@ class _Generate(_Installed):
         """What `generate` will do: the argument, else the given config, else the model's own."""
         choices = (do_sample, config and config.do_sample, self.model.generation_config.do_sample)
         return next((bool(choice) for choice in choices if choice is not None), False)
+
+
+def _by_name(model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A call of `generate` with all arguments but the first by name, so that it is read in one way."""
+    signature = _generate_signature(model)
+    if len(args) < 2 or signature is None:
+        return args, kwargs
+    given = signature.bind_partial(model, *args).arguments  # refuses too many, as the call itself would
+    named = dict(list(given.items())[2:])
+    if twice := sorted(named.keys() & kwargs.keys()):
+        raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
+    return args[:1], {**named, **kwargs}
+
+
+def _generate_signature(model) -> inspect.Signature | None:
+    """That of the `generate` which names its arguments: wrappers such as `PeftModel` hand on `*args`."""
+    for kind in type(model).__mro__:
+        if "generate" in vars(kind):
+            signature = inspect.signature(vars(kind)["generate"])
+            if all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
+                return signature
+    return _generate_signature(model.get_base_model()) if hasattr(model, "get_base_model") else None
 
 
 class _ContinuousBatching(_Installed):

@@ -25,16 +25,15 @@ WINDOWS = {"line": 16, "line+col0": 16, "reference": 16, "block": 128}
 """How many tokens back a scope looks: indentation is short, the end of the line before a block start less so."""
 
 
-def positive(name: str, value: float) -> float:
-    """`value` as a float.
+def positive(name: str, value: float, greedy: str = "do_sample=False") -> float:
+    """`value` as a float; `greedy` is how one asks for greedy decoding instead.
 
     Raises:
-        ValueError: it is no finite number above 0.
+        ValueError: it is no finite number above 0, or not one in float32, in which scores are divided.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"{name} must be a finite number above 0 (for greedy decoding use do_sample=False), got {value!r}"
-        )
+    limits = torch.finfo(torch.float32)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not limits.tiny <= value <= limits.max:
+        raise ValueError(f"{name} must be a finite number above 0 (for greedy decoding use {greedy}), got {value!r}")
     return float(value)
 
 

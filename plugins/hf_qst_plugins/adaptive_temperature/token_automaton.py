@@ -134,6 +134,17 @@ class TokenAutomaton:
         ids = F.pad(ids, (self.window - ids.shape[1], 0), value=self._before_text)
         return self._compose(ids)
 
+    def states_of_windows(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """As `states`, of rows whose text may be shorter than the window. No host sync.
+
+        Args:
+            ids (`torch.Tensor` `[batch, window]`): the last ids of each row; what stands before a text may be anything.
+            lengths (`torch.Tensor` `[batch]`): how many ids the text has.
+        """
+        ids = torch.where(ids < 0, self._unknown, ids.clamp(max=self._unknown))
+        places = torch.arange(self.window, 0, -1, device=ids.device)
+        return self._compose(torch.where(places <= lengths.unsqueeze(-1), ids, self._before_text))
+
     def states_along(self, ids: torch.Tensor) -> torch.Tensor:
         """The state before each token of one text: int64 `[length]` from `[length]`, as `states(ids[:t])` gives it."""
         padded = F.pad(ids[:-1].clamp(max=self._unknown), (self.window, 0), value=self._before_text)
