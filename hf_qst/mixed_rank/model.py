@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -94,9 +95,11 @@ class MixedRankModel(BaseTuner):
         layers = self._layers()
         wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         disabled = [wrapper._disable_adapters for wrapper in wrappers]
-        for layer in layers.values():
-            if layer.merged:
-                layer.unmerge()  # as PEFT does when it activates an adapter
+        merged = [layer for layer in layers.values() if layer.merged]
+        if merged:
+            warnings.warn("An adapter cannot be added to a merged model. Unmerging the model first.", stacklevel=2)
+        for layer in merged:
+            layer.unmerge()
         try:
             for wrapper in wrappers:
                 wrapper._disable_adapters = True
