@@ -23,9 +23,9 @@ def config(seed=0, **changes):
 
 
 def two_adapters(name="opt", **changes):
-    """Adapters "a", active, and "b", of other data and other ranks."""
-    model = get_peft_model(tiny(name), config(**changes), adapter_name="a")
-    model.add_adapter("b", config(seed=9, keep_ratio=0.7, **changes))
+    """Adapters "first", active, and "second", of other data and other ranks."""
+    model = get_peft_model(tiny(name), config(**changes), adapter_name="first")
+    model.add_adapter("second", config(seed=9, keep_ratio=0.7, **changes))
     return model.eval()
 
 
@@ -58,7 +58,7 @@ def by_hand(model, names, base):
     return base
 
 
-@pytest.mark.parametrize("names", [["a"], ["b"], ["a", "b"]])
+@pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]])
 def test_active_adapters_add_their_differences_from_the_base(names):
     model = two_adapters(bias_correction=True)
     model.base_model.set_adapter(names)
@@ -73,12 +73,12 @@ def test_active_adapters_add_their_differences_from_the_base(names):
     assert not any(isinstance(m, MixedRankLayer) for m in small.modules())
 
 
-@pytest.mark.parametrize("merged", [[], ["a"], ["b", "a"]])
+@pytest.mark.parametrize("merged", [[], ["first"], ["second", "first"]])
 def test_the_base_comes_back_bit_for_bit(merged):
     base = tiny("opt")
     expected, before = logits(base), digest(base)
-    model = get_peft_model(base, config(bias_correction=True), adapter_name="a")
-    model.add_adapter("b", config(seed=9))
+    model = get_peft_model(base, config(bias_correction=True), adapter_name="first")
+    model.add_adapter("second", config(seed=9))
     adapted = logits(model)
     for name in merged:
         model.merge_adapter([name])
@@ -92,17 +92,17 @@ def test_the_base_comes_back_bit_for_bit(merged):
 
 
 def test_a_second_adapter_is_made_from_the_base_and_not_from_the_first():
-    model = get_peft_model(tiny("llama"), config(modules_to_save=["lm_head"]), adapter_name="a")
+    model = get_peft_model(tiny("llama"), config(modules_to_save=["lm_head"]), adapter_name="first")
     with torch.no_grad():
-        model.base_model.model.lm_head.modules_to_save["a"].weight.mul_(3)
+        model.base_model.model.lm_head.modules_to_save["first"].weight.mul_(3)
     adapted = logits(model)
     model.merge_adapter()
     with pytest.warns(UserWarning, match="merged"):
-        model.add_adapter("b", config(seed=9, layer_weight="fisher"))
+        model.add_adapter("second", config(seed=9, layer_weight="fisher"))
     assert torch.equal(logits(model), adapted)
-    alone = get_peft_model(tiny("llama"), config(seed=9, layer_weight="fisher"), adapter_name="b")
-    assert model.peft_config["b"].rank_pattern == alone.peft_config["b"].rank_pattern
-    model.set_adapter("b")
+    alone = get_peft_model(tiny("llama"), config(seed=9, layer_weight="fisher"), adapter_name="second")
+    assert model.peft_config["second"].rank_pattern == alone.peft_config["second"].rank_pattern
+    model.set_adapter("second")
     assert torch.equal(logits(model), logits(alone))
 
 
@@ -127,10 +127,10 @@ def test_every_adapter_has_to_keep_the_base(first, second):
 def test_what_an_adapter_leaves_dense_is_the_base_for_it():
     """A layer with factors of one adapter only, while the other is active."""
     base = tiny("llama")
-    model = get_peft_model(base, config(target_modules=["q_proj"]), adapter_name="a")
-    model.add_adapter("b", config(target_modules=["up_proj"]))
+    model = get_peft_model(base, config(target_modules=["q_proj"]), adapter_name="first")
+    model.add_adapter("second", config(target_modules=["up_proj"]))
     alone = get_peft_model(tiny("llama"), config(target_modules=["up_proj"]))
-    model.set_adapter("b")
+    model.set_adapter("second")
     assert torch.equal(logits(model), logits(alone))
 
 
@@ -150,13 +150,13 @@ def test_safe_merge_names_the_broken_adapter_before_anything_is_merged(call):
     model = two_adapters()
     *_, last = layers(model).values()
     with torch.no_grad():
-        last.mixed_rank_factors["b"].up.weight[0, 0] = torch.nan
+        last.mixed_rank_factors["second"].up.weight[0, 0] = torch.nan
     expected, structure = logits(model), str(model)
-    with pytest.raises(ValueError, match="The adapter b seems to be broken"):
-        getattr(model, call)(safe_merge=True, adapter_names=["a", "b"])
+    with pytest.raises(ValueError, match="The adapter second seems to be broken"):
+        getattr(model, call)(safe_merge=True, adapter_names=["first", "second"])
     assert torch.equal(logits(model), expected) and str(model) == structure
     assert not any(layer.merged for layer in layers(model).values())
-    getattr(model, call)(safe_merge=True, adapter_names=["a"])
+    getattr(model, call)(safe_merge=True, adapter_names=["first"])
 
 
 @pytest.mark.parametrize("cast", [True, False])
@@ -177,16 +177,16 @@ def test_a_quantised_base_is_kept_and_not_merged_into(tmp_path):
     base = in_nf4(tmp_path / "base")
     logits(base)  # bitsandbytes repacks at the first forward
     expected = logits(base)
-    model = get_peft_model(base, config(), adapter_name="a")
+    model = get_peft_model(base, config(), adapter_name="first")
     adapted = logits(model)
     with model.disable_adapter():
         assert torch.equal(logits(model), expected)
-    model.add_adapter("b", config(seed=9))
-    for merge in (model.merge_adapter, lambda: model.merge_and_unload(adapter_names=["a", "b"])):
+    model.add_adapter("second", config(seed=9))
+    for merge in (model.merge_adapter, lambda: model.merge_and_unload(adapter_names=["first", "second"])):
         with pytest.raises(NotImplementedError, match="cannot be merged into a quantised weight"):
             merge()
     assert torch.equal(logits(model), adapted)
-    model.delete_adapter("b")
+    model.delete_adapter("second")
     torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), adapted)
     assert torch.equal(logits(model.unload()), expected)
 
@@ -195,16 +195,16 @@ def test_a_quantised_base_is_kept_and_not_merged_into(tmp_path):
 def test_quantised_factors_switch_merge_and_come_off(scheme):
     base, settings = tiny("opt"), {"quantize_factors": scheme, "target_modules": ["fc1"]}
     twin, expected = copy.deepcopy(base), logits(base)
-    model = get_peft_model(base, config(**settings), adapter_name="a")
+    model = get_peft_model(base, config(**settings), adapter_name="first")
     adapted = logits(model)
     with torch.no_grad():
         for path, layer in layers(model).items():
-            factors = layer.mixed_rank_factors["a"]
+            factors = layer.mixed_rank_factors["first"]
             twin.get_submodule(path).weight.copy_((dense_weight(factors.down) @ dense_weight(factors.up)).T)
-    model.add_adapter("b", config(seed=9, **settings))
-    model.set_adapter("b")
+    model.add_adapter("second", config(seed=9, **settings))
+    model.set_adapter("second")
     assert not torch.allclose(logits(model), adapted, atol=1e-3)
-    model.set_adapter("a")
+    model.set_adapter("first")
     model.merge_adapter()
     torch.testing.assert_close(logits(model), logits(twin), **FLOATS)
     assert torch.equal(logits(model.unload()), expected)
@@ -217,12 +217,12 @@ def test_residuals_of_two_adapters_add_up():
             layer.mlp.up_proj.weight.mul_(0.9)
     residual = {"mode": "residual", "reference_model": tiny("llama"), "residual_rank": 8, "keep_base_weights": False}
     expected = logits(base)
-    model = get_peft_model(base, config(target_modules=["up_proj"], **residual), adapter_name="a")
-    model.add_adapter("b", config(seed=9, target_modules=["up_proj"], **residual))
-    model.base_model.set_adapter(["a", "b"])
+    model = get_peft_model(base, config(target_modules=["up_proj"], **residual), adapter_name="first")
+    model.add_adapter("second", config(seed=9, target_modules=["up_proj"], **residual))
+    model.base_model.set_adapter(["first", "second"])
     added = copy.deepcopy(base)
     for path, layer in layers(model).items():
-        weights = [layer.mixed_rank_factors[name] for name in "ab"]
+        weights = [layer.mixed_rank_factors[name] for name in ("first", "second")]
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
         plain.weight.data = layer.base_layer.weight + sum(f.up.weight @ f.down.weight for f in weights)
         added.set_submodule(path, plain)
@@ -236,7 +236,7 @@ def test_different_adapters_in_one_batch_are_refused_by_name():
     model = two_adapters()
     for call in (model, model.generate):
         with pytest.raises(NotImplementedError, match="cannot mix adapter_names in it; call set_adapter"):
-            call(input_ids=IDS, adapter_names=["a", "b"])
+            call(input_ids=IDS, adapter_names=["first", "second"])
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -297,11 +297,11 @@ def test_wrong_values_are_named(changes):
 def test_transformers_own_adapter_methods_take_a_second_one():
     model = tiny("llama")
     expected = logits(model)
-    model.add_adapter(config(), adapter_name="a")
+    model.add_adapter(config(), adapter_name="first")
     adapted = logits(model)
-    model.add_adapter(config(seed=9), adapter_name="b")
+    model.add_adapter(config(seed=9), adapter_name="second")
     assert not torch.allclose(logits(model), adapted, atol=1e-3)
-    model.set_adapter("a")
+    model.set_adapter("first")
     assert torch.equal(logits(model), adapted)
     model.disable_adapters()
     assert torch.equal(logits(model), expected)
