@@ -73,7 +73,12 @@ class MixedRankModel(BaseTuner):
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
         """As of PEFT; `low_cpu_mem_usage` leaves the factors on the meta device, for weights that are loaded next."""
         self._empty_factors = low_cpu_mem_usage
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        except Exception:
+            # The name of a refused adapter stays free, also where transformers and not PEFT keeps the dictionary.
+            self.peft_config.pop(adapter_name, None)
+            raise
 
     def _layers(self) -> dict[str, MixedRankLayer]:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, MixedRankLayer)}
@@ -83,6 +88,7 @@ class MixedRankModel(BaseTuner):
         config = self.peft_config[name] = copy.copy(peft_config)
         with self._as_base():
             self._make_factors(config)
+            self._refuse_confusing_names()
         config.calibration_data = config.reference_model = None
         if config.target_modules == "all-linear":
             # PEFT would replace it by its own list.
@@ -111,6 +117,20 @@ class MixedRankModel(BaseTuner):
                 self.model.set_submodule(name, layer)
             for wrapper, before in zip(wrappers, disabled, strict=True):
                 wrapper._disable_adapters = before
+
+    def _refuse_confusing_names(self) -> None:
+        """PEFT finds the tensors of other adapters by names in keys, and would leave out what is called like one."""
+        if len(self.peft_config) == 1:
+            return
+        modules = [name for name, _ in self.model.named_modules() if ".modules_to_save." not in name]
+        factors = [f"mixed_rank_factors.{key}" for layer in self._factors.values() for key in layer.state_dict()]
+        parts = {part for name in ("base_model.model", *modules, *factors) for part in name.split(".")}
+        confusing = sorted(parts & self.peft_config.keys())
+        if confusing:
+            raise ValueError(
+                f"adapter_name must be none of the names of the model's modules where there are several adapters, got "
+                f"{confusing[0]!r}: PEFT would leave tensors of other adapters out when it saves them"
+            )
 
     def _make_factors(self, config) -> None:
         if config.manifest is None or config.calibration_data is not None:

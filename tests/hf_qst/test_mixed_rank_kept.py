@@ -115,6 +115,27 @@ def test_a_second_adapter_that_fails_changes_nothing():
     assert list(model.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("name", ["down", "mlp", "0", "model", "weight"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_name_that_peft_would_confuse_is_refused_for_two_adapters(name, first):
+    """PEFT saves an adapter without the tensors whose keys hold another adapter's name between dots."""
+    names = (name, "other") if first else ("other", name)
+    model = get_peft_model(tiny("llama"), config(target_modules=["up_proj"]), adapter_name=names[0])
+    structure = str(model)
+    with pytest.raises(ValueError, match=f"adapter_name .* got '{name}'"):
+        model.add_adapter(names[1], config(target_modules=["up_proj"]))
+    assert list(model.peft_config) == [names[0]] and str(model) == structure
+
+
+def test_the_name_of_a_refused_adapter_stays_free_in_transformers_own_methods():
+    model = tiny("llama")
+    model.add_adapter(config(), adapter_name="first")
+    with pytest.raises(BudgetError):
+        model.add_adapter(config(keep_ratio=0.001), adapter_name="second")
+    model.add_adapter(config(), adapter_name="second")
+    assert list(model.peft_config) == ["first", "second"]
+
+
 @pytest.mark.parametrize("first, second", [(True, False), (False, True)])
 def test_every_adapter_has_to_keep_the_base(first, second):
     model = get_peft_model(tiny("llama"), config(keep_base_weights=first))
