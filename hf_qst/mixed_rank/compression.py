@@ -240,6 +240,10 @@ def compress_model(model: nn.Module, config, calibration_data: Iterable[Mapping]
     """
     if config.mode == "residual":
         raise ValueError("compress_model replaces layers; use get_peft_model for MixedRankConfig.mode='residual'")
+    if config.keep_base_weights:
+        raise ValueError(
+            "compress_model replaces layers; use get_peft_model for MixedRankConfig.keep_base_weights=True"
+        )
     for name, layer in compress(model, config, calibration_data).factors.items():
         trainable = model.get_submodule(name).weight.requires_grad
         model.set_submodule(name, layer.requires_grad_(trainable))

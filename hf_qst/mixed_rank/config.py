@@ -82,9 +82,10 @@ class MixedRankConfig(MethodConfig):
         bias_correction (`bool`):
             Leave a layer's mean output to its bias, where it has one, and the deviations from it to the factors.
         memory_limit (`int`, *optional*): bytes the input statistics may take at once; more passes are made instead.
+        init_weights (`bool`): False starts at random factors of the chosen ranks, for tests and experiments.
         keep_base_weights (`bool`):
             Keep the dense weights beside the factors, so that adapters can be added, switched, disabled, merged,
-            unmerged, deleted and unloaded as those of PEFT's own methods.
+            unmerged, deleted and unloaded as those of PEFT's own methods. Residuals always do.
         seed (`int`): of the random start of `"gradient"` and the order of batches in `"kd"`.
         modules_to_save (`list[str]`, *optional*): further modules to train in full and to save.
         progress (`bool`): whether to show progress bars.

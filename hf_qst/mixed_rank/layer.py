@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,6 +61,13 @@ class LowRankLinear(nn.Module):
             if bias is not None:
                 layer.up.bias.copy_(bias)
         return layer
+
+    def randomized(self) -> LowRankLinear:
+        """A layer of the same shape and bias with random factors, whose outputs are about as large as its inputs."""
+        weight, dtype = self.down.weight, float_dtype(self.up)
+        left = torch.randn(self.in_features, self.rank, device=weight.device) / self.in_features**0.5
+        right = torch.randn(self.rank, self.out_features, device=weight.device) / self.rank**0.5
+        return LowRankLinear.from_factors(left, right, self.bias, self.conv1d, dtype).train(self.training)
 
     def describe(self) -> dict:
         """What the layer is, as JSON-ready data; `from_description` makes an empty one of it."""
@@ -169,45 +179,66 @@ class LowRankLinear(nn.Module):
 
 
 class MixedRankLayer(nn.Module, BaseTunerLayer):
-    """Holds the factors of one layer as a PEFT adapter, under the adapter's name.
+    """Holds the factors of one layer as PEFT adapters, under the adapters' names.
 
-    Usually they stand in the place of the dense layer, which is gone: there is nothing to go back to. As a residual
-    they are added to a layer that stays.
+    Factors of mode `"replace"` run in the place of the dense layer; those of mode `"residual"` are added to it. Without
+    a base layer there is one adapter, of mode `"replace"`, and nothing to go back to. With one, several adapters may be
+    active: each adds its difference from the base layer, `A B - W` where it replaces.
 
     Args:
         adapter_name (`str`)
         factors ([`LowRankLinear`])
-        base_layer: the layer they are added to, or None.
+        base_layer: the dense layer, or None if it is not kept.
+        mode (`str`): `"replace"` or `"residual"`.
     """
 
     adapter_layer_names = ("mixed_rank_factors",)
-    other_param_names = ()
+    other_param_names = ("mixed_rank_modes",)
 
-    def __init__(self, adapter_name: str, factors: LowRankLinear, base_layer: nn.Module | None = None):
+    def __init__(
+        self, adapter_name: str, factors: LowRankLinear, base_layer: nn.Module | None = None, mode: str = "residual"
+    ):
         super().__init__()
         if base_layer is not None:
             self.base_layer = base_layer
-        self.mixed_rank_factors = nn.ModuleDict({adapter_name: factors})
+        self.mixed_rank_factors = nn.ModuleDict()
+        self.mixed_rank_modes: dict[str, str] = {}
         self.in_features, self.out_features = factors.in_features, factors.out_features
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
+        # The dense weight and bias while adapters are merged into the base layer.
+        self.register_buffer("dense_weight", None, persistent=False)
+        self.register_buffer("dense_bias", None, persistent=False)
+        self.add_factors(adapter_name, factors, mode)
+
+    def add_factors(self, adapter_name: str, factors: LowRankLinear, mode: str) -> None:
+        """Hold the factors of one more adapter."""
+        self.mixed_rank_factors[adapter_name] = factors
+        self.mixed_rank_modes[adapter_name] = mode
 
     @property
-    def is_residual(self) -> bool:
+    def keeps_base(self) -> bool:
+        """Whether the dense layer is still there."""
         return "base_layer" in self._modules
 
     @property
+    def used(self) -> list[str]:
+        """The active adapters that this layer has factors of."""
+        return [name for name in self.active_adapters if name in self.mixed_rank_factors]
+
+    @property
     def factors(self) -> LowRankLinear:
+        """Those of the first adapter."""
         return next(iter(self.mixed_rank_factors.values()))
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.base_layer.weight if self.is_residual else self.factors.weight
+        return self.base_layer.weight if self.keeps_base else self.factors.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return (self.base_layer if self.is_residual else self.factors).bias
+        return (self.base_layer if self.keeps_base else self.factors).bias
 
     # PEFT's own two would ask quantised weights for gradients.
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -223,42 +254,132 @@ class MixedRankLayer(nn.Module, BaseTunerLayer):
                 self.mixed_rank_factors[name].requires_grad_(requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
-        if not enabled and not self.is_residual:
-            raise NoDenseWeightsError("switched off")
+        if not enabled:
+            self._require_base("switched off")
         super().enable_adapters(enabled)
 
-    def merge(self, safe_merge: bool = False, adapter_names=None) -> None:
-        self._refuse("merged in place")
+    def _require_base(self, what: str) -> None:
+        if not self.keeps_base:
+            raise NoDenseWeightsError(what)
 
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Check that the base layer can take these adapters into its weight.
+
+        Raises:
+            NoDenseWeightsError: there is no base layer.
+            NotImplementedError: its weight is quantised.
+        """
+        self._require_base("merged in place")
+        if any(name in self.mixed_rank_factors for name in adapter_names) and not self.weight.is_floating_point():
+            raise NotImplementedError(
+                "mixed-rank factors cannot be merged into a quantised weight: rounding would undo it. Keep them as an "
+                "adapter (save_pretrained), or take the base back with unload()"
+            )
+
+    def check_finite(self, adapter_names: list[str]) -> None:
+        """Check the factors of these adapters.
+
+        Raises:
+            ValueError: naming the first adapter with NaN or infinite values.
+        """
+        for name in adapter_names:
+            factors = self.mixed_rank_factors[name].parameters() if name in self.mixed_rank_factors else ()
+            if not all(torch.isfinite(p).all() for p in factors if p.is_floating_point()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the differences that the factors make to the base layer's weight and bias; `unmerge` takes them back."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mixed_rank_factors]
+        self.check_merge(names)
+        if safe_merge:
+            self.check_finite(names)
+        if not names:
+            return
+        base = self.base_layer
+        if not self.merged:
+            self.dense_weight = base.weight.detach().clone()
+            self.dense_bias = None if base.bias is None else base.bias.detach().clone()
+        for name in names:
+            replaces, factors = self.mixed_rank_modes[name] == "replace", self.mixed_rank_factors[name]
+            _add_difference(base.weight, factors.weight, self.dense_weight if replaces else None)
+            if factors.bias is not None:
+                _add_difference(base.bias, factors.bias, self.dense_bias if replaces else None)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
     def unmerge(self) -> None:
-        self._refuse("unmerged")
+        """Give the base layer its dense weight and bias back."""
+        self._require_base("unmerged")
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.weight.copy_(self.dense_weight)
+        if self.dense_bias is not None:
+            self.base_layer.bias.copy_(self.dense_bias)
+        self.dense_weight = self.dense_bias = None
+        self.merged_adapters = []
 
-    def _refuse(self, what: str) -> None:
-        if self.is_residual:
-            raise NotImplementedError(f"mixed-rank residuals cannot be {what}; merge_and_unload() and unload() can")
-        raise NoDenseWeightsError(what)
+    def _to_unload(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters that go into the smaller model, those that are merged already included."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = dict.fromkeys([*self.merged_adapters, *wanted])
+        return [name for name in names if name in self.mixed_rank_factors]
+
+    def _replaced_by(self, names: list[str]) -> LowRankLinear | None:
+        """The factors that are the layer of the smaller model, if no sum of weights is."""
+        one = len(names) == 1 and self.mixed_rank_modes[names[0]] == "replace"
+        return self.mixed_rank_factors[names[0]] if one else None
+
+    def check_unload(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Check that `unload_and_optionally_merge_module` will go through. Errors as of `check_merge`, `check_finite`."""
+        if not merge:
+            return self._require_base("unloaded")
+        names = self._to_unload(adapter_names)
+        if self._replaced_by(names) is None:
+            self.check_merge(names)
+        if safe_merge:
+            self.check_finite(names)
 
     def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool = False, adapter_names=None
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The factors as a layer of the smaller model; a residual is added to the weight it belongs to."""
+        """The layer of the smaller model: the factors where one adapter replaces the dense layer, else a dense one."""
+        self.check_unload(merge, safe_merge, adapter_names)
+        names = self._to_unload(adapter_names)
         if not merge:
-            if not self.is_residual:
-                raise NoDenseWeightsError("unloaded")
+            if self.merged:
+                self.unmerge()
             return self.base_layer
-        if safe_merge and not all(torch.isfinite(p).all() for p in self.factors.parameters() if p.is_floating_point()):
-            raise ValueError("safe_merge: the factors hold NaN or infinite values")
-        if not self.is_residual:
-            return self.factors
-        with torch.no_grad():
-            self.base_layer.weight += self.factors.weight
+        factors = self._replaced_by(names)
+        if factors is not None:
+            # PEFT holds adapters of a model in half precision in float32.
+            cast = self.keeps_base and factors.down.weight.is_floating_point()
+            return factors.to(float_dtype(self.base_layer)) if cast else factors
+        if missing := [name for name in names if name not in self.merged_adapters]:
+            self.merge(adapter_names=missing)
         return self.base_layer
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if not self.is_residual:
+        if not self.keeps_base:
             return self.factors(inputs)
-        output = self.base_layer(inputs)
-        return output if self.disable_adapters or not self.mixed_rank_factors else output + self.factors(inputs)
+        if self.merged:
+            if self.disable_adapters:
+                self.unmerge()
+            return self.base_layer(inputs)
+        names = [] if self.disable_adapters else self.used
+        replacing = sum(self.mixed_rank_modes[name] == "replace" for name in names)
+        outputs = [self.mixed_rank_factors[name](inputs) for name in names]
+        if replacing != 1:
+            base = self.base_layer(inputs)
+            outputs.insert(0, base if replacing == 0 else base * (1 - replacing))
+        return functools.reduce(torch.add, outputs)
+
+
+def _add_difference(parameter: nn.Parameter, value: torch.Tensor, dense: torch.Tensor | None) -> None:
+    """Add `value` to a parameter, less the dense one that it stands for, in float64."""
+    total = parameter.double() + value.double()
+    parameter.copy_(total if dense is None else total - dense.double())
 
 
 class NoDenseWeightsError(NotImplementedError):
@@ -266,7 +387,7 @@ class NoDenseWeightsError(NotImplementedError):
 
     def __init__(self, what: str):
         super().__init__(
-            f"mixed-rank factors cannot be {what}: they replaced the dense weights, which are gone. merge_and_unload() "
-            "gives the smaller model, to_dense() the same function in the original shapes; load the base model again "
-            "to have it back."
+            f"mixed-rank factors cannot be {what}: they replaced the dense weights, which are gone. "
+            "MixedRankConfig.keep_base_weights=True keeps them. merge_and_unload() gives the smaller model, to_dense() "
+            "the same function in the original shapes; load the base model again to have it back."
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
+from contextlib import contextmanager
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_qst import manifest
@@ -53,20 +56,83 @@ class MixedRankModel(BaseTuner):
 
     def _check_new_adapter_config(self, config) -> None:
         super()._check_new_adapter_config(config)
-        if any(isinstance(module, MixedRankLayer) for module in self.model.modules()):
+        layers = self._layers()
+        keeps = config.mode == "residual" or config.keep_base_weights
+        if layers and not (keeps and all(layer.keeps_base for layer in layers.values())):
             raise ValueError(
-                "a model can be compressed by mixed rank once: its dense weights are gone. Merge it first "
-                "(merge_and_unload), or load the base model again."
+                "a model can be compressed by mixed rank once: its dense weights are gone. Give every adapter "
+                "MixedRankConfig.keep_base_weights=True, merge the first (merge_and_unload), or load the base model "
+                "again."
             )
-        if any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+        if sum(isinstance(module, BaseTunerLayer) for module in self.model.modules()) > len(layers):
             raise ValueError(
                 "MixedRankConfig replaces dense weights, but the model has adapters of another method on them; merge "
                 "or unload these first"
             )
 
+    def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
+        """As of PEFT; `low_cpu_mem_usage` leaves the factors on the meta device, for weights that are loaded next."""
+        self._empty_factors = low_cpu_mem_usage
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        except Exception:
+            # The name of a refused adapter stays free, also where transformers and not PEFT keeps the dictionary.
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _layers(self) -> dict[str, MixedRankLayer]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, MixedRankLayer)}
+
     def _prepare_adapter_config(self, peft_config, model_config):
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
         config = self.peft_config[name] = copy.copy(peft_config)
+        with self._as_base():
+            self._make_factors(config)
+            self._refuse_confusing_names()
+        config.calibration_data = config.reference_model = None
+        if config.target_modules == "all-linear":
+            # PEFT would replace it by its own list.
+            config.target_modules = None
+        return config
+
+    @contextmanager
+    def _as_base(self):
+        """The model as it is without adapters."""
+        layers = self._layers()
+        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        disabled = [wrapper._disable_adapters for wrapper in wrappers]
+        merged = [layer for layer in layers.values() if layer.merged]
+        if merged:
+            warnings.warn("An adapter cannot be added to a merged model. Unmerging the model first.", stacklevel=2)
+        for layer in merged:
+            layer.unmerge()
+        try:
+            for wrapper in wrappers:
+                wrapper._disable_adapters = True
+            for name, layer in layers.items():
+                self.model.set_submodule(name, layer.base_layer)
+            yield
+        finally:
+            for name, layer in layers.items():
+                self.model.set_submodule(name, layer)
+            for wrapper, before in zip(wrappers, disabled, strict=True):
+                wrapper._disable_adapters = before
+
+    def _refuse_confusing_names(self) -> None:
+        """PEFT finds the tensors of other adapters by names in keys, and would leave out what is called like one."""
+        if len(self.peft_config) == 1:
+            return
+        modules = [name for name, _ in self.model.named_modules() if ".modules_to_save." not in name]
+        factors = [f"mixed_rank_factors.{key}" for layer in self._factors.values() for key in layer.state_dict()]
+        parts = {part for name in ("base_model.model", *modules, *factors) for part in name.split(".")}
+        confusing = sorted(parts & self.peft_config.keys())
+        if confusing:
+            raise ValueError(
+                f"adapter_name must be none of the names of the model's modules where there are several adapters, got "
+                f"{confusing[0]!r}: PEFT would leave tensors of other adapters out when it saves them"
+            )
+
+    def _make_factors(self, config) -> None:
         if config.manifest is None or config.calibration_data is not None:
             found = compress(self.model, config)
             if not found.factors:
@@ -75,16 +141,18 @@ class MixedRankModel(BaseTuner):
                     "there is nothing to compress"
                 )
             self._factors = found.factors
+            if not config.init_weights:
+                self._factors = {n: self._random(layer, config) for n, layer in found.factors.items()}
             config.rank_pattern, config.dense_modules = found.ranks, found.dense
             config.statistics, config.allocation = found.statistics, found.allocation
         else:
             require_available(config.quantize_factors, self.model, config.mode)
             self._factors = {n: self._empty(n, rank, config) for n, rank in config.rank_pattern.items()}
-        config.calibration_data = config.reference_model = None
-        if config.target_modules == "all-linear":
-            # PEFT would replace it by its own list.
-            config.target_modules = None
-        return config
+
+    @staticmethod
+    def _random(layer: LowRankLinear, config) -> LowRankLinear:
+        layer = layer.randomized()
+        return layer if config.quantize_factors is None else quantize_factors(layer, config.quantize_factors)
 
     def _empty(self, name: str, rank: int, config) -> LowRankLinear:
         try:
@@ -114,30 +182,50 @@ class MixedRankModel(BaseTuner):
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         factors = self._factors.pop(current_key)
-        layer = MixedRankLayer(adapter_name, factors, target if peft_config.mode == "residual" else None)
-        layer.set_adapter([adapter_name], inference_mode=peft_config.inference_mode)
-        layer.train(target.training)
-        self._replace_module(parent, target_name, layer, target)
+        if self._empty_factors and peft_config.quantize_factors is None:
+            factors = factors.to("meta")
+        if isinstance(target, MixedRankLayer):
+            layer = target
+            layer.add_factors(adapter_name, factors, peft_config.mode)
+        else:
+            keeps = peft_config.mode == "residual" or peft_config.keep_base_weights
+            layer = MixedRankLayer(adapter_name, factors, target if keeps else None, peft_config.mode)
+            self._replace_module(parent, target_name, layer, target)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        factors.train(target.training)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # PEFT's would give the dense weight to the new module.
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The factors are the model's weights and keep its dtype."""
+        """Factors beside dense weights follow PEFT's rule; in their place they are the model's and keep its dtype."""
+        config = self.peft_config[adapter_name]
+        if config.mode == "replace" and config.keep_base_weights and config.quantize_factors is None:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "mixed rank runs the same adapters for a whole batch and cannot mix adapter_names in it; call "
+                "set_adapter(name)"
+            )
+        yield
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if self.peft_config[adapter_name].mode == "replace":
+        if any(adapter_name in m.mixed_rank_factors and not m.keeps_base for m in self._layers().values()):
             raise NoDenseWeightsError("deleted")
         super().delete_adapter(adapter_name)
 
-    def _check_merge_allowed(self) -> None:
-        for name, module in self.model.named_modules():
-            if isinstance(module, MixedRankLayer) and module.is_residual and not module.weight.is_floating_point():
-                raise NotImplementedError(
-                    f"the residual of {name!r} cannot be merged into a quantised weight: rounding would undo it. Keep "
-                    "it as an adapter (save_pretrained), or take the base back with unload()."
-                )
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As of PEFT; what cannot be merged is named before anything is."""
+        for layer in self._layers().values():
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            layer.check_merge(names)
+            if safe_merge:
+                layer.check_finite(names)
+        super().merge_adapter(adapter_names, safe_merge)
 
     def to_dense(self) -> nn.Module:
         """The base model with dense weights of the original shapes and the compressed model's outputs.
@@ -145,21 +233,24 @@ class MixedRankModel(BaseTuner):
         Raises:
             NotImplementedError: other layers of the base are quantised.
         """
-        factors = tuple(f"{name}." for name, m in self.model.named_modules() if isinstance(m, MixedRankLayer))
+        factors = tuple(f"{name}." for name in self._layers())
         for name, module in self.model.named_modules():
             if scheme_of(module) is not None and not name.startswith(factors):
                 raise NotImplementedError(
                     f"{name!r} is in {scheme_of(module)}: to_dense() needs a base in floating point. "
                     "merge_and_unload() gives the smaller model"
                 )
-        for module in self.model.modules():
-            if isinstance(module, MixedRankLayer) and not module.is_residual:
-                dequantize_factors(module.factors)
+        for layer in self._layers().values():
+            for name in layer.used:
+                if layer.mixed_rank_modes[name] == "replace":
+                    dequantize_factors(layer.mixed_rank_factors[name])
         small = self.merge_and_unload()
         return to_dense(small) if isinstance(small, ReshapedModel) else small
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
-        return finished(super()._unload_and_optionally_merge(merge=merge, **kwargs))
+    def _unload_and_optionally_merge(self, merge: bool = True, safe_merge: bool = False, **kwargs) -> nn.Module:
+        for layer in self._layers().values():
+            layer.check_unload(merge, safe_merge, kwargs.get("adapter_names"))
+        return finished(super()._unload_and_optionally_merge(merge=merge, safe_merge=safe_merge, **kwargs))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

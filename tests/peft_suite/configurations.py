@@ -1,28 +1,47 @@
 """Our configurations in the place of PEFT's in the parameters of PEFT's tests."""
 
+from dataclasses import dataclass
+
 from hf_qst import DISPConfig, MixedRankConfig, QSTConfig
 
-MIXED_RANK = {"keep_base_weights": True, "progress": False}
-METHODS = (QSTConfig, DISPConfig, MixedRankConfig)
+
+@dataclass
+class KeptMixedRankConfig(MixedRankConfig):
+    """With what PEFT's tests rely on as defaults, since some pass nothing but `target_modules`."""
+
+    keep_base_weights: bool = True
+    progress: bool = False
+
+
+METHODS = (QSTConfig, DISPConfig, KeptMixedRankConfig)
 
 # (configuration, arguments) of decoder models.
 DECODERS = [
     (QSTConfig, {"task_type": "CAUSAL_LM", "r": 4, "downsample_rank": 4}),
     (DISPConfig, {"task_type": "CAUSAL_LM"}),
-    (MixedRankConfig, {"task_type": "CAUSAL_LM", **MIXED_RANK}),
+    (KeptMixedRankConfig, {"task_type": "CAUSAL_LM"}),
 ]
 
-# (name of the test, PEFT's model, configuration, arguments). Rank 2 of 10 x 20 and 1 of 20 x 2.
+# (name of the test, PEFT's model, configuration, arguments). Full ranks start at the base's own function, up to
+# rounding, as PEFT's methods do.
 CUSTOM = [
-    (f"{name} mixed rank", model, MixedRankConfig, {**arguments, **MIXED_RANK})
+    (f"{name} mixed rank", model, KeptMixedRankConfig, arguments)
     for name, model, arguments in (
-        ("Vanilla MLP 1", "MLP", {"target_modules": "lin0"}),
-        ("Vanilla MLP 2", "MLP", {"target_modules": ["lin0"]}),
-        ("Vanilla MLP 3", "MLP", {"target_modules": ["lin1"], "keep_ratio": 0.6}),
-        ("Vanilla MLP 4", "MLP", {"target_modules": ["lin0", "lin1"]}),
-        ("Vanilla MLP 5", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
-        ("Embedding + transformers Conv1D 1", "EmbConv1D", {"target_modules": ["conv1d"]}),
-        ("Conv2d 1", "Conv2d", {"target_modules": ["lin0"]}),
+        ("MLP 1 low", "MLP", {"target_modules": "lin0"}),
+        ("MLP 2 low", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+        ("MLP 3 full", "MLP", {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin0": 10, "lin1": 2}}),
+        (
+            "MLP 4 full",
+            "MLP",
+            {"target_modules": ["lin0", "lin1"], "modules_to_save": ["lin1"], "rank_pattern": {"lin0": 10}},
+        ),
+        ("LayerNorm low", "MLP_LayerNorm", {"target_modules": ["lin0", "lin1"]}),
+        (
+            "Embedding and transformers Conv1D full",
+            "EmbConv1D",
+            {"target_modules": "conv1d", "rank_pattern": {"conv1d": 1}},
+        ),
+        ("Conv2d full", "Conv2d", {"target_modules": ["lin0"], "rank_pattern": {"lin0": 2}}),
     )
 ]
 
@@ -31,9 +50,9 @@ TWO_ADAPTERS = [
     (
         f"Mixed rank {name}",
         "mixed_rank",
-        MixedRankConfig,
-        {"target_modules": ["lin0"], "init_weights": False, **MIXED_RANK},
-        {"target_modules": [second], "init_weights": False, "keep_ratio": 0.6, **MIXED_RANK},
+        KeptMixedRankConfig,
+        {"target_modules": ["lin0"], "init_weights": False},
+        {"target_modules": [second], "init_weights": False, "keep_ratio": 0.6},
     )
     for name, second in (("Same", "lin0"), ("Different", "lin1"))
 ]

@@ -5,7 +5,7 @@ from tests.peft_suite import configurations, peft_tests
 _peft = peft_tests.load("test_custom_models")
 # The parameters of the tests refer to these lists.
 _peft.TEST_CASES[:] = configurations.CUSTOM
-_peft.ALL_PEFT_CONFIG_CLASSES[:] = [configurations.MixedRankConfig]
+_peft.ALL_PEFT_CONFIG_CLASSES[:] = [configurations.KeptMixedRankConfig]
 _peft.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = configurations.TWO_ADAPTERS
 
 TestPeftCustomModel = _peft.TestPeftCustomModel
