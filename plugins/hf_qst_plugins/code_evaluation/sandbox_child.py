@@ -43,6 +43,7 @@ LIBRARY = "/tmp/lib"
 INSPECTION_EVENTS = ("gc.get_", "sys.settrace", "sys.setprofile", "sys.monitoring", "ctypes.")
 INSPECTION_EVENTS += ("cpython.PyInterpreterState_New",)  # audit hooks do not reach into another interpreter
 NATIVE_MODULES = ("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_testlimitedcapi")
+PROC_DEVICE = os.stat("/proc").st_dev if os.path.isdir("/proc") else None
 AF_UNIX = 1
 # What the weak guard refuses besides: other processes, and changes outside the folder.
 PROCESS_EVENTS = ("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.", "pty.")
@@ -53,6 +54,13 @@ WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 MOST_CHANGES = 256
 REPORT_BYTES = 4096
 DETAIL_CHARACTERS = 300
+FAILURES = (
+    (AssertionError, "wrong"),
+    (SyntaxError, "syntax"),
+    (NameError, "name"),
+    (TypeError, "type"),
+    (MemoryError, "memory"),
+)
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -184,7 +192,7 @@ def guard(weak: bool, folder: str) -> None:
         inspection=INSPECTION_EVENTS,
         native=NATIVE_MODULES,
         stat=os.stat,
-        proc=os.stat("/proc").st_dev if os.path.isdir("/proc") else None,
+        proc=PROC_DEVICE,
         kind=type,
         number=int,
         refused=PermissionError,
@@ -248,9 +256,7 @@ def limit(job: dict) -> None:
 def describe(
     error,
     *,
-    kinds=tuple(
-        {AssertionError: "wrong", SyntaxError: "syntax", NameError: "name", TypeError: "type", MemoryError: "memory"}.items()
-    ),
+    kinds=FAILURES,
     kind_of=type,
     bases_of=type.__dict__["__mro__"].__get__,
     name_of=type.__dict__["__name__"].__get__,
