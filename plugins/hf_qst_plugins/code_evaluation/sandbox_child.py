@@ -283,6 +283,7 @@ def run_program(job: dict, secret: list[bytes], report: int) -> None:
     `describe` makes, which the program may have a hand in, and which can only say that it failed.
     """
     write, leave, number, execute, caught = os.write, os._exit, os.getpid, exec, sys.exc_info
+    myself = number()
     try:
         try:
             _die_with_parent()
@@ -305,9 +306,10 @@ def run_program(job: dict, secret: list[bytes], report: int) -> None:
             # The secret leaves its list before the program starts and is from then on in a dict that only this frame's
             # evaluation stack holds, as are the functions that will take it out and write it. No name leads there.
             # The key is this process's number: a fork that the program made of itself has another one.
-            write(report, {number(): secret.pop()}.pop((number, execute(program, module.__dict__))[0](), b""))
+            write(report, {myself: secret.pop()}.pop((number, execute(program, module.__dict__))[0](), b""))
         except:  # noqa: E722  (the program may have replaced the name BaseException)
-            write(report, describe(caught()[1]))
+            if number() == myself:
+                write(report, describe(caught()[1]))
     finally:
         leave(0)  # without waiting for the program's threads or running its exit handlers
 
