@@ -91,7 +91,7 @@ def run(model, tokenizer, problems=PROBLEMS, **changes):
     arguments = {
         "samples": 4,
         "generate_kwargs": {"max_new_tokens": 40, "temperature": 0.5},
-        "limits": Limits(wall_seconds=4, cpu_seconds=1),
+        "limits": Limits(wall_seconds=30, cpu_seconds=1),
         "allow_execution": True,
         "progress": False,
         "batch_size": 3,

@@ -102,6 +102,8 @@ LOOKING = {
     "its own descriptors": "import os\nos.open('/proc/self/fd/3', os.O_RDONLY)",
     "another interpreter": "try: import _xxsubinterpreters as other\nexcept ImportError: import _interpreters as other\n"
     "other.create()",
+    "monitoring": "import sys\nsys.monitoring.use_tool_id(1, 'x')\n"
+    "sys.monitoring.register_callback(1, sys.monitoring.events.CALL, print)",
     "a jump over the test": "import sys\ndef trace(frame, event, value):\n    if event == 'line': frame.f_lineno = 8\n"
     "    return trace\nsys._getframe().f_trace = trace\nsys.settrace(trace)\n",
     "a jump in the caller": "import sys\ndef trace(frame, event, value):\n    return trace\n"
@@ -135,6 +137,8 @@ FORKING = {
     "another program": "import os, sys\nos.execv(sys.executable, [sys.executable, '-c', ''])",
     "its parent is killed": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "its parent is stopped": "import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)",
+    "names of its callers": "import sys\nframe = sys._getframe()\nwhile frame:\n    for name in list(frame.f_locals):\n"
+    "        try: frame.f_locals[name] = lambda *a: 1\n        except Exception: pass\n    frame = frame.f_back",
     "its group is killed": "import os, signal\nos.killpg(0, signal.SIGKILL)",
 }
 CHEATS = {**REPLACING, **ENDING, **RAISING, **LOOKING, **MOVING, **FORKING}

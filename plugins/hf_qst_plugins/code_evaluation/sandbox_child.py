@@ -41,8 +41,10 @@ LIBRARY = "/tmp/lib"
 
 # Ways for a program to reach what executes it, or to jump over its own tests.
 INSPECTION_EVENTS = ("gc.get_", "sys.settrace", "sys.setprofile", "sys.monitoring", "ctypes.")
-INSPECTION_EVENTS += ("cpython.PyInterpreterState_New",)  # audit hooks do not reach into another interpreter
-NATIVE_MODULES = ("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_testlimitedcapi")
+INSPECTION_EVENTS += ("cpython.PyInterpreterState_New",)
+# Native code, and other interpreters, into which audit hooks do not reach (Python 3.13 has no event for them).
+REFUSED_MODULES = ("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_testlimitedcapi")
+REFUSED_MODULES += ("_xxsubinterpreters", "_interpreters", "_xxinterpchannels", "_interpchannels")
 PROC_DEVICE = os.stat("/proc").st_dev if os.path.isdir("/proc") else None
 AF_UNIX = 1
 # What the weak guard refuses besides: other processes, and changes outside the folder.
@@ -158,7 +160,7 @@ def guard(weak: bool, folder: str) -> None:
     A program can change every name of `builtins` and of this module, and reaches the frame of a hook that raises. So
     `hook`, on which the verdict depends, uses the defaults of its arguments alone. `confine` is against accidents.
     """
-    for name in [name for name in sys.modules if name.partition(".")[0] in NATIVE_MODULES]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in REFUSED_MODULES]:
         del sys.modules[name]
     changes = 0
 
@@ -190,7 +192,7 @@ def guard(weak: bool, folder: str) -> None:
         exact=str.__str__,  # of a str whose class overrides the rest
         first=str.partition,
         inspection=INSPECTION_EVENTS,
-        native=NATIVE_MODULES,
+        modules=REFUSED_MODULES,
         stat=os.stat,
         proc=PROC_DEVICE,
         kind=type,
@@ -203,8 +205,8 @@ def guard(weak: bool, folder: str) -> None:
     ):
         if starts(event, inspection):
             raise refused(code, f"{event}: not in the sandbox")
-        if event == "import" and first(exact(arguments[0]), ".")[0] in native:
-            raise missing(f"native code is not in the sandbox: {exact(arguments[0])}")
+        if event == "import" and first(exact(arguments[0]), ".")[0] in modules:
+            raise missing(f"{exact(arguments[0])} is not in the sandbox")
         if event == "open" and kind(arguments[0]) is not number:
             try:
                 device = stat(arguments[0]).st_dev
@@ -294,6 +296,7 @@ def run_program(job: dict, secret: list[bytes], report: int) -> None:
             os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
             limit(job)
             if job["namespaces"]:
+                os.setsid()  # else it could kill its group, which reaches out of the namespace
                 drop_privileges(FIRST_UID + job["number"])
             guard(not job["namespaces"], os.path.realpath(os.getcwd()))
             module = types.ModuleType("__problem__")
