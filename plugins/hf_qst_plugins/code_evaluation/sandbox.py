@@ -116,12 +116,11 @@ def _execute(source: str, limits: Limits, isolation: str) -> Outcome:
         stack.callback(process.stdout.close)
         timed_out = False
         try:
-            _write_all(process.stdin, json.dumps(job).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # the child is gone, and without a verdict; `_judge` says so
+                _write_all(process.stdin, json.dumps(job).encode() + b"\n")
             process.wait(limits.wall_seconds)
         except subprocess.TimeoutExpired:
             timed_out = True
-        except BrokenPipeError:
-            pass  # the child is gone, and without a verdict; `_judge` says so
         finally:
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)  # still ours: it has not been waited for
