@@ -100,6 +100,14 @@ def test_blanks_belong_to_the_token_that_brings_the_first_visible_character():
     assert (" ", "second of a line", "newline/indent") not in separate
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\x85", "\x1c", "\xa0"], ids=ascii)
+def test_whitespace_that_is_none_to_python_is_part_of_its_string(character):
+    text = f'x = """a\n{character}b"""\ny = 1\n'
+    at = text.index(character)
+    (position,), (syntax,) = SourceClasses(text).classify([(at, at + 1)])
+    assert (POSITIONS[position], SYNTAX[syntax]) == ("first of a line in a string", "later piece")
+
+
 def test_what_is_not_python_is_refused():
     for text in ("def f(:\n  '", "x = (\n", "if x:\n    y\n  z\n"):
         with pytest.raises((SyntaxError, Exception), match=r".") as error:

@@ -26,6 +26,15 @@ MBPP = {
     "test_setup_code": "offset = 5",
 }
 
+SANITIZED = {
+    "source_file": "Benchmark Questions Verification V2.ipynb",
+    "task_id": 82,
+    "prompt": "Write a function to find the volume of a sphere.",
+    "code": "import math\ndef volume_sphere(r):\n  return 4 / 3 * math.pi * r ** 3",
+    "test_imports": ["import math", "from math import isclose as near"],
+    "test_list": ["assert math.isclose(volume_sphere(10), 4188.790204786391, rel_tol=0.001)", "assert near(1, 1)"],
+}
+
 
 @pytest.fixture(scope="module")
 def sandbox():
@@ -54,6 +63,18 @@ def test_mbpps_later_key_for_the_task_is_read_too(tmp_path):
     assert "Add." in read_problems(write(tmp_path / "p.jsonl", record))[0].prompt
 
 
+def test_the_sanitized_forms_tests_run_with_their_imports(tmp_path, sandbox):
+    problem = read_problems(write(tmp_path / "p.jsonl", SANITIZED))[0]
+    solution = "def volume_sphere(r):\n    return 4 / 3 * 3.141592653589793 * r ** 3\n"
+    assert sandbox.run(problem.program(solution)).outcome == "passed"
+    assert sandbox.run(problem.program(solution.replace("4 /", "2 /"))).outcome == "wrong"
+    both = {**SANITIZED, "test_setup_code": "limit = math.inf", "test_list": ["assert 1 < limit"]}
+    assert sandbox.run(read_problems(write(tmp_path / "q.jsonl", both))[0].program("")).outcome == "passed"
+    for absent in ([], None):
+        record = {**SANITIZED, "test_imports": absent}
+        assert read_problems(write(tmp_path / "r.jsonl", record))[0].test.startswith("\nassert")
+
+
 def test_the_prompt_that_was_completed_may_differ_from_the_problems():
     problem = Problem("t", "def f():\n", "", "check(f)", "f")
     assert problem.program("\n    pass", "def f():") == "def f():\n    pass\n\ncheck(f)\n"
@@ -73,6 +94,8 @@ def test_the_prompt_that_was_completed_may_differ_from_the_problems():
         ({**MBPP, "test_list": []}, ["line 2", "test_list", "[]"]),
         ({**MBPP, "test_list": [1]}, ["line 2", "test_list", "[1]"]),
         ({**MBPP, "test_setup_code": 1}, ["line 2", "test_setup_code", "1"]),
+        ({**SANITIZED, "test_imports": "import math"}, ["line 2", "test_imports", "'import math'"]),
+        ({**SANITIZED, "test_imports": [1]}, ["line 2", "test_imports", "[1]"]),
         ({"task_id": "b"}, ["line 2", "HumanEval", "MBPP"]),
     ],
 )

@@ -1,6 +1,8 @@
 """The sandbox, on programs that try what generated programs may do. Each runs under both kinds of isolation."""
 
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from hf_qst_plugins.code_evaluation import OUTCOMES, ExecutionNotAllowedError, Limits, Sandbox, SandboxError
+from hf_qst_plugins.code_evaluation import sandbox as sandbox_module
+from hf_qst_plugins.code_evaluation.run_folder import run_folder
 
 LIMITS = Limits(wall_seconds=4, cpu_seconds=2)
 STARTED = pytest.mark.parametrize("isolation", ["namespaces", "guard"])
@@ -62,7 +66,7 @@ def test_outcomes_are_told_apart(isolation):
         ("import os\nwhile True:\n    try: os.fork()\n    except BlockingIOError: pass", {"timeout", "other"}),
         ("import os\nwhile True: os.fork()", {"timeout", "other"}),
         ("x = bytearray(10 << 30)", {"memory"}),
-        ("x = []\nwhile True: x.append(bytearray(1 << 20))", {"memory"}),
+        ("x = []\nwhile True: x.append(bytearray(64 << 20))", {"memory"}),
         ("i = 0\nwhile True:\n    open(f'f{i}', 'w').write('x' * 100_000)\n    i += 1", {"other"}),
         ("i = 0\nwhile True:\n    open(f'f{i}', 'w')\n    i += 1", {"other"}),
         ("file = open('f', 'wb')\nwhile True: file.write(b'x' * 65536)", {"other"}),
@@ -184,12 +188,95 @@ def test_namespaces_hide_the_host_and_cannot_be_undone():
     made = sandbox("namespaces")
     assert made.run("import os\nassert os.listdir('/proc') == [] and os.listdir('/tmp/work') == []").outcome == "passed"
     assert made.run("import os\nassert os.geteuid() != 0\nos.setuid(0)").outcome == "other"
-    undo = (
-        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.unshare(0x10000000 | 0x20000)\n"
-        "assert libc.mount(b'none', b'/', None, 32 | 4096, None) == -1\n"
-        "try: open('/tmp/lib/os.py', 'a')\nexcept OSError: pass\nelse: raise ValueError"
-    )
-    assert made.run(undo).outcome == "passed"
+
+
+KERNEL = """
+import ctypes, os, sys
+sys.path.insert(0, {folder!r})
+import sandbox_child
+sandbox_child.enter_namespaces(1 << 20)
+if os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+sandbox_child.drop_privileges(sandbox_child.FIRST_UID)
+libc = ctypes.CDLL(None, use_errno=True)
+libc.unshare(0x10000000 | 0x20000)
+assert libc.mount(b"none", b"/", None, 32 | 4096, None) == -1
+for path in ("/tmp/lib/os.py", "/etc/new", "/tmp/new"):
+    try: open(path, "a")
+    except OSError: continue
+    raise SystemExit(path)
+open("mine", "w").write("x")
+"""
+
+
+def test_the_kernel_holds_native_code_too():
+    """Without the guard inside the interpreter, which refuses native code before."""
+    sandbox("namespaces")
+    code = KERNEL.format(folder=str(Path(sandbox_module.__file__).parent))
+    done = subprocess.run([sys.executable, "-S", "-s", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def folders():
+    return {path for path in Path(tempfile.gettempdir()).glob("hf_qst_*") if path.is_dir()}
+
+
+WAIT = "import os\nos.mkdir('d')\nopen('d/f', 'w').write('x')\nos.chmod('d', 0)\nopen('started', 'w')\nwhile True: pass"
+EVALUATOR = """
+import sys
+from hf_qst_plugins.code_evaluation import Limits, Sandbox
+limits = Limits(wall_seconds=60, cpu_seconds=60)
+Sandbox(allow_execution=True, isolation="guard", limits=limits).run({program!r})
+"""
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The folder of temporary files, new and for this test alone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def killed_evaluator(temporary):
+    """Start an evaluation, and kill it as soon as its program runs."""
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", EVALUATOR.format(program=WAIT)], env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(temporary.glob("hf_qst_run_*/started")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert folders()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_an_evaluation_that_is_killed_takes_program_and_folder_with_it(temporary):
+    killed_evaluator(temporary)
+    deadline = time.monotonic() + 20
+    while folders() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not folders()
+
+
+def test_what_a_killed_evaluation_left_is_removed_by_the_next(temporary):
+    abandoned = temporary / "hf_qst_run_abandoned"
+    (abandoned / "shut").mkdir(parents=True)
+    (abandoned / "shut" / "file").write_text("x")
+    (abandoned / "shut").chmod(0)
+    abandoned.chmod(0)
+    other = temporary / "hf_qst_run_file"
+    other.write_text("not a folder")
+    with run_folder() as used:
+        Sandbox(allow_execution=True, isolation="guard")
+        assert folders() == {Path(used)} and other.exists()
+    assert not folders()
+
+
+def test_namespaces_leave_no_folder_to_remove(temporary):
+    made = sandbox("namespaces")
+    assert made.run("open('f', 'w').write('x')").outcome == "passed"
+    assert list(temporary.iterdir()) == []
 
 
 def test_results_come_in_the_order_of_the_programs():

@@ -4,7 +4,8 @@ from .completion import truncate
 from .pass_at_k import Difference, paired_bootstrap, pass_at_k, task_pass_at_k
 from .problems import SHIPPED, Problem, ProblemFileError, read_problems
 from .report import Report, read_report
-from .runner import GENERATE_DEFAULTS, Sampler, evaluate
+from .runner import evaluate
+from .sampler import GENERATE_DEFAULTS, Sampler
 from .samples_file import SamplesFile, SamplesFileError, read_samples
 from .sandbox import OUTCOMES, ExecutionNotAllowedError, Limits, Outcome, Sandbox, SandboxError
 

@@ -80,7 +80,11 @@ def _from_mbpp(record: Mapping) -> Problem:
     setup = record.get("test_setup_code") or ""
     if not isinstance(setup, str):
         raise ValueError(f"'test_setup_code' must be text, got {setup!r}")
-    return Problem(_task_id(record), f'"""\n{lines}\n"""\n', _text(record, "code"), "\n".join([setup, *tests]))
+    imports = record.get("test_imports") or []
+    if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+        raise ValueError(f"'test_imports' must be a list of import statements as text, got {imports!r}")
+    test = "\n".join([*imports, setup, *tests])
+    return Problem(_task_id(record), f'"""\n{lines}\n"""\n', _text(record, "code"), test)
 
 
 def _reader(record: Mapping) -> Callable[[Mapping], Problem]:
@@ -111,7 +115,8 @@ def read_problems(path: str | Path = SHIPPED) -> list[Problem]:
     """The problems of a JSONL file, plain or `.gz`, in HumanEval's or MBPP's format (told apart line by line).
 
     HumanEval: `task_id`, `prompt`, `entry_point`, `canonical_solution`, `test`.
-    MBPP: `task_id`, `text` or `prompt`, `code`, `test_list` and, where needed, `test_setup_code`.
+    MBPP: `task_id`, `text` or `prompt`, `code`, `test_list` and, where needed, `test_setup_code` and the sanitized
+    form's `test_imports`.
 
     Raises:
         ProblemFileError: naming the file, the line and what is wrong with it: no JSON, a key missing or of another

@@ -52,6 +52,15 @@ def read_samples(path: str | Path) -> tuple[dict, list[dict]]:
     return settings, samples
 
 
+def _differing(one: object, other: object) -> tuple[object, object]:
+    """Both values, dictionaries without the entries that agree."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return one, other
+    names = [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+    pairs = {name: _differing(one.get(name), other.get(name)) for name in names}
+    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+
 class SamplesFile:
     """Appends samples to `path`; opens an earlier file of the same settings and goes on behind its last whole line.
 
@@ -86,9 +95,10 @@ class SamplesFile:
             return []
         for name in sorted(found.keys() | settings.keys()):
             if found.get(name) != settings.get(name):
+                there, here = _differing(found.get(name), settings.get(name))
                 raise SamplesFileError(
-                    f"{self.path}: holds samples made with {name}={found.get(name)!r}, this run has "
-                    f"{settings.get(name)!r}; use another file, the same setting, or overwrite=True (--overwrite)"
+                    f"{self.path}: holds samples made with {name}={there!r}, this run has {here!r}; use another file, "
+                    "the same setting, or overwrite=True (--overwrite)"
                 )
         return samples
 

@@ -8,12 +8,15 @@ What holds depends on what the machine allows (`Sandbox.isolation`, `docs/code_e
 
 - `"namespaces"` (Linux, as root or where users may make namespaces): the kernel gives the program no network, no view of
   other processes, a file system that is read-only but for its own folder in memory, and no rights.
-- `"guard"`: an audit hook in the interpreter refuses sockets, other processes and writes outside a temporary folder.
+- `"guard"`: an audit hook in the interpreter refuses network, other processes and writes outside a temporary folder.
   It stops accidents, not attacks.
+
+Whether a program passed is decided outside its process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -22,13 +25,14 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from .run_folder import remove_leftovers, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +42,8 @@ OUTCOMES = ("passed", "wrong", "syntax", "name", "type", "other", "timeout", "me
 tests were done."""
 
 ISOLATIONS = ("auto", "namespaces", "guard")
-_OF_EXCEPTION = (
-    ("AssertionError", "wrong"),
-    ("SyntaxError", "syntax"),
-    ("NameError", "name"),
-    ("TypeError", "type"),
-    ("MemoryError", "memory"),
-)
+_FAILURES = ("wrong", "syntax", "name", "type", "memory", "other")  # those that an exception tells
+_VERDICT_BYTES = 1 << 16
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 
 
@@ -91,35 +90,34 @@ class Outcome(NamedTuple):
 
 
 def _execute(source: str, limits: Limits, isolation: str) -> Outcome:
-    token = secrets.token_hex(16)
-    job = {
-        **asdict(limits),
-        "source": source,
-        "token": token,
-        "namespaces": isolation == "namespaces",
-        "number": secrets.randbelow(1 << 27),
-    }
+    namespaces = isolation == "namespaces"
     started = time.perf_counter()
-    # Files, not pipes: a program that fills, closes or keeps them open cannot make this process wait or grow.
-    with (
-        tempfile.TemporaryDirectory(prefix="hf_qst_", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as job_file,
-        tempfile.TemporaryFile() as report_file,
-    ):
-        job_file.write(json.dumps(job).encode())
-        job_file.seek(0)
+    with contextlib.ExitStack() as stack:
+        folder = None if namespaces else stack.enter_context(run_folder())
+        job = {
+            **asdict(limits),
+            "source": source,
+            "namespaces": namespaces,
+            "folder": folder,
+            "number": secrets.randbelow(1 << 27),
+        }
         # -I but for the hash seed: sets iterate in the same order in every run.
         process = subprocess.Popen(
             [sys.executable, "-S", "-s", str(_CHILD)],
-            stdin=job_file,
-            stdout=report_file,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=folder,
+            cwd=folder or "/",
             env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"},
             start_new_session=True,
+            bufsize=0,
         )
+        stack.callback(process.stdin.close)  # open until then: its end tells the child that this process is gone
+        stack.callback(process.stdout.close)
         timed_out = False
         try:
+            with contextlib.suppress(BrokenPipeError):  # the child is gone, and without a verdict; `_judge` says so
+                _write_all(process.stdin, json.dumps(job).encode() + b"\n")
             process.wait(limits.wall_seconds)
         except subprocess.TimeoutExpired:
             timed_out = True
@@ -127,33 +125,34 @@ def _execute(source: str, limits: Limits, isolation: str) -> Outcome:
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)  # still ours: it has not been waited for
                 process.wait()
-        report_file.seek(0)
-        report = report_file.read()
-    return Outcome(*_judge(report, token, timed_out, limits), time.perf_counter() - started)
+        # One read of what is there: the writer has ended, and no program holds this pipe.
+        os.set_blocking(process.stdout.fileno(), False)
+        verdict = process.stdout.read(_VERDICT_BYTES) or b""
+    return Outcome(*_judge(verdict, timed_out, limits), time.perf_counter() - started)
 
 
-def _judge(report: bytes, token: str, timed_out: bool, limits: Limits) -> tuple[str, str]:
-    """Outcome and detail from what the processes wrote; only a line with the token was written after the tests."""
-    lines = report.split(b"\n")
+def _write_all(file, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _judge(verdict: bytes, timed_out: bool, limits: Limits) -> tuple[str, str]:
+    """Outcome and detail from the verdict of the process that started the program."""
     if timed_out:
         return "timeout", f"stopped after {limits.wall_seconds} s"
-    if not lines[-1].startswith((b'{"ended"', b'{"setup"')):
-        raise SandboxError(f"the sandbox's own process failed; its report is {report[-200:]!r}")
-    last = json.loads(lines[-1])
-    if "setup" in last:
-        raise SandboxError(f"this machine does not allow the namespaces of isolation='namespaces': {last['setup']}")
-    reported = next((line for line in lines if line.startswith(token.encode())), None)
-    if reported is not None:
-        result = json.loads(reported[len(token) :])
-        if "setup" in result:
-            raise SandboxError(f"a program could not be confined: {result['setup']}")
-        if not result["raised"]:
-            return "passed", ""
-        outcome = next((value for name, value in _OF_EXCEPTION if name in result["raised"]), "other")
-        return outcome, f"{result['raised'][0]}: {result['message']}"
-    if last["ended"] == 128 + signal.SIGXCPU:
+    try:
+        said = json.loads(verdict)
+    except ValueError:
+        raise SandboxError(f"the sandbox's own process failed; its verdict is {verdict[-200:]!r}") from None
+    if "setup" in said:
+        raise SandboxError(f"a program could not be confined on this machine: {said['setup']}")
+    if said["passed"]:
+        return "passed", ""
+    if said["kind"] in _FAILURES:
+        return said["kind"], said["detail"]
+    if said["ended"] == 128 + signal.SIGXCPU:
         return "timeout", f"used {limits.cpu_seconds} s of processor time"
-    return "killed", f"ended with status {last['ended']} before its tests were done"
+    return "killed", f"ended with status {said['ended']} before its tests were done"
 
 
 @functools.cache
@@ -197,6 +196,7 @@ class Sandbox:
             raise ValueError(f"isolation must be one of {', '.join(map(repr, ISOLATIONS))}, got {isolation!r}")
         if os.name != "posix":
             raise SandboxError(f"programs are executed on Linux and macOS only, this is {sys.platform!r}")
+        remove_leftovers()
         self.limits = limits or Limits()
         self.isolation = _strongest_isolation() if isolation == "auto" else isolation
 

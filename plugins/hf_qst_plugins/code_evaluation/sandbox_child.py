@@ -1,11 +1,12 @@
-"""What runs on the other side of the sandbox: confine this process, execute one program in a child of it, report.
+"""What runs on the other side of the sandbox: confine this process, execute one program in a child of it, judge it.
 
-Started by `sandbox.py` as a script of its own interpreter, without site packages. Standard input holds the job as JSON,
-standard output is a file for the report: at most one line that begins with the job's token, written after the tests,
-and as the last line `{"ended": wait status}`, or `{"setup": what failed}` when nothing was run.
+Started by `sandbox.py` as a script of its own interpreter, without site packages. Standard input brings the job as one
+line of JSON and then stays open for as long as the evaluator lives. Standard output takes the verdict as JSON:
+`{"setup": what failed}` when nothing was run, else `{"ended": status, "passed": bool, "kind": ..., "detail": ...}`.
 
 Processes, each killed with the one before it: this one, in a session of its own; with namespaces, the first process of
-a new PID namespace, with which every process in it ends; the program.
+a new PID namespace, with which every process in it ends; the program. The program has no descriptor of the evaluator's,
+only the writing end of a pipe of this process. This process takes nothing for a pass but a random secret in that pipe.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import errno
 import json
 import os
 import resource
+import select
 import signal
 import sys
 import types
@@ -37,14 +39,30 @@ HIDDEN = ("/proc", "/run", "/dev/shm")
 FOLDER = "/tmp/work"
 LIBRARY = "/tmp/lib"
 
-NETWORK_EVENTS = ("socket.",)
-# What the weak guard refuses besides: other processes, native code, and changes outside the folder.
+# Ways for a program to reach what executes it, or to jump over its own tests.
+INSPECTION_EVENTS = ("gc.get_", "sys.settrace", "sys.setprofile", "sys.monitoring", "ctypes.")
+INSPECTION_EVENTS += ("cpython.PyInterpreterState_New",)
+# Native code, and other interpreters, into which audit hooks do not reach (Python 3.13 has no event for them).
+REFUSED_MODULES = ("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_testlimitedcapi")
+REFUSED_MODULES += ("_xxsubinterpreters", "_interpreters", "_xxinterpchannels", "_interpchannels")
+PROC_DEVICE = os.stat("/proc").st_dev if os.path.isdir("/proc") else None
+AF_UNIX = 1
+# What the weak guard refuses besides: other processes, and changes outside the folder.
 PROCESS_EVENTS = ("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.", "pty.")
-PROCESS_EVENTS += ("os.kill", "os.killpg", "ctypes.")
+PROCESS_EVENTS += ("os.kill", "os.killpg")
 CHANGE_EVENTS = ("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink")
 CHANGE_EVENTS += ("os.truncate", "os.utime", "os.setxattr", "os.removexattr", "os.mkfifo", "os.mknod", "shutil.")
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 MOST_CHANGES = 256
+REPORT_BYTES = 4096
+DETAIL_CHARACTERS = 300
+FAILURES = (
+    (AssertionError, "wrong"),
+    (SyntaxError, "syntax"),
+    (NameError, "name"),
+    (TypeError, "type"),
+    (MemoryError, "memory"),
+)
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -136,7 +154,14 @@ def drop_privileges(uid: int) -> None:
 
 
 def guard(weak: bool, folder: str) -> None:
-    """Refuse network use and, when nothing stronger holds (`weak`), other processes and changes outside `folder`."""
+    """Refuse native code, inspection of the interpreter and network use; when nothing stronger holds (`weak`), also
+    other processes, `/proc` and changes outside `folder`.
+
+    A program can change every name of `builtins` and of this module, and reaches the frame of a hook that raises. So
+    `hook`, on which the verdict depends, uses the defaults of its arguments alone. `confine` is against accidents.
+    """
+    for name in [name for name in sys.modules if name.partition(".")[0] in REFUSED_MODULES]:
+        del sys.modules[name]
     changes = 0
 
     def inside(path: object) -> bool:
@@ -144,9 +169,9 @@ def guard(weak: bool, folder: str) -> None:
             return True
         return os.path.commonpath([folder, os.path.realpath(os.fsdecode(path))]) == folder
 
-    def hook(event: str, arguments: tuple) -> None:
+    def confine(event: str, arguments: tuple) -> None:
         nonlocal changes
-        if event.startswith(NETWORK_EVENTS):
+        if event.startswith("socket.") and not _is_local(event, arguments):
             raise PermissionError(errno.EPERM, f"{event}: the sandbox has no network")
         if not weak:
             return
@@ -159,7 +184,53 @@ def guard(weak: bool, folder: str) -> None:
             if changes > MOST_CHANGES or not all(inside(path) for path in paths):
                 raise PermissionError(errno.EPERM, f"{event}: outside the sandbox's folder, or too many files")
 
+    def hook(
+        event,
+        arguments,
+        *,
+        starts=str.startswith,
+        exact=str.__str__,  # of a str whose class overrides the rest
+        first=str.partition,
+        inspection=INSPECTION_EVENTS,
+        modules=REFUSED_MODULES,
+        stat=os.stat,
+        proc=PROC_DEVICE,
+        kind=type,
+        number=int,
+        refused=PermissionError,
+        missing=ModuleNotFoundError,
+        failed=(OSError, ValueError, TypeError),
+        code=errno.EPERM,
+        confine=confine,
+    ):
+        if starts(event, inspection):
+            raise refused(code, f"{event}: not in the sandbox")
+        if event == "import" and first(exact(arguments[0]), ".")[0] in modules:
+            raise missing(f"{exact(arguments[0])} is not in the sandbox")
+        if event == "open" and kind(arguments[0]) is not number:
+            try:
+                device = stat(arguments[0]).st_dev
+            except failed:  # `open` will say so
+                device = None
+            if device is not None and device == proc:
+                raise refused(code, "open: /proc is not in the sandbox")
+        confine(event, arguments)
+
+    def settrace(function):
+        if function is not None:
+            raise PermissionError(errno.EPERM, "sys.settrace: not in the sandbox")
+
+    sys.settrace = settrace  # doctest sets it to None
     sys.addaudithook(hook)
+
+
+def _is_local(event: str, arguments: tuple) -> bool:
+    """Whether a socket event needs no network: every event loop makes a pair of Unix sockets."""
+    if event == "socket.__new__":
+        return arguments[1] == AF_UNIX
+    if event == "socket.sendmsg":
+        return arguments[1] is None
+    return event == "socket.gethostname"
 
 
 # --- the program -------------------------------------------------------------------------------------------------------
@@ -171,10 +242,11 @@ def limit(job: dict) -> None:
     limits = {
         resource.RLIMIT_CPU: (cpu, cpu + 1),  # SIGXCPU, then SIGKILL
         resource.RLIMIT_FSIZE: (job["file_bytes"],) * 2,
-        resource.RLIMIT_NPROC: (job["processes"],) * 2,
         resource.RLIMIT_NOFILE: (64, 64),
         resource.RLIMIT_CORE: (0, 0),
     }
+    if job["namespaces"]:  # counted by user; elsewhere the user's own processes would leave none for its threads
+        limits[resource.RLIMIT_NPROC] = (job["processes"],) * 2
     if sys.platform == "linux":  # macOS refuses it
         limits[resource.RLIMIT_AS] = (job["memory_bytes"],) * 2
     for name, values in limits.items():
@@ -183,78 +255,122 @@ def limit(job: dict) -> None:
         resource.setrlimit(name, bounded)
 
 
-def execute(source: str) -> dict:
-    """Run a program to its end; what it raised, as the exception's class with its bases, or nothing."""
-    module = types.ModuleType("__problem__")
-    sys.modules["__problem__"] = module  # dataclasses and pickle look a class's module up
+def describe(
+    error,
+    *,
+    kinds=FAILURES,
+    kind_of=type,
+    bases_of=type.__dict__["__mro__"].__get__,
+    name_of=type.__dict__["__name__"].__get__,
+    text=str,
+) -> bytes:
+    """How a program failed and what it raised: two lines, from its class as the interpreter knows it."""
+    own = kind_of(error)
+    outcome = "other"
+    for expected, name in kinds:
+        for base in bases_of(own):
+            if base is expected:
+                outcome = name
     try:
-        exec(compile(source, "<program>", "exec"), module.__dict__)
-    except BaseException as error:
-        names = [base.__name__ for base in type(error).__mro__]
-        try:
-            message = str(error)[:300]
-        except Exception:  # its own __str__ may be the program's, and fail
-            message = ""
-        return {"raised": names, "message": message}
-    return {"raised": []}
+        message = text(error)[:DETAIL_CHARACTERS]
+        return f"{outcome}\n{name_of(own)}: {message}".encode("utf-8", "replace")
+    except:  # noqa: E722  (its __str__ may be the program's)
+        return f"{outcome}\n{name_of(own)}: ".encode("utf-8", "replace")
 
 
-def run_program(job: dict, report: int) -> None:
-    """The last process: never returns. The report's first line appears only when `source` ran to its end or raised."""
-    myself = os.getpid()
+def run_program(job: dict, secret: list[bytes], report: int) -> None:
+    """The last process: never returns.
+
+    Writes the secret alone when the program ran to its end; the secret and a reason when it was not run; else what
+    `describe` makes, which the program may have a hand in, and which can only say that it failed.
+    """
+    write, leave, number, execute, caught = os.write, os._exit, os.getpid, exec, sys.exc_info
+    myself = number()
     try:
-        _die_with_parent()
-        for number in (0, 1, 2):
-            os.dup2(job["null"], number)
-        os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
         try:
+            _die_with_parent()
+            for stream in (0, 1, 2):
+                os.dup2(job["null"], stream)
+            report = os.dup2(report, 3, inheritable=False)
+            os.closerange(4, 256)
+            os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
             limit(job)
             if job["namespaces"]:
+                os.setsid()  # else it could kill its group, which reaches out of the namespace
                 drop_privileges(FIRST_UID + job["number"])
             guard(not job["namespaces"], os.path.realpath(os.getcwd()))
-            outcome = execute(job["source"])
+            module = types.ModuleType("__problem__")
+            sys.modules["__problem__"] = module  # dataclasses and pickle look a class's module up
         except (OSError, ValueError, KeyError) as error:
-            outcome = {"setup": f"{type(error).__name__}: {error}"}
-        if os.getpid() == myself:  # and not a fork that the program made of itself
-            os.write(report, f"\n{job['token']} {json.dumps(outcome)}\n".encode())
+            write(report, secret.pop() + f"{type(error).__name__}: {error}".encode()[:DETAIL_CHARACTERS])
+            leave(0)
+        try:
+            program = compile(job["source"], "<program>", "exec")
+            # The secret leaves its list before the program starts and is from then on in a dict that only this frame's
+            # evaluation stack holds, as are the functions that will take it out and write it. No name leads there.
+            # The key is this process's number: a fork that the program made of itself has another one.
+            write(report, {myself: secret.pop()}.pop((number, execute(program, module.__dict__))[0](), b""))
+        except:  # noqa: E722  (the program may have replaced the name BaseException)
+            if number() == myself:
+                write(report, describe(caught()[1]))
     finally:
-        os._exit(0)  # without waiting for the program's threads or running its exit handlers
+        leave(0)  # without waiting for the program's threads or running its exit handlers
 
 
-def fork_and_wait(run) -> int:
-    """Run `run()` in a child; its wait status. Other children that end meanwhile (orphans of the program) are reaped."""
-    child = os.fork()
-    if child == 0:
-        run()
+def wait_for(child: int) -> int:
+    """Wait status of `child`. Other children that end meanwhile (orphans of the program) are reaped."""
     while True:
         ended, status = os.wait()
         if ended == child:
             return status
 
 
+def run_confined(job: dict) -> dict:
+    """Run the program as a grandchild of this process, and judge it by what is in the pipe when it has ended."""
+    secret = [os.urandom(32)]
+    report, program_end = os.pipe()
+    alive, first_process_end = os.pipe()
+    first_process = os.fork()
+    if first_process == 0:
+        _die_with_parent()
+        program = os.fork()
+        if program == 0:
+            run_program(job, secret, program_end)
+        code = os.waitstatus_to_exitcode(wait_for(program))
+        os._exit(128 - code if code < 0 else code & 127)
+    os.close(program_end)
+    os.close(first_process_end)
+    ready, _, _ = select.select([0, alive], [], [])
+    if alive not in ready:  # standard input has ended: the evaluator is gone
+        os.kill(first_process, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(wait_for(first_process))
+    if alive not in ready and job["folder"] is not None:
+        import shutil  # slow, and hardly ever needed
+
+        shutil.rmtree(job["folder"], ignore_errors=True)
+    os.set_blocking(report, False)
+    try:
+        written = os.read(report, REPORT_BYTES)
+    except BlockingIOError:  # a process that outlives its namespace's first does not exist; with the guard it may
+        written = b""
+    if written.startswith(secret[0]) and written != secret[0]:
+        return {"setup": written[len(secret[0]) :].decode("utf-8", "replace")}
+    kind, _, detail = written.decode("utf-8", "replace").partition("\n")
+    return {"ended": code, "passed": written == secret[0], "kind": kind, "detail": detail}
+
+
 def main() -> None:
-    report = os.dup(1)
-    job = json.load(sys.stdin)
-    signal.alarm(int(job["wall_seconds"]) + 5)  # should the process that started this one be gone
+    job = json.loads(sys.stdin.buffer.readline())
+    signal.alarm(int(job["wall_seconds"]) + 5)  # should the process that started this one neither end nor kill it
     job["null"] = os.open(os.devnull, os.O_RDWR)
     search_library(os.path.dirname(os.__file__))
-
-    def program() -> None:
-        run_program(job, report)
-
-    def first_process() -> None:
-        _die_with_parent()
-        code = os.waitstatus_to_exitcode(fork_and_wait(program))
-        os._exit(128 - code if code < 0 else code & 127)
-
-    if job["namespaces"]:
-        try:
+    try:
+        if job["namespaces"]:
             enter_namespaces(job["folder_bytes"])
-        except (OSError, KeyError) as error:
-            os.write(report, b"\n" + json.dumps({"setup": str(error)}).encode())
-            return
-    code = os.waitstatus_to_exitcode(fork_and_wait(first_process))
-    os.write(report, b"\n" + json.dumps({"ended": code}).encode())
+        verdict = run_confined(job)
+    except (OSError, KeyError) as error:
+        verdict = {"setup": str(error)}
+    os.write(1, json.dumps(verdict).encode())
     os.killpg(0, signal.SIGKILL)  # this process too, and whatever the program left in its group
 
 

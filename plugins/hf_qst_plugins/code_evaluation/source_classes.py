@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .completion import WHITESPACE
+
 POSITIONS = (
     "first of a block",
     "first of an indented statement",
@@ -99,19 +101,19 @@ class SourceClasses:
         first_on_line = -1
         for index, (start, end) in enumerate(spans):
             piece = self.text[start:end]
-            visible = piece.lstrip()
+            visible = piece.lstrip(WHITESPACE)
             if not visible:
                 line = self._lines[bisect.bisect_right(self._lines, start) - 1]
                 if "\n" in piece:
                     positions[index] = _NEWLINE
-                elif not self.text[line:start].strip():
+                elif not self.text[line:start].strip(WHITESPACE):
                     positions[index] = _INDENTATION
                 continue
             at = end - len(visible)
             kind = self._syntax[at]
             syntax[index] = kind if self._lexical_start[at] or kind == _WHITESPACE else SYNTAX.index("later piece")
             line = self._lines[bisect.bisect_right(self._lines, at) - 1]
-            if not self.text[line:at].strip():
+            if not self.text[line:at].strip(WHITESPACE):
                 positions[index] = self._line_position(at)
                 first_on_line = index
             elif first_on_line == index - 1 and index > 0:
