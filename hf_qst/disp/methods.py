@@ -283,7 +283,7 @@ def prune_model(
         raise ValueError(_NO_DATA.format(name=method))
     stack = find_prunable_stack(model)
     budget = parameter_budget(model, stack, config)
-    batches = as_batches(calibration_data) if chosen.needs_data else None
+    batches = as_batches(calibration_data, model=model) if chosen.needs_data else None
     task = PruningTask(model, stack, PruningLayout.of(stack), batches, seed)
     with unpacked(model):
         scores = chosen.score(task)

@@ -73,7 +73,7 @@ def compress(model: nn.Module, config, calibration_data: Iterable[Mapping] | Non
     names = find_targets(model, config)
     require_available(config.quantize_factors, model, config.mode)
     metric, compensation = methods(config, data is not None)
-    batches = None if data is None else as_batches(data, config.max_calibration_batches)
+    batches = None if data is None else as_batches(data, config.max_calibration_batches, model=model)
     _require_backward(model, config, compensation)
     held_out, record = [], None
     if compensation == "kd":

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_qst.calibration import CalibrationRun, calibration_mode, hooks
+from hf_qst.calibration import CalibrationRun, calibration_mode, first_input, hooks
 
 
 class _Reached(Exception):
@@ -50,11 +50,11 @@ def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """The input of `module` in the forward pass that runs inside, which ends there."""
     seen: list[torch.Tensor] = []
 
-    def stop(module, args):
-        seen.append(args[0])
+    def stop(module, args, kwargs):
+        seen.append(first_input(args, kwargs))
         raise _Reached
 
-    with hooks([module.register_forward_pre_hook(stop)]):
+    with hooks([module.register_forward_pre_hook(stop, with_kwargs=True)]):
         try:
             yield seen
         except _Reached:
@@ -133,7 +133,8 @@ def compress_in_order(
                     with installed(model, replaced):
                         rows = compressed.inputs(group[0], i, number)
                     statistic = statistic or start(group, rows.device)
-                    statistic.add_pair(rows, others.to(rows.device))
+                    if len(rows):
+                        statistic.add_pair(rows, others.to(rows.device))
                 replaced.update(build(group, statistic))
                 bar.update()
             if i < last:
@@ -152,6 +153,7 @@ class _Side:
     ):
         self.model, self.batches = model, batches
         self.run = CalibrationRun(model, [name for group in groups for name in group])
+        self.run.prepare(batches)
         if blocks is None:
             self.segments, self.groups = [model], [list(groups)]
         else:
