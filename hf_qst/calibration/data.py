@@ -121,7 +121,9 @@ def _tensor(value, place: str):
             return torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             kinds = sorted({type(v).__name__ for v in value})
-            raise CalibrationError(f"{place} is a list of {', '.join(kinds)}, which makes no tensor: {error}") from error
+            raise CalibrationError(
+                f"{place} is a list of {', '.join(kinds)}, which makes no tensor: {error}"
+            ) from error
     if isinstance(value, np.ndarray):
         if value.dtype == object and value.ndim:
             return _tensor(value.tolist(), place)

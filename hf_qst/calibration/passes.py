@@ -31,6 +31,7 @@ from hf_qst.calibration.sequences import (
 )
 from hf_qst.linear_layers import in_features
 from hf_qst.moments import MeanInput, SecondMoment
+from hf_qst.offloading import input_device
 
 _BYTES_PER_ENTRY = 8
 
@@ -62,7 +63,7 @@ class CalibrationRun:
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None):
         self.model = model
         self.names = None if names is None else list(names)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.runs: nn.Module | None = model if names is None else None
         self.owners: dict[frozenset, dict[str, str | None]] = {}
         self.sequences: dict[str, TokenSequence] = {}
@@ -162,7 +163,11 @@ class CalibrationRun:
     def _find_owners(self, inputs: dict) -> dict[str, str | None]:
         if are_alone(inputs, self.sequences):
             seen = self._watch(inputs)
-            if all(places(torch.Size(call[0][:-1]), *self.sequences[""].mask.shape) for calls in seen.values() for call in calls):
+            if all(
+                places(torch.Size(call[0][:-1]), *self.sequences[""].mask.shape)
+                for calls in seen.values()
+                for call in calls
+            ):
                 return dict.fromkeys(seen, "")
         return find_owners(self.model, self._watch, inputs, self.sequences)
 
@@ -241,14 +246,11 @@ def first_input(args: tuple, kwargs: Mapping) -> torch.Tensor:
 
 
 def output_tensors(output) -> dict[str, torch.Tensor]:
-    """The floating-point fields of a model's output, but for its loss; a tensor by itself is field `"tensor"`."""
-    if torch.is_tensor(output):
-        return {"tensor": output}
-    if isinstance(output, (tuple, list)):
-        output = {str(i): value for i, value in enumerate(output)}
+    """The floating-point fields of a transformers model's output, but for its loss; none of what is no such output."""
+    fields = output.items() if isinstance(output, Mapping) else ()
     return {
         key: value
-        for key, value in dict(output).items()
+        for key, value in fields
         if torch.is_tensor(value) and value.is_floating_point() and value.dim() and key != "loss"
     }
 

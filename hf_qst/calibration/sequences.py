@@ -75,7 +75,9 @@ def find_sequences(model: nn.Module, inputs: Mapping, labels: torch.Tensor | Non
             sources = _sources(model, inputs, match[1], value)
             if sources:
                 found[match[1]] = TokenSequence(sources, _mask(key, value, inputs.get(sources[0])), key)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or any(k.startswith(DECODER) for k in inputs):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or any(
+        k.startswith(DECODER) for k in inputs
+    ):
         sources = tuple(k for k in (f"{DECODER}{name}" for name in _TOKENS) if k in inputs)
         found[DECODER] = TokenSequence(sources, *_decoder_mask(inputs, labels, found.get("")))
     return found
@@ -129,7 +131,11 @@ def are_alone(inputs: Mapping, sequences: Mapping[str, TokenSequence]) -> bool:
     if set(sequences) != {""} or "input_ids" not in inputs:
         return False
     shape = inputs["input_ids"].shape
-    return all(value.shape[-1:] == shape[-1:] and value.dim() <= len(shape) for value in inputs.values() if torch.is_tensor(value))
+    return all(
+        value.shape[-1:] == shape[-1:] and value.dim() <= len(shape)
+        for value in inputs.values()
+        if torch.is_tensor(value)
+    )
 
 
 # --- which sequence a module belongs to ------------------------------------------------------------------------------
@@ -188,7 +194,9 @@ def _run_disturbed(model: nn.Module, run: Callable, inputs: Mapping, prefix: str
         found = run(changed)
     if not noise.used and ids:
         # No embedding looked them up: the tokens themselves, in another order.
-        found = run({**inputs, **{k: inputs[k].flip(-1) for k in sequence.sources if not inputs[k].is_floating_point()}})
+        found = run(
+            {**inputs, **{k: inputs[k].flip(-1) for k in sequence.sources if not inputs[k].is_floating_point()}}
+        )
     return found
 
 

@@ -54,7 +54,9 @@ class Predictor:
         tensors = output_tensors(CalibrationRun(model)(batch))
         logits = {key: value for key, value in tensors.items() if key == "logits" or key.endswith("_logits")}
         if not tensors:
-            raise CalibrationError(f"{type(model).__name__} gives no outputs by which predictions are compared")
+            raise CalibrationError(
+                f"{type(model).__name__} gives no logits or hidden states, by which predictions are compared"
+            )
         self.run.enter(batch)
         return {key: self._prediction(key, value, batch) for key, value in (logits or tensors).items()}
 
@@ -73,7 +75,7 @@ class Predictor:
 def _kind(model: nn.Module, logits: torch.Tensor, batch: Mapping) -> str:
     given = getattr(getattr(model, "config", None), "problem_type", None)
     labels = batch.get("labels")
-    if given == "regression" or logits.shape[-1] == 1 and logits.dim() < 4:
+    if given == "regression" or (logits.shape[-1] == 1 and logits.dim() < 4):
         return REGRESSION
     if given == "multi_label_classification" and logits.dim() == 2:
         return LABELS
@@ -131,5 +133,7 @@ def mean_divergence(
                 total += divergence(expected, predictor(model, batch)).item() * count
             rows += count
     if not rows:
-        raise CalibrationError("the held-out batches of calibration_data hold no rows by which predictions are compared")
+        raise CalibrationError(
+            "the held-out batches of calibration_data hold no rows by which predictions are compared"
+        )
     return total / rows

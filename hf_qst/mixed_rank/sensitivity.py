@@ -44,17 +44,17 @@ def fisher_weights(
         CalibrationError: there are no labels, the loss is not finite, or it does not depend on a layer.
     """
     gradients = dict.fromkeys(energies, 0.0)
-    left_out = 0
+    labelled = [_labelled(model, batch) for batch in batches]
+    kept = [index for index, batch in enumerate(labelled) if not _ignores_all(batch.get("labels"))]
+    if kept and len(kept) < len(batches):
+        logger.warning(
+            "layer_weight='fisher': %d of %d batches have no labels to predict and are left out",
+            len(batches) - len(kept), len(batches),
+        )  # fmt: skip
     with calibration_mode(model), torch.enable_grad(), _same_problem(model):
-        for index, batch in enumerate(tqdm(batches, desc="sensitivity", unit="batch", disable=not progress)):
-            labelled = _labelled(model, batch)
-            if left_out < len(batches) - 1 and _ignores_all(labelled.get("labels")):
-                left_out += 1
-                continue
-            for name, energy in _output_gradients(model, list(energies), labelled, index).items():
+        for index in tqdm(kept or range(len(batches)), desc="sensitivity", unit="batch", disable=not progress):
+            for name, energy in _output_gradients(model, list(energies), labelled[index], index).items():
                 gradients[name] += energy
-    if left_out:
-        logger.warning("layer_weight='fisher': %d of %d batches have no labels and are left out", left_out, len(batches))
     # The sum over rows of ||g||^2 is their number times E||g||^2.
     raw = {name: gradients[name] / dense_shape(model.get_submodule(name))[1] * energies[name] for name in energies}
     mean = sum(raw.values()) / len(raw)
