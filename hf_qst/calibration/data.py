@@ -19,7 +19,7 @@ ACCEPTED = (
     "or the rows of a tokenised data set"
 )
 # Dimensions of an input without its batch dimension, by which a row of a data set is known; the first one present counts.
-_ROW_DIMENSIONS = {"input_ids": 1, "inputs_embeds": 2, "pixel_values": 3, "input_features": 2, "input_values": 1}
+MAIN_INPUTS = {"input_ids": 1, "inputs_embeds": 2, "pixel_values": 3, "input_features": 2, "input_values": 1}
 _ROWS_PER_BATCH = 8
 
 
@@ -71,7 +71,7 @@ def as_batches(
 
 def _items(data, argument: str) -> Iterator[dict]:
     """The batches or rows one by one, with tensors for arrays and lists."""
-    if isinstance(data, Mapping) and any(key in data for key in _ROW_DIMENSIONS):
+    if isinstance(data, Mapping) and any(key in data for key in MAIN_INPUTS):
         data = [data]
     if isinstance(data, (str, bytes, Mapping)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise CalibrationError(f"{argument} must hold {ACCEPTED}; got {type(data).__name__}")
@@ -99,7 +99,9 @@ def _tensor(value, place: str):
     if isinstance(value, np.ndarray) and value.dtype.kind in "US":
         return value.tolist()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.ascontiguousarray(value))
+        # As numbers in lists would be: embeddings and losses take no other integers, and weights no 64-bit inputs.
+        found = torch.as_tensor(value.astype({"i": np.int64, "u": np.int64}.get(value.dtype.kind, value.dtype)))
+        return found.to(torch.get_default_dtype()) if found.dtype == torch.float64 else found
     if isinstance(value, (list, tuple)) and not value:
         raise CalibrationError(f"{place} is an empty list")
     if isinstance(value, (list, tuple)) and isinstance(value[0], (list, tuple, torch.Tensor, np.ndarray)):
@@ -149,7 +151,7 @@ def _stacked(items: Iterator[dict], argument: str, model: nn.Module | None) -> I
 
 
 def _is_row(item: Mapping) -> bool:
-    for key, dimensions in _ROW_DIMENSIONS.items():
+    for key, dimensions in MAIN_INPUTS.items():
         if torch.is_tensor(item.get(key)):
             return item[key].dim() == dimensions
     return False

@@ -17,8 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_qst.calibration.data import CalibrationError, label_names
+from hf_qst.calibration.data import MAIN_INPUTS, CalibrationError, label_names
 from hf_qst.calibration.sequences import (
+    DECODER,
     SEVERAL,
     TokenSequence,
     are_alone,
@@ -106,7 +107,9 @@ class CalibrationRun:
             inputs["decoder_input_ids"] = made
         self.sequences = find_sequences(self.model, inputs, moved.get("labels"))
         self._key = frozenset(inputs)
-        sizes = {len(v) for k, v in inputs.items() if torch.is_tensor(v) and v.dim() and not k.endswith("mask")}
+        main = [inputs[key] for key in MAIN_INPUTS if torch.is_tensor(inputs.get(key))]
+        others = [v for k, v in inputs.items() if torch.is_tensor(v) and v.dim() and not k.endswith("mask")]
+        sizes = {len(value) for value in main or others}
         self.samples = sizes.pop() if len(sizes) == 1 else None
         return inputs
 
@@ -131,7 +134,7 @@ class CalibrationRun:
         if sequence is None or sequence.mask is None:
             found = self._places(shape)
             return (rows, None, None) if found is None else (rows, *(index.to(rows.device) for index in found))
-        found = rows_of_sequence(shape, sequence.mask)
+        found = rows_of_sequence(shape, sequence.mask) or self._rows_of_frames(shape, sequence.mask)
         if found is None:
             raise CalibrationError(
                 f"calibration_data: {sequence.key} marks padding in sequences of {list(sequence.mask.shape)}, but module "
@@ -140,6 +143,13 @@ class CalibrationRun:
             )
         kept, sample, position = (index.to(rows.device) for index in found)
         return rows[kept], sample[kept], position[kept]
+
+    def _rows_of_frames(self, shape: torch.Size, mask: torch.Tensor):
+        """As `rows_of_sequence`, for speech models, which tell how their convolutions shorten a mask."""
+        shorten = getattr(getattr(self.model, "base_model", None), "_get_feature_vector_attention_mask", None)
+        if shorten is None or len(shape) != 2 or len(mask) != shape[0]:
+            return None
+        return rows_of_sequence(shape, shorten(shape[1], mask.long()).bool())
 
     def _places(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.samples is None or not shape or shape.numel() % self.samples:
@@ -190,24 +200,34 @@ class CalibrationRun:
         if self.names is None:
             return
         inputs = self.enter(batch)
-        for part in self._parts(inputs):
+        for part in self._smaller_parts(inputs):
             self.runs = part
-            if part is self.model or len(self._watch(inputs)) == len(self.names):
+            if len(self._watch(inputs)) == len(self.names):
                 return
+        self.runs = self.model
+        inner = list(self._inner_parts(inputs))
+        try:
+            self._watch(inputs)
+        except (AttributeError, TypeError, ValueError):
+            # A model of several towers wants inputs for all of them; the one of interest may do without.
+            if not inner:
+                raise
+            self.runs = inner[0]
+            self._watch(inputs)
 
-    def _parts(self, inputs: dict) -> Iterator[nn.Module]:
-        """Parts of the model that hold all modules of interest and take these inputs, the model itself last."""
-        whole = self.model
-        if isinstance(whole, PreTrainedModel):
-            taken_by_whole = whole.main_input_name in inputs or "inputs_embeds" in inputs
-            if getattr(whole.config, "is_encoder_decoder", False) and not any(k.startswith("decoder_") for k in inputs):
-                yield from self._enclosing(whole.get_encoder(), inputs)
-            if taken_by_whole:
-                yield from self._enclosing(whole.base_model, inputs)
-            else:
-                for _, module in whole.named_modules():
-                    yield from self._enclosing(module, inputs)
-        yield whole
+    def _smaller_parts(self, inputs: dict) -> Iterator[nn.Module]:
+        """Parts that the model itself runs on these inputs: an encoder whose decoder has none, and the backbone."""
+        if not isinstance(self.model, PreTrainedModel):
+            return
+        if getattr(self.model.config, "is_encoder_decoder", False) and not any(k.startswith(DECODER) for k in inputs):
+            yield from self._enclosing(self.model.get_encoder(), inputs)
+        yield from self._enclosing(self.model.base_model, inputs)
+
+    def _inner_parts(self, inputs: dict) -> Iterator[nn.Module]:
+        """Models inside the model that take these inputs by themselves, the largest first."""
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            for module in self.model.modules():
+                yield from self._enclosing(module, inputs)
 
     def _enclosing(self, part: nn.Module, inputs: dict) -> Iterator[nn.Module]:
         """`part`, if it is a model inside this one with all modules of interest that takes all inputs by itself."""

@@ -140,7 +140,8 @@ def _has_gradients(
         return False
     with torch.enable_grad(), installed(model, modules):
         loss = divergence(expected, predictor(model, batch))
-        # Asked for by name: the model's own parameters get no gradients.
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        # Asked for by name: the model's own parameters get no gradients. A layer's output may not be used.
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
     return True

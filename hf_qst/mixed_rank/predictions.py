@@ -58,7 +58,16 @@ class Predictor:
                 f"{type(model).__name__} gives no logits or hidden states, by which predictions are compared"
             )
         self.run.enter(batch)
-        return {key: self._prediction(key, value, batch) for key, value in (logits or tensors).items()}
+        fields = logits or {key: value for key, value in tensors.items() if self._fits(key, value)} or tensors
+        return {key: self._prediction(key, value, batch) for key, value in fields.items()}
+
+    def _fits(self, key: str, values: torch.Tensor) -> bool:
+        """Whether it is known which rows of a field are padding; a table of images by texts has rows of neither."""
+        try:
+            self.run.rows(f"output {key}", values[:, None] if values.dim() == 1 else values)
+        except CalibrationError:
+            return False
+        return True
 
     def _prediction(self, key: str, values: torch.Tensor, batch: Mapping) -> Prediction:
         kind = STATES if not key.endswith("logits") else _kind(self.model, values, batch)

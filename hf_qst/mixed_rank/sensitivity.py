@@ -41,7 +41,7 @@ def fisher_weights(
         batches: model inputs with `labels`; a causal language model goes without, its tokens are its labels.
 
     Raises:
-        CalibrationError: there are no labels, the loss is not finite, or it does not depend on a layer.
+        CalibrationError: there are no labels, the loss is not finite, or it depends on none of the layers.
     """
     gradients = dict.fromkeys(energies, 0.0)
     labelled = [_labelled(model, batch) for batch in batches]
@@ -123,12 +123,15 @@ def _output_gradients(model: nn.Module, names: Sequence[str], batch: Mapping, in
     if not torch.isfinite(loss):
         raise CalibrationError(f"layer_weight='fisher': the loss on batch {index} of calibration_data is {loss.item()}")
     try:
-        found = torch.autograd.grad(loss, [output for _, output in outputs])
+        found = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
     except RuntimeError as error:
         raise CalibrationError(
             f"layer_weight='fisher': batch {index} gives no gradient at a layer's output ({error})"
         ) from error
+    if all(gradient is None for gradient in found):
+        raise CalibrationError(f"layer_weight='fisher': the loss on batch {index} does not depend on any target")
     total = dict.fromkeys(names, 0.0)
     for (name, _), gradient in zip(outputs, found, strict=True):
-        total[name] += gradient.double().square().sum().item()
+        # A layer may run and its output not be used, as that of the last vision layers in some multimodal models.
+        total[name] += 0.0 if gradient is None else gradient.double().square().sum().item()
     return total
