@@ -200,20 +200,18 @@ class CalibrationRun:
         if self.names is None:
             return
         inputs = self.enter(batch)
-        for part in self._smaller_parts(inputs):
+        parts = [*self._smaller_parts(inputs), self.model, *self._inner_parts(inputs)]
+        for part in parts:
             self.runs = part
-            if len(self._watch(inputs)) == len(self.names):
+            try:
+                seen = self._watch(inputs)
+            except (AttributeError, TypeError, ValueError):
+                # It wants other inputs: a backbone whose head prepares them, or a model of several towers.
+                continue
+            if part is self.model or len(seen) == len(self.names):
                 return
         self.runs = self.model
-        inner = list(self._inner_parts(inputs))
-        try:
-            self._watch(inputs)
-        except (AttributeError, TypeError, ValueError):
-            # A model of several towers wants inputs for all of them; the one of interest may do without.
-            if not inner:
-                raise
-            self.runs = inner[0]
-            self._watch(inputs)
+        self._watch(inputs)
 
     def _smaller_parts(self, inputs: dict) -> Iterator[nn.Module]:
         """Parts that the model itself runs on these inputs: an encoder whose decoder has none, and the backbone."""

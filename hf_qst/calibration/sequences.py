@@ -173,9 +173,11 @@ def _owner(calls: Sequence[set[str]]) -> str | None:
 
 
 def fingerprint(tensor: torch.Tensor) -> tuple:
-    """Shape and two sums of a tensor, by which a change shows."""
-    values = tensor.detach().double()
-    return tuple(tensor.shape), values.abs().sum().item(), values.square().sum().item()
+    """Shape and two sums of a tensor [..., d], weighted by place, by which a change or another order shows."""
+    values = tensor.detach().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    by_row, by_column = (torch.linspace(1, 2, n, dtype=values.dtype, device=values.device) for n in values.shape)
+    sums = [by_row @ each @ by_column for each in (values.abs(), values.square())]
+    return tuple(tensor.shape), *(total.item() for total in sums)
 
 
 def _differ(one: tuple, other: tuple) -> bool:
