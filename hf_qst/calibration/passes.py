@@ -284,12 +284,32 @@ def hooks(handles: Iterable) -> Iterator[None]:
             handle.remove()
 
 
-def input_groups(model: nn.Module, names: Sequence[str], batch: Mapping) -> list[tuple[str, ...]]:
+def input_groups(model: nn.Module, names: Sequence[str], batches: Mapping | Sequence[Mapping]) -> list[tuple[str, ...]]:
     """The named modules in the order in which they run, together when they are given one and the same tensor.
 
+    Args:
+        batches: one batch, or several, of which the first that reaches all modules tells: not every batch of a
+            multimodal model holds images.
+
     Raises:
-        CalibrationError: a module is not reached when `batch` runs.
+        CalibrationError: no batch reaches all modules.
     """
+    missing: set[str] = set(names)
+    for batch in [batches] if isinstance(batches, Mapping) else batches:
+        groups = _groups_of(model, names, batch)
+        left = set(names).difference(*groups)
+        if not left:
+            return groups
+        missing &= left
+    left = missing or left
+    raise CalibrationError(
+        f"module {min(left)!r} is not reached by calibration_data ({len(left)} such modules); leave it out, or give batches "
+        "that reach it"
+    )
+
+
+def _groups_of(model: nn.Module, names: Sequence[str], batch: Mapping) -> list[tuple[str, ...]]:
+    """The modules that one batch reaches, as `input_groups` gives them."""
     found: list[tuple[weakref.ref, list[str]]] = []
 
     def note(name: str) -> Callable:
@@ -310,11 +330,6 @@ def input_groups(model: nn.Module, names: Sequence[str], batch: Mapping) -> list
         run.choose_part(batch)
         with hooks(model.get_submodule(n).register_forward_hook(note(n), with_kwargs=True) for n in names):
             run(batch)
-    missing = set(names) - {name for _, members in found for name in members}
-    if missing:
-        raise CalibrationError(
-            f"module {min(missing)!r} is not reached by calibration_data ({len(missing)} such modules)"
-        )
     return [tuple(members) for _, members in found]
 
 

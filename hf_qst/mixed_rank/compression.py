@@ -118,7 +118,7 @@ class _Task:
         self.weights = Weights(model, config, names)
         self.fixed = fixed_ranks(model, names, config)
         reference = self.weights.reference
-        self.groups = [(name,) for name in names] if metric == "plain" else input_groups(reference, names, batches[0])
+        self.groups = [(name,) for name in names] if metric == "plain" else input_groups(reference, names, batches)
         self.source = MetricSource(
             reference, self.groups, batches, metric, config, compensation == "none", self.weights.centred
         )

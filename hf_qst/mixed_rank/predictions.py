@@ -4,7 +4,7 @@ Which distance that is follows from the model's head, as transformers chooses it
 
 - one of several classes: the KL divergence of the softmax, in nats; of segmentation's [batch, classes, height, width]
   over the classes;
-- several labels that are true or false each: the sum of the labels' KL divergences, in nats;
+- several labels that are true or false each, or one class of pixels: the sum of the labels' KL divergences, in nats;
 - regression: the mean squared difference;
 - no logits (a backbone): the squared difference of the outputs, as a part of the dense outputs' energy.
 """
@@ -74,8 +74,9 @@ class Predictor:
         if key in ("start_logits", "end_logits"):
             # A distribution over the positions of each sample.
             return Prediction(kind, values.float())
-        if values.dim() > 3 and kind == CLASSES:
+        if values.dim() > 3 and values.shape[-1] != getattr(self.model.config, "vocab_size", None):
             values = values.movedim(1, -1)
+            kind = LABELS if values.shape[-1] == 1 else kind  # one class is there or not at each pixel
         if values.dim() == 1:
             values = values[:, None]
         return Prediction(kind, self.run.rows(f"output {key}", values, detach=False)[0].float())

@@ -348,3 +348,15 @@ def test_samples_that_are_not_known_are_asked_for_only_where_they_count():
     collect_statistics(build(clip), [group], [batch], progress=False)
     with pytest.raises(CalibrationError, match=r"fc1' sees rows of which .* metric 'normalized' needs that"):
         collect_statistics(build(clip), [group], [batch], "normalized", progress=False)
+
+
+def test_not_every_batch_holds_an_image():
+    """The first does not: the second tells how the modules run, and each counts the batches that reach it."""
+    model, batches = build(llava), [TEXT, with_patches(30, 24)]
+    names = [f"model.{name}" for name in (VISION, LANGUAGE)]
+    groups = input_groups(model, names, batches)
+    assert groups == [(name,) for name in names]
+    found = collect_statistics(model, groups, batches, progress=False)
+    assert [found[group].count for group in groups] == [34, 32 + 48]
+    with pytest.raises(CalibrationError, match=r"fc1' is not reached by calibration_data \(1 such modules\)"):
+        input_groups(model, names, [TEXT, TEXT])

@@ -128,6 +128,22 @@ def test_named_layers_of_other_models(name, tmp_path):
     assert expected and all(value.isfinite().all() and torch.equal(seen[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"compensation": "gradient"}, {"allocator": "auto"}, {"layer_weight": "fisher"}]
+)
+def test_batches_with_and_without_images_compress_both_sides(changes):
+    auto, make, names, draw = UNLISTED["llava"]
+    torch.manual_seed(0)
+    model = auto.from_config(make()).eval()
+    data = [draw(0), *({"input_ids": token_batch(2, 24, low=8, seed=seed)} for seed in (1, 2)), draw(3)]
+    data = [
+        {**one, "labels": one["input_ids"].masked_fill(one["input_ids"] == 4, -100)} for one in [*data[1:], data[0]]
+    ]
+    small = compress_model(model, settings(calibration_data=data, target_modules=names, allow_dense=False, **changes))
+    replaced = {n.split(".")[1] for n, m in small.named_modules() if isinstance(m, LowRankLinear)}
+    assert replaced == {"vision_tower", "language_model"}
+
+
 def test_one_tower_is_compressed_by_its_own_inputs():
     """CLIP's own forward wants both; its vision tower's images are enough for the layers inside."""
     torch.manual_seed(0)

@@ -44,10 +44,10 @@ def bart():
     return BartForConditionalGeneration(BartConfig(vocab_size=100, init_std=0.3, **widths))
 
 
-def segformer():
+def segformer(classes=5):
     shape = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32]}
     rest = {"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [2, 4], "decoder_hidden_size": 32}
-    return SegformerForSemanticSegmentation(SegformerConfig(**shape, **rest, num_labels=5, initializer_range=0.5))
+    return SegformerForSemanticSegmentation(SegformerConfig(**shape, **rest, num_labels=classes, initializer_range=0.5))
 
 
 def clip():
@@ -112,6 +112,11 @@ CASES = {
         of_logits(lambda a, b: classes(a, b, DECODER)),
     ),
     "pixels": (segformer, PIXELS, of_logits(lambda a, b: classes(a.movedim(1, -1), b.movedim(1, -1)))),
+    "pixels of one class": (
+        lambda: segformer(1),
+        PIXELS,
+        of_logits(lambda a, b: kl_divergence(Bernoulli(logits=a), Bernoulli(logits=b)).mean()),
+    ),
     "answers": (
         lambda: bert(BertForQuestionAnswering),
         TEXT,
