@@ -58,14 +58,14 @@ class CalibrationRun:
         model: the model, in any floating dtype or quantised.
         names (*optional*):
             The modules of interest. When all lie in a part that takes the batch by itself (the backbone, an encoder, one
-            tower of two), the rest is not run; without names, the whole model is.
+            tower of two), `prepare` finds it and the rest is not run.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None):
         self.model = model
         self.names = None if names is None else list(names)
         self.device = input_device(model)
-        self.runs: nn.Module | None = model if names is None else None
+        self.runs = model
         self.owners: dict[frozenset, dict[str, str | None]] = {}
         self.sequences: dict[str, TokenSequence] = {}
         self.samples: int | None = None
@@ -88,8 +88,6 @@ class CalibrationRun:
 
         Labels are left out: no loss is needed.
         """
-        if self.runs is None:
-            self.choose_part(batch)
         return self._run(self.enter(batch))
 
     def loss(self, batch: Mapping) -> torch.Tensor | None:
@@ -106,7 +104,7 @@ class CalibrationRun:
         if made is not None:
             inputs["decoder_input_ids"] = made
         self.sequences = find_sequences(self.model, inputs, moved.get("labels"))
-        self._key = frozenset(inputs)
+        self._key, self._alone = frozenset(inputs), are_alone(inputs, self.sequences)
         main = [inputs[key] for key in MAIN_INPUTS if torch.is_tensor(inputs.get(key))]
         others = [v for k, v in inputs.items() if torch.is_tensor(v) and v.dim() and not k.endswith("mask")]
         sizes = {len(value) for value in main or others}
@@ -161,8 +159,14 @@ class CalibrationRun:
         if not any(sequence.mask is not None for sequence in self.sequences.values()):
             return None
         owners = self.owners.get(self._key)
-        # Not prepared: a text and nothing besides is taken for what all modules see.
-        owner = "" if owners is None else owners.get(name)
+        if owners is None and not self._alone:
+            raise RuntimeError("call prepare(batches) first: whose mask the rows of which module have is not known yet")
+        if owners is not None and name not in owners:
+            raise CalibrationError(
+                f"module {name!r} is reached by some batches of calibration_data with these inputs only, and which of its "
+                "rows are padding is not known. Give batches without padding, or leave the module out"
+            )
+        owner = "" if owners is None else owners[name]
         if owner == SEVERAL:
             raise CalibrationError(
                 f"module {name!r} is called for several sequences of calibration_data, and which of its rows are padding "
@@ -171,7 +175,7 @@ class CalibrationRun:
         return self.sequences.get(owner)
 
     def _find_owners(self, inputs: dict) -> dict[str, str | None]:
-        if are_alone(inputs, self.sequences):
+        if self._alone:
             seen = self._watch(inputs)
             if all(
                 places(torch.Size(call[0][:-1]), *self.sequences[""].mask.shape)

@@ -127,15 +127,12 @@ def _decoder_mask(inputs, labels, encoder: TokenSequence | None) -> tuple[torch.
 
 
 def are_alone(inputs: Mapping, sequences: Mapping[str, TokenSequence]) -> bool:
-    """Whether the batch holds one sequence of tokens and nothing besides."""
-    if set(sequences) != {""} or "input_ids" not in inputs:
+    """Whether the batch holds one sequence of tokens, by ids or embeddings, and nothing besides."""
+    tokens = inputs["inputs_embeds"][..., 0] if "inputs_embeds" in inputs else inputs.get("input_ids")
+    if set(sequences) != {""} or tokens is None:
         return False
-    shape = inputs["input_ids"].shape
-    return all(
-        value.shape[-1:] == shape[-1:] and value.dim() <= len(shape)
-        for value in inputs.values()
-        if torch.is_tensor(value)
-    )
+    others = [value for key, value in inputs.items() if torch.is_tensor(value) and key != "inputs_embeds"]
+    return all(value.shape[-1:] == tokens.shape[-1:] and value.dim() <= tokens.dim() for value in others)
 
 
 # --- which sequence a module belongs to ------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_qst.calibration import CalibrationError, collect_statistics, input_groups
+from hf_qst.calibration import CalibrationError, CalibrationRun, collect_statistics, input_groups
 from tests.architectures import tiny, token_batch
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -360,3 +360,33 @@ def test_not_every_batch_holds_an_image():
     assert [found[group].count for group in groups] == [34, 32 + 48]
     with pytest.raises(CalibrationError, match=r"fc1' is not reached by calibration_data \(1 such modules\)"):
         input_groups(model, names, [TEXT, TEXT])
+
+
+def test_rows_are_not_guessed_before_their_sequence_is_known():
+    run = CalibrationRun(build(bart))
+    run.enter({**TEXT, "decoder_input_ids": IDS})
+    with pytest.raises(RuntimeError, match=r"call prepare\(batches\) first"):
+        run.rows(DECODER, torch.ones(4, 16, 8))
+    run = CalibrationRun(tiny("llama"))
+    run.enter({"inputs_embeds": torch.ones(4, 16, 64), "attention_mask": HALF})
+    assert len(run.rows("any", torch.ones(4, 16, 8))[0]) == 32
+
+
+def test_a_module_that_only_some_padded_batches_reach_is_refused():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.router, self.expert = nn.Embedding(100, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, input_ids, attention_mask):
+            hidden = self.router(self.embed(input_ids))
+            return self.expert(hidden) if input_ids[0, 0] == 50 else hidden
+
+    seen = IDS.clone()
+    seen[0, 0] = 50
+    batches = [{"input_ids": ids, "attention_mask": HALF} for ids in (IDS.masked_fill(IDS == 50, 51), seen)]
+    with pytest.raises(CalibrationError, match="'expert' is reached by some batches"):
+        collect_statistics(build(Routed), [("router",), ("expert",)], batches, progress=False)
+    full = [{**batch, "attention_mask": torch.ones_like(HALF)} for batch in batches]
+    found = collect_statistics(build(Routed), [("router",), ("expert",)], full, progress=False)
+    assert [found[(name,)].count for name in ("router", "expert")] == [128, 64]
