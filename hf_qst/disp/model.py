@@ -14,6 +14,7 @@ from hf_qst.disp.layout import PruningLayout
 from hf_qst.disp.pruned import find_prunable_stack, prune_blocks
 from hf_qst.disp.report import PruningReport, other_parameters
 from hf_qst.disp.selection import SelectionNetwork
+from hf_qst.offloading import require_in_place, require_weights
 from hf_qst.packed_weights import find_packed, forbid_packing
 from hf_qst.reshaped_models import ReshapedModel, to_dense
 from hf_qst.stack_tuner import StackTuner
@@ -43,6 +44,7 @@ class DISPModel(StackTuner):
                 )
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
+        require_in_place(self.model, type(peft_config).__name__)
         find_prunable_stack(self.model)
         if (packed := find_packed(stack.module)) is not None:
             raise ValueError(
@@ -101,6 +103,8 @@ class DISPModel(StackTuner):
         return to_dense(small) if isinstance(small, ReshapedModel) else small
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        if merge:
+            require_weights(self.model, "merge_and_unload()")
         masks = self.disp_masks() if merge else None
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         return model if masks is None else prune_blocks(model, masks)

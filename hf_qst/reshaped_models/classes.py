@@ -341,7 +341,7 @@ def _require_tensors(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     expected = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
+        if expected.get(name) != found.get(name) and not (name not in found and _is_left_out(model, name)):
             raise ReshapedModelError(
                 f"tensor {name!r} of the model has shape {found.get(name)}, {type(twin).__name__} built from its "
                 f"config has {expected.get(name)}"
@@ -357,7 +357,7 @@ def _require_classes(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     for name, expected in twin.named_modules():
         if not name or f"{name.removeprefix(prefix)}.".startswith(inside):
             continue  # the model's own class is about to change; a kind answers for what is inside its modules
-        if quantised and isinstance(expected, (nn.Linear, Conv1D)):
+        if (quantised and isinstance(expected, (nn.Linear, Conv1D))) or _is_left_out(model, f"{name}."):
             continue
         found, wanted = (getattr(kind, "plain_class", kind) for kind in (type(modules.get(name)), type(expected)))
         if found is not wanted:
@@ -367,6 +367,18 @@ def _require_classes(model: PreTrainedModel, twin: PreTrainedModel) -> None:
                 "saved model would compute something else; make the module in the __init__ of a subclass of "
                 f"{type(twin).__name__.removeprefix(CLASS_PREFIX)}"
             )
+
+
+def _is_left_out(model: nn.Module, name: str) -> bool:
+    """Whether a tensor's module is None: a pooler that was not asked for (`add_pooling_layer=False`) is not saved."""
+    module = model
+    for part in name.split(".")[:-1]:
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+        if module is None:
+            return True
+    return False
 
 
 def _exchange_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
