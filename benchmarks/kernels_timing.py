@@ -33,7 +33,7 @@ ENOUGH_SECONDS, LEAST_REPEATS = 0.25, 5
 TRIES = 2
 # Packages that a run can do without, and what it then lacks.
 OPTIONAL = {
-    "bitsandbytes": "nf4_linear's library path dequantises and multiplies; no 4-bit models end to end",
+    "bitsandbytes": "a 4-bit head is dequantised by plain torch; no side-tuning step end to end",
     "liger_kernel": "no rows of Liger's fused cross entropy",
     "matplotlib": "no plots",
     "peft": "no side-tuning step end to end",
