@@ -16,7 +16,7 @@ from benchmarks.kernels_peers import PLAIN, peers
 from benchmarks.kernels_reads import READINGS
 from benchmarks.kernels_timing import LEAST_REPEATS, Timer, comparable, floor_us, in_turns, spread
 from benchmarks.measure import ROOT
-from hf_qst_kernels import break_even
+from hf_qst_kernels import break_even, dispatch
 from hf_qst_kernels.registry import OPS, ModelShape
 from tests.kernels.compared import TOLERANCE, results, worst_distance
 
@@ -152,6 +152,22 @@ def test_a_variant_that_is_wrong_gets_no_time(tmp_path, monkeypatch):
     wrong = [row for row in rows if row["variant"] == "wrong"]
     assert wrong and all("us" not in row and "differs from the library path" in row["failed"] for row in wrong)
     assert "differs from" in kernels_rows.table(rows)
+
+
+def test_backward_runs_on_the_backend_of_its_forward():
+    (op,) = [op for op in OPS if op.name == "norm_gate"]
+    (workload,) = op.workloads(TINY, 2, torch.float32, "cpu")
+    seen = []
+
+    def function(**arguments):
+        output = op.function(**arguments)
+        output.register_hook(lambda grad: seen.append(dispatch._forced))
+        return output
+
+    for backend in kernels_rows.BACKENDS.values():
+        if backend != "triton":  # refuses a CPU
+            kernels_rows.step(op, workload, function, backend)()
+    assert seen == ["auto", "torch"]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
