@@ -104,13 +104,8 @@ def version_of(package: str) -> str:
 
 
 def missing() -> dict[str, str]:
-    """Packages that are not installed here (or too old), and what the rows lack without them."""
-    found = {name: without for name, without in OPTIONAL.items() if find_spec(name) is None}
-    if "bitsandbytes" not in found:
-        numbers = version_of("bitsandbytes").split(".")[:2]
-        if all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) < (0, 50):
-            found["bitsandbytes"] = f"{'.'.join(numbers)} has no gemm_4bit: {OPTIONAL['bitsandbytes']}"
-    return found
+    """Packages that are not installed here, and what the rows lack without them."""
+    return {name: without for name, without in OPTIONAL.items() if find_spec(name) is None}
 
 
 def about(device: torch.device) -> dict:
