@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.kernels_reads import READINGS
+from benchmarks.kernels_reads import POOL, READINGS
 
 # An op's default way may not be slower than the library's by more than this: the spread of a measurement.
 NOISE = 1.05
@@ -21,13 +21,12 @@ def _times(rows: Sequence[dict], op: str, field: str = "us") -> dict[tuple, dict
     return found
 
 
-def _aim(name: str, what: str, ratios: dict[tuple, float], limit: float, at_most: bool, why_none: str) -> dict:
+def _aim(name: str, what: str, ratios: dict[tuple, float], limit: float, why_none: str) -> dict:
     """An aim is met where every shape keeps to it; `met` is None where nothing was measured."""
     if not ratios:
         return {"aim": name, "what": what, "met": None, "detail": f"no rows: {why_none}", "shapes": 0}
-    fine = [r <= limit if at_most else r >= limit for r in ratios.values()]
-    worst = (max if at_most else min)(ratios, key=ratios.get)
-    best = (min if at_most else max)(ratios.values())
+    fine = [r <= limit for r in ratios.values()]
+    worst, best = max(ratios, key=ratios.get), min(ratios.values())
     detail = (
         f"{sum(fine)} of {len(fine)} shapes; best {best:.2f}, median {median(ratios.values()):.2f}, worst "
         f"{ratios[worst]:.2f} ({', '.join(map(str, worst[1:4]))})"
@@ -52,8 +51,8 @@ def aims(rows: Sequence[dict], missing: dict[str, str] | None = None) -> list[di
     head, peaks = _times(rows, "linear_cross_entropy"), _times(rows, "linear_cross_entropy", "peak_bytes")
     none = without("liger_kernel", "no time of both")
     found = [
-        _aim("1 memory", "peak memory <= Liger's", _ratios(peaks, "auto", "Liger"), 1.0, True, none),
-        _aim("1 time", "time <= 1.05 x Liger's", _ratios(head, "auto", "Liger"), 1.05, True, none),
+        _aim("1 memory", "peak memory <= Liger's", _ratios(peaks, "auto", "Liger"), 1.0, none),
+        _aim("1 time", "time <= 1.05 x Liger's", _ratios(head, "auto", "Liger"), 1.05, none),
     ]
 
     reads = {}
@@ -61,7 +60,7 @@ def aims(rows: Sequence[dict], missing: dict[str, str] | None = None) -> list[di
         reads[model, count, dtype] = min(reads.get((model, count, dtype), float("inf")), t["library"])
     taps = {}
     for shape, t in {**_times(rows, "tap forward"), **_times(rows, "tap pooling")}.items():
-        read, ours = reads.get((shape[1], shape[2], shape[4])), t.get("auto", t.get("library"))
+        read, ours = reads.get((shape[1], shape[2], shape[4])), t.get("auto", t.get(POOL, t.get("library")))
         if read and ours:
             taps[shape] = ours / read
     for name, those in (
@@ -73,7 +72,7 @@ def aims(rows: Sequence[dict], missing: dict[str, str] | None = None) -> list[di
     ):
         chosen = {shape: ratio for shape, ratio in taps.items() if those(shape)}
         what = "tap <= 1.2 x reading the hidden state once"
-        found.append(_aim(f"2 {name}", what, chosen, 1.2, True, "no time of both"))
+        found.append(_aim(f"2 {name}", what, chosen, 1.2, "no time of both"))
 
     for name, op, limit in (("3 K1", "norm_index_select", 0.75), ("3 K3", "linear_index_add", 0.8)):
         times = {}
@@ -81,19 +80,13 @@ def aims(rows: Sequence[dict], missing: dict[str, str] | None = None) -> list[di
             pairs = [us for variant, us in t.items() if variant in ("library", "F.linear + index_add_")]
             if pairs and "triton" in t:
                 times[shape] = t["triton"] / min(pairs)
-        found.append(
-            _aim(name, f"{op} <= {limit} x the unfused pair", times, limit, True, without("triton", "no time"))
-        )
+        found.append(_aim(name, f"{op} <= {limit} x the unfused pair", times, limit, without("triton", "no time")))
 
-    nf4 = {} if "bitsandbytes" in missing else _times(rows, "nf4_linear")
-    speedups = {s: r for s, r in _ratios(nf4, "library", "triton").items() if 2 <= s[2] <= 16 and _wide_4096(s)}
-    none = without("bitsandbytes", "no time of both")
-    found.append(_aim("5 speed", "nf4_linear >= 1.3 x bitsandbytes, 2..16 rows, 4096 wide", speedups, 1.3, False, none))
     for op in _ops(rows):
-        chosen = _ratios(_times(rows, op) if op != "nf4_linear" else nf4, "auto", "library")
+        chosen = _ratios(_times(rows, op), "auto", "library")
         if chosen:
-            name = "5 default" if op == "nf4_linear" else f"default {op}"
-            found.append(_aim(name, f"{op} never slower than the library where chosen", chosen, NOISE, True, none))
+            what = f"{op} never slower than the library where chosen"
+            found.append(_aim(f"default {op}", what, chosen, NOISE, ""))
     return found
 
 
@@ -101,11 +94,6 @@ def _ops(rows: Sequence[dict]) -> list[str]:
     """Names of the ops that there are rows of."""
     readings = {reading.name for reading in READINGS}
     return [op for op in dict.fromkeys(row["op"] for row in rows) if op not in readings]
-
-
-def _wide_4096(shape: tuple) -> bool:
-    """Whether a layer of this shape has 4096 inputs or outputs."""
-    return shape[1] in ("Llama-2-7B", "Llama-3-8B")
 
 
 def never_wins(rows: Sequence[dict]) -> list[str]:

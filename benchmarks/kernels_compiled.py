@@ -1,7 +1,7 @@
 """Compiles every Triton kernel in every configuration for GPUs that need not be here.
 
     python -m benchmarks.kernels_compiled                        # all targets; writes results/kernels_compiled.json
-    python -m benchmarks.kernels_compiled --targets sm_90 --ops nf4_linear --output -
+    python -m benchmarks.kernels_compiled --targets sm_90 --ops norm_gate --output -
 
 Recorded are registers a thread, instructions that move a spilled register, and shared memory a block.
 """

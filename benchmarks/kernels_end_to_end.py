@@ -1,4 +1,4 @@
-"""What the kernels change in whole models: a side-tuning step, and decoding of pruned, 4-bit and low-rank models.
+"""What the kernels change in whole models: a side-tuning step, and decoding of a pruned model.
 
     python -m benchmarks.kernels_end_to_end --device cuda            # writes results/kernels_end_to_end_<chip>.json
     python -m benchmarks.kernels_end_to_end --tiny                   # toy sizes, on any device: that it runs
@@ -76,8 +76,8 @@ def measure_case(made: Made, device: torch.device, rounds: int) -> dict:
         seconds = [t / made.per_call for t in times[way]]
         middle, fifths = spread(seconds)
         found[way] |= {"seconds": middle, "seconds_p20_p80": fifths}
-        # "dense" of the pruned and low-rank models computes something else
-        for other, name in (("torch", "faster"), ("dense", "faster_than_dense"), ("bitsandbytes", "faster_than_bnb")):
+        # "dense" is what was pruned and computes something else
+        for other, name in (("torch", "faster"), ("dense", "faster_than_dense")):
             if other in calls and way != other:
                 # logits of the same weights, in parts of the largest
                 if way in results and other in results and "dense" not in (way, other):
@@ -182,7 +182,7 @@ def describe(row: dict) -> str:
 
 def table(rows: list[dict]) -> str:
     """In Markdown."""
-    lines = ["| case | model | what | way | ms a step | p20-p80 | torch / this | dense, bnb / this | peak GiB | above MiB |",
+    lines = ["| case | model | what | way | ms a step | p20-p80 | torch / this | dense / this | peak GiB | above MiB |",
              "| --- | --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for row in rows:
         start = f"| {row['case']} | {row['model']} | {row['detail']}"
@@ -194,8 +194,7 @@ def table(rows: list[dict]) -> str:
                 lines.append(f"{start} | {way} | {found['failed']} | | | | | |")
                 continue
             low, high = (1e3 * s for s in found["seconds_p20_p80"])
-            other = found.get("faster_than_dense", found.get("faster_than_bnb"))
-            ratios = [f"{r:.2f}" if r is not None else "" for r in (found.get("faster"), other)]
+            ratios = [f"{found[name]:.2f}" if name in found else "" for name in ("faster", "faster_than_dense")]
             peak = " | "
             if found["peak_bytes"] is not None:
                 peak = f"{found['peak_bytes'] / 2**30:.2f} | {found['above_bytes'] / 2**20:.0f}"

@@ -37,7 +37,7 @@ class Sizes:
 
     Args:
         tokens: of a training step, in sequences of at most 512.
-        batches, nf4_batches, low_rank_batches: sequences decoded at once.
+        batches: sequences decoded at once.
         cache: positions of the static cache, half of them filled.
         steps: decoding steps of a timed call.
         rounds: timed calls of each way.
@@ -45,14 +45,12 @@ class Sizes:
 
     tokens: int = 2048
     batches: tuple[int, ...] = (1, 8)
-    nf4_batches: tuple[int, ...] = (1, 2, 4, 8, 16)
-    low_rank_batches: tuple[int, ...] = (1, 8)
     cache: int = 512
     steps: int = 8
     rounds: int = 9
 
 
-TINY = Sizes(tokens=32, batches=(2,), nf4_batches=(2,), low_rank_batches=(2,), cache=16, steps=2, rounds=2)
+TINY = Sizes(tokens=32, batches=(2,), cache=16, steps=2, rounds=2)
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,6 @@ def decoding(
     batches: tuple[int, ...],
     device: torch.device,
     sizes: Sizes,
-    prefix: str = "",
     facts: Callable[[], dict] = dict,
 ) -> Cases:
     """
@@ -252,7 +249,7 @@ def decoding(
 
             return Made({way: lambda way=way: call(way) for way in made}, backends, before, sizes.steps, facts())
 
-        yield f"{prefix}batch {batch}, {mode}", make
+        yield f"batch {batch}, {mode}", make
 
 
 def pruned_decoding(config: dict, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Cases:
@@ -293,62 +290,7 @@ def _pruned(config: dict, device: torch.device, dtype: torch.dtype) -> tuple[nn.
     return dense, prune_blocks(copy.deepcopy(dense), masks).eval(), kept
 
 
-def nf4_decoding(config: dict, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Cases:
-    """A 4-bit model with bitsandbytes' layers as they are, and with those that may use `nf4_linear`."""
-
-    def make():
-        from benchmarks.side_tuning_bases import copy_of
-        from hf_qst.nf4_layers import use_nf4_kernels
-
-        plain = nf4_llama(config, device)
-        ours = copy_of(plain)
-        return plain, ours, use_nf4_kernels(ours)
-
-    both = _once(make)
-
-    def models():
-        plain, ours, _ = both()
-        return {"bitsandbytes": (plain, "torch")} | {way: (ours, backend) for way, backend in ways(device).items()}
-
-    yield from decoding(models, sizes.nf4_batches, device, sizes, facts=lambda: {"layers": both()[2]})
-
-
-def low_rank_decoding(config: dict, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Cases:
-    """A model whose layers are pairs of factors: of rank 16, and of 40% of the dense layers' weights."""
-    dense = _once(lambda: dense_llama(config, device, dtype))
-    for name, keep in (("rank 16", None), ("40% kept", 0.4)):
-        small = _once(lambda keep=keep: _factored(dense(), keep))
-
-        def models(small=small):
-            return {"dense": (dense(), "torch")} | {way: (small(), backend) for way, backend in ways(device).items()}
-
-        yield from decoding(models, sizes.low_rank_batches, device, sizes, f"{name}, ")
-
-
-def _factored(dense: nn.Module, keep: float | None) -> nn.Module:
-    from hf_qst import MixedRankConfig
-    from hf_qst.linear_layers import dense_shape
-    from hf_qst.mixed_rank import LowRankLinear
-    from hf_qst.mixed_rank.targets import find_targets
-
-    names = list(find_targets(dense, MixedRankConfig()))
-    # what is not replaced is shared with the dense model
-    shared = {id(tensor): tensor for tensor in [*dense.parameters(), *dense.buffers()]}
-    small = copy.deepcopy(dense, shared)
-    for name in names:
-        layer = dense.get_submodule(name)
-        inputs, outputs = dense_shape(layer)
-        rank = 16 if keep is None else max(8, int(keep * inputs * outputs / (inputs + outputs)) // 8 * 8)
-        made = LowRankLinear(inputs, outputs, min(rank, inputs), layer.bias is not None, device=layer.weight.device)
-        for parameter in made.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        small.set_submodule(name, made.to(layer.weight.dtype).requires_grad_(False))
-    return small.eval()
-
-
 CASES = {
     "QST step": qst_steps,
     "pruned decoding": pruned_decoding,
-    "NF4 decoding": nf4_decoding,
-    "low-rank decoding": low_rank_decoding,
 }

@@ -47,26 +47,11 @@ def _linear_index_add(x, weight, bias, index, residual, inplace):
     return residual.index_add_(-1, index, F.linear(x, weight, bias))
 
 
-def _low_rank(x, down, up):
-    return F.linear(F.linear(x, down), up)
-
-
-def _nf4(x, packed, absmax, out_features, nested_absmax, nested_code, nested_offset):
-    from hf_qst_kernels.nf4_weight import CODE
-
-    code = torch.tensor(CODE, device=x.device)
-    values = code[torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], -1).int()].view(-1, 64)
-    scales = nested_code[absmax.int()] * nested_absmax.repeat_interleave(256)[: absmax.numel()] + nested_offset
-    return F.linear(x, (values * scales[:, None]).to(x.dtype).view(out_features, -1))
-
-
 # The op as a user would write it, its GEMMs in the inputs' dtype; an op that is not here is its naive twin.
 PLAIN = {
     "linear_cross_entropy": _cross_entropy,
     "tap_linear": _tap,
     "linear_index_add": _linear_index_add,
-    "low_rank_linear": _low_rank,
-    "nf4_linear": _nf4,
 }
 
 

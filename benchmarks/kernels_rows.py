@@ -32,38 +32,34 @@ from hf_qst_kernels import use_backend
 from hf_qst_kernels.registry import OPS, ModelShape, Op, Workload
 
 KEY = ("op", "model", "rows", "workload", "dtype", "variant")
+# Variant of ours -> backend.
+BACKENDS = {"triton": "triton", "auto": "auto", "library": "torch"}
 
 
 def variants(op: Op | Reading, device: torch.device, compiled: bool) -> dict[str, Callable]:
-    """Ours first (`auto` is what runs by default), then the library path (cuBLAS, bitsandbytes), then the peers."""
+    """Ours first (`auto` is what runs by default), then the library path (cuBLAS), then the peers."""
     if isinstance(op, Reading):
         return op.ways(device.type)
 
-    def on(backend):
-        def call(**arguments):
-            with use_backend(backend):
-                return op.function(**arguments)
-
-        return call
-
-    ours = {"triton": on("triton"), "auto": on("auto")} if device.type == "cuda" else {}
-    return {**ours, "library": on("torch"), **peers(op, compiled, device.type)}
+    ours = BACKENDS if device.type == "cuda" else ("library",)
+    return {**dict.fromkeys(ours, op.function), **peers(op, compiled, device.type)}
 
 
-def step(op: Op | Reading, workload: Workload, function: Callable) -> Callable:
-    """A call without arguments: a forward, with a backward where the op is there to train."""
+def step(op: Op | Reading, workload: Workload, function: Callable, backend: str) -> Callable:
+    """A call without arguments: a forward, with a backward where the op is there to train, both on this backend."""
     if not op.trains:
 
         def forward():
-            with torch.no_grad():
+            with torch.no_grad(), use_backend(backend):
                 return function(**workload.arguments)
 
         return forward
     leaves = [v for v in workload.arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
 
     def forward_and_backward():
-        output = function(**workload.arguments)
-        return torch.autograd.grad(output, leaves, torch.ones_like(output))[0]
+        with use_backend(backend):
+            output = function(**workload.arguments)
+            return torch.autograd.grad(output, leaves, torch.ones_like(output))[0]
 
     return forward_and_backward
 
@@ -142,7 +138,10 @@ def measure_workload(op: Op | Reading, workload: Workload, key: dict, rows: Rows
         DeviceLostError: a variant broke the CUDA context; its row says so.
     """
     floor = floor_us(workload.moved, workload.flops, rows.report["ceilings"])
-    calls = {name: step(op, workload, f) for name, f in variants(op, timer.device, compiled).items()}
+    calls = {
+        name: step(op, workload, function, BACKENDS.get(name, "auto"))
+        for name, function in variants(op, timer.device, compiled).items()
+    }
     todo = [name for name in calls if not rows.done({**key, "workload": workload.name, "variant": name})]
     if not todo or rows.late:
         return not todo
@@ -210,7 +209,7 @@ def measure_all(
         DeviceLostError: this process cannot go on; another one can.
     """
     if find_spec("bitsandbytes"):
-        import bitsandbytes  # noqa: F401  registers the operators that nf4_linear's library path calls
+        import bitsandbytes  # noqa: F401  registers the operator that dequantises a 4-bit head
 
     timer = Timer(device, repeats)
     report = {**about(device), "dtype": str(dtype), "repeats": repeats, "sources": sources("*.py"), "rows": []}
@@ -219,7 +218,8 @@ def measure_all(
         if comparable(before, report, ("dtype",)):
             report |= {name: before[name] for name in ("ceilings",) if name in before}
             stale = changed_ops(before.get("sources", {}), report["sources"])
-            report["rows"] = [row for row in before["rows"] if row["op"] not in stale]
+            kept = {op.name for op in (*OPS, *READINGS)} - stale
+            report["rows"] = [row for row in before["rows"] if row["op"] in kept]
     if "ceilings" not in report:
         report["ceilings"] = ceilings(device, dtype)
     # model after model: where the time ends, those that come first have all of their ops

@@ -1,7 +1,7 @@
 """The tests on the device, and NVIDIA's compute-sanitizer over every op's Triton kernels.
 
     python -m benchmarks.kernels_sanitize                     # both; writes results/kernels_sanitize_<chip>.json
-    python -m benchmarks.kernels_sanitize --run nf4_linear    # what runs under the sanitizer: an op's examples
+    python -m benchmarks.kernels_sanitize --run norm_gate     # what runs under the sanitizer: an op's examples
 
 Each op runs its registry's examples, forward and backward, in float32 and bfloat16, in a process of its own for each
 tool. `memcheck` finds accesses out of bounds (each tensor in an allocation of its own, without torch's caching),

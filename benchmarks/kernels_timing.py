@@ -33,7 +33,7 @@ ENOUGH_SECONDS, LEAST_REPEATS = 0.25, 5
 TRIES = 2
 # Packages that a run can do without, and what it then lacks.
 OPTIONAL = {
-    "bitsandbytes": "nf4_linear's library path dequantises and multiplies; no 4-bit models end to end",
+    "bitsandbytes": "a 4-bit head is dequantised by plain torch; no side-tuning step end to end",
     "liger_kernel": "no rows of Liger's fused cross entropy",
     "matplotlib": "no plots",
     "peft": "no side-tuning step end to end",
@@ -104,13 +104,8 @@ def version_of(package: str) -> str:
 
 
 def missing() -> dict[str, str]:
-    """Packages that are not installed here (or too old), and what the rows lack without them."""
-    found = {name: without for name, without in OPTIONAL.items() if find_spec(name) is None}
-    if "bitsandbytes" not in found:
-        numbers = version_of("bitsandbytes").split(".")[:2]
-        if all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) < (0, 50):
-            found["bitsandbytes"] = f"{'.'.join(numbers)} has no gemm_4bit: {OPTIONAL['bitsandbytes']}"
-    return found
+    """Packages that are not installed here, and what the rows lack without them."""
+    return {name: without for name, without in OPTIONAL.items() if find_spec(name) is None}
 
 
 def about(device: torch.device) -> dict:

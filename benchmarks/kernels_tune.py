@@ -167,7 +167,7 @@ def tune(
             go on.
     """
     if find_spec("bitsandbytes"):
-        import bitsandbytes  # noqa: F401  registers the operators that nf4_linear's library path calls
+        import bitsandbytes  # noqa: F401  registers the operator that dequantises a 4-bit head
 
     device = device or torch.device("cuda", torch.cuda.current_device())
     chip = break_even.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type

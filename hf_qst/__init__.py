@@ -26,7 +26,6 @@ from hf_qst.mixed_rank import (
     compress_model,
     rank_report,
 )
-from hf_qst.nf4_layers import use_nf4_kernels
 from hf_qst.qst import QSTConfig, QSTModel, SideNetworkMergeError
 from hf_qst.reshaped_models import ReshapedModelError, register_kind, reshape_model, to_dense
 from hf_qst.version import __version__
@@ -75,7 +74,6 @@ __all__ = [
     "reshape_model",
     "to_dense",
     "uninstall_adaptive_temperature",
-    "use_nf4_kernels",
 ]
 
 

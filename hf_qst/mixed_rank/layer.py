@@ -10,12 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import hf_qst_kernels
-from hf_qst.bare_calls import are_plain, is_bare, nobody_looks_on
 from hf_qst.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, set_weights
 from hf_qst.packed_weights import forbid_packing
 from hf_qst.reshaped_models import ReshapedModelError
-from hf_qst_kernels.dispatch import runs_triton
 
 KIND = "low_rank"
 # bitsandbytes' packed layout of 4-bit weights on CPU fails for widths that are no multiple of it.
@@ -145,34 +142,8 @@ class LowRankLinear(nn.Module):
             return self.up(self.down(inputs.reshape(-1, self.in_features))).view(*inputs.shape[:-1], self.out_features)
         # The dense layer may have been quantised and have taken any dtype; autocast brings its own.
         if inputs.dtype != weight.dtype and not torch.is_autocast_enabled(inputs.device.type):
-            return self._product(inputs.to(weight.dtype)).to(inputs.dtype)
-        return self._product(inputs)
-
-    def _product(self, inputs: torch.Tensor) -> torch.Tensor:
-        # Without sizes the rule costs nothing, and says no on a CPU and to a compiler.
-        if runs_triton("low_rank_linear", inputs) and self._wins(inputs):
-            return hf_qst_kernels.low_rank_linear(inputs, self.down.weight, self.up.weight, self.up.bias)
+            return self.up(self.down(inputs.to(weight.dtype))).to(inputs.dtype)
         return self.up(self.down(inputs))
-
-    def _wins(self, inputs: torch.Tensor) -> bool:
-        """Whether one kernel for both factors may run in their place, and is the faster one for this many rows."""
-        from hf_qst_kernels.low_rank import MAX_RANK, table_sizes  # registers an operator: 20 ms
-
-        down, up = self.down, self.up
-        return (
-            type(down) is type(up) is nn.Linear
-            and is_bare(down)
-            and is_bare(up)
-            and nobody_looks_on(inputs)
-            and are_plain(inputs.dtype, inputs, down.weight, up.weight, up.bias)
-            and self.rank <= MAX_RANK.get(inputs.dtype, 0)
-            and inputs.numel() > 0
-            and runs_triton(
-                "low_rank_linear",
-                inputs,
-                table_sizes(inputs.numel() // self.in_features, self.in_features, self.rank, self.out_features),
-            )
-        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

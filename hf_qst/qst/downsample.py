@@ -9,6 +9,7 @@ its own weight, and that is kept in 8 bits (`hf_qst_kernels.tap_linear`).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import hf_qst_kernels
@@ -92,7 +93,8 @@ class FactoredDownsample(LinearDownsample):
 class PoolDownsample(Downsample):
     """D(h)_j = max or mean of the r channels r*j .. r*j + r - 1; nothing to train before the norm.
 
-    One reduction of torch's, which reads the state once and writes an r-th of it: there is nothing for a kernel to save.
+    By torch's pooling kernels: a reduction over windows this narrow takes five times as long on a GPU (`docs/kernels.md`).
+    On a CPU that holds for maxima only.
     """
 
     def __init__(self, side_size: int, kind: str, **shared):
@@ -101,8 +103,12 @@ class PoolDownsample(Downsample):
         self.side_size = side_size
 
     def tap(self, hidden):
-        windows = hidden.unflatten(-1, (self.side_size, -1))
-        return windows.amax(-1) if self.kind == "maxpool" else windows.mean(-1)
+        if self.kind == "avgpool" and not hidden.is_cuda:
+            return hidden.unflatten(-1, (self.side_size, -1)).mean(-1)
+        pool = F.max_pool1d if self.kind == "maxpool" else F.avg_pool1d
+        # Each position is a batch entry of one channel: pooling takes no empty axis but the batch, nor more than three.
+        pooled = pool(hidden.reshape(-1, 1, hidden.shape[-1]), hidden.shape[-1] // self.side_size)
+        return pooled.view(*hidden.shape[:-1], self.side_size)
 
 
 class PrincipalDownsample(Downsample):

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import gated_norm, linear_add, low_rank, nf4, norm_select, taps
+from . import gated_norm, linear_add, norm_select, taps
 from .cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
 from .gated_norm import naive_norm_gate, norm_gate
 from .linear_add import linear_index_add, naive_linear_index_add
-from .low_rank import low_rank_linear, naive_low_rank_linear
-from .nf4 import naive_nf4_linear, nf4_linear
 from .nf4_weight import NF4Weight
 from .norm_select import naive_norm_index_select, norm_index_select
 from .taps import (
@@ -109,6 +107,26 @@ def _of(share: float, width: int) -> int:
 
 def _size(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
+
+
+def _nf4_arguments(inputs, outputs, nested, device) -> dict:
+    packed = torch.randint(256, (inputs * outputs // 2, 1), dtype=torch.uint8, device=device)
+    blocks = inputs * outputs // 64
+    if not nested:
+        return {"packed": packed, "absmax": torch.rand(blocks, device=device), "out_features": outputs}
+    return {
+        "packed": packed,
+        "absmax": torch.randint(256, (blocks,), dtype=torch.uint8, device=device),
+        "out_features": outputs,
+        "nested_absmax": torch.rand(-(-blocks // 256), device=device),
+        "nested_code": torch.linspace(-1, 1, 256, device=device),
+        "nested_offset": torch.tensor(1.5, device=device),
+    }
+
+
+def _nf4_bytes(weights: int) -> int:
+    """Of so many weights, with double quantisation."""
+    return weights // 2 + weights // 64 + weights // 64 // 64
 
 
 def _cross_entropy_examples(dtype, device):
@@ -311,84 +329,6 @@ def _linear_add_workloads(model, rows, dtype, device):
         yield Workload(name, arguments, moved, 2 * rows * weight.numel(), linear_add.table_sizes(rows, width, inputs))
 
 
-def _low_rank_examples(dtype, device):
-    for shape, rank, outputs in (
-        ((1, 1), 1, 1),
-        ((7, 65), 3, 63),
-        ((2, 3, 33), 65, 7),
-        ((65, 17), 7, 65),
-        ((0, 7), 3, 5),
-    ):
-        options = {"dtype": dtype, "device": device, "grad": True}
-        yield (
-            f"{list(shape)} rank {rank}",
-            {
-                "x": _normal(*shape, **options),
-                "down": _normal(rank, shape[-1], **options),
-                "up": _normal(outputs, rank, **options),
-                "bias": None if rank == 3 else _normal(outputs, **options),
-            },
-        )
-
-
-def _low_rank_workloads(model, rows, dtype, device):
-    for rank in (16, 64, 256):
-        down = _normal(rank, model.dim, dtype=dtype, device=device)
-        up = _normal(model.dim, rank, dtype=dtype, device=device)
-        x = _normal(rows, model.dim, dtype=dtype, device=device)
-        moved = _size(dtype) * (2 * x.numel() + 2 * down.numel())
-        sizes = low_rank.table_sizes(rows, model.dim, rank, model.dim)
-        yield Workload(f"rank {rank}", {"x": x, "down": down, "up": up}, moved, 4 * rows * down.numel(), sizes)
-
-
-def _nf4_arguments(inputs, outputs, nested, device) -> dict:
-    packed = torch.randint(256, (inputs * outputs // 2, 1), dtype=torch.uint8, device=device)
-    blocks = inputs * outputs // 64
-    if not nested:
-        return {"packed": packed, "absmax": torch.rand(blocks, device=device), "out_features": outputs}
-    return {
-        "packed": packed,
-        "absmax": torch.randint(256, (blocks,), dtype=torch.uint8, device=device),
-        "out_features": outputs,
-        "nested_absmax": torch.rand(-(-blocks // 256), device=device),
-        "nested_code": torch.linspace(-1, 1, 256, device=device),
-        "nested_offset": torch.tensor(1.5, device=device),
-    }
-
-
-def _nf4_bytes(weights: int) -> int:
-    """Of so many weights, with double quantisation."""
-    return weights // 2 + weights // 64 + weights // 64 // 64
-
-
-def _nf4_examples(dtype, device):
-    for shape, outputs, nested in (
-        ((1, 64), 1, True),
-        ((7, 192), 65, False),
-        ((2, 3, 64), 63, True),
-        ((0, 64), 3, True),
-    ):
-        x = _normal(*shape, dtype=dtype, device=device, grad=True)
-        bias = _normal(outputs, dtype=dtype, device=device, grad=True) if outputs > 3 else None
-        arguments = _nf4_arguments(shape[-1], outputs, nested, device)
-        yield f"{list(shape)} {outputs} {'double' if nested else 'single'}", {"x": x, "bias": bias, **arguments}
-    x = _normal(3, 256, dtype=dtype, device=device)[:, ::2].requires_grad_()
-    yield "strided, many scales", {"x": x, **_nf4_arguments(128, 140, True, device)}
-
-
-def _nf4_workloads(model, rows, dtype, device):
-    for name, inputs, outputs in (
-        ("attention", model.dim, model.dim),
-        ("MLP in", model.dim, model.middle),
-        ("MLP out", model.middle, model.dim),
-    ):
-        x, weights = _normal(rows, inputs, dtype=dtype, device=device), inputs * outputs
-        moved = _nf4_bytes(weights) + _size(dtype) * rows * (inputs + outputs)
-        arguments = {"x": x, **_nf4_arguments(inputs, outputs, True, device)}
-        sizes = nf4.table_sizes(rows, inputs, outputs)
-        yield Workload(name, arguments, moved, 2 * rows * weights, sizes)
-
-
 OPS = (
     Op(linear_cross_entropy, naive_linear_cross_entropy, "cross_entropy_triton", _cross_entropy_examples, _cross_entropy_workloads, trains=True, rows=(2048, 8192)),
     Op(quantize_taps, naive_quantize_taps, "taps_triton", _quantize_examples, _quantize_workloads, rows=(16, 2048, 8192)),
@@ -397,6 +337,4 @@ OPS = (
     Op(norm_gate, naive_norm_gate, "gated_norm_triton", _gate_examples, _gate_workloads, trains=True, rows=(2048, 8192)),
     Op(norm_index_select, naive_norm_index_select, "norm_select_triton", _norm_examples, _norm_workloads),
     Op(linear_index_add, naive_linear_index_add, "linear_add_triton", _linear_add_examples, _linear_add_workloads),
-    Op(low_rank_linear, naive_low_rank_linear, "low_rank_triton", _low_rank_examples, _low_rank_workloads, rows=(1, 4, 16, 64)),
-    Op(nf4_linear, naive_nf4_linear, "nf4_triton", _nf4_examples, _nf4_workloads, rows=(1, 2, 4, 8, 16, 64, 2048)),
 )  # fmt: skip

@@ -56,7 +56,7 @@ def stand_in(tmp_path, monkeypatch):
 def test_every_tool_runs_the_examples_of_an_op_once(tmp_path, stand_in):
     pytest.importorskip("triton")
     stand_in("ERROR SUMMARY: 0 errors")
-    (op,) = [op for op in OPS if op.name == "low_rank_linear"]
+    (op,) = [op for op in OPS if op.name == "linear_index_add"]
     report = sanitize(tmp_path / "record.json", ops=[op.name])
     assert report["sanitizer"] == "Version 2026.3" and report["left"] == []
     assert [(row["tool"], row["errors"], row["examples"]) for row in report["rows"]] == [
@@ -65,7 +65,7 @@ def test_every_tool_runs_the_examples_of_an_op_once(tmp_path, stand_in):
     assert not any("failed" in row for row in report["rows"])
     assert sanitize(tmp_path / "record.json", ops=[op.name])["rows"] == report["rows"]
     assert (tmp_path / "calls").read_text().count("call") == len(kernels_sanitize.TOOLS)
-    assert "| low_rank_linear | 0 | 0 |" in kernels_sanitize.sanitizer_table(report["rows"])
+    assert "| linear_index_add | 0 | 0 |" in kernels_sanitize.sanitizer_table(report["rows"])
 
 
 def test_errors_fail_a_row_and_keep_the_output(tmp_path, monkeypatch):
@@ -74,10 +74,10 @@ def test_errors_fail_a_row_and_keep_the_output(tmp_path, monkeypatch):
         '#!/bin/sh\necho "ran 3 examples"\necho "========= Invalid read"\necho "= ERROR SUMMARY: 2 errors"\n'
     )
     path.chmod(0o755)
-    row = kernels_sanitize.sanitize_op(str(path), "memcheck", "nf4_linear", 20.0)
+    row = kernels_sanitize.sanitize_op(str(path), "memcheck", "norm_gate", 20.0)
     assert (row["errors"], row["failed"]) == (2, "2 errors, exit code 0") and "Invalid read" in row["output"]
     path.write_text("#!/bin/sh\nsleep 20\n")
-    assert "not through" in kernels_sanitize.sanitize_op(str(path), "memcheck", "nf4_linear", 0.2)["failed"]
+    assert "not through" in kernels_sanitize.sanitize_op(str(path), "memcheck", "norm_gate", 0.2)["failed"]
 
 
 def test_without_the_sanitizer_the_record_says_so(tmp_path, monkeypatch):
@@ -155,5 +155,5 @@ def test_run_without_a_summary_is_tried_again(tmp_path, stand_in):
     path = stand_in("no device")
     for summary in ("nothing", "ERROR SUMMARY: 0 errors"):
         path.write_text(f'#!/bin/sh\necho "ran 1 examples"\necho "========= {summary}"\n')
-        rows = sanitize(tmp_path / "record.json", ops=["nf4_linear"])["rows"]
+        rows = sanitize(tmp_path / "record.json", ops=["norm_gate"])["rows"]
         assert [row["errors"] for row in rows] == [None if summary == "nothing" else 0] * 2

@@ -146,6 +146,48 @@ def test_pools_are_over_windows_of_neighbouring_channels(kind):
     torch.testing.assert_close(pool.finish(pool.tap(hidden)), expected, rtol=0, atol=0)
 
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(2, 5, 192), (192,), (3, 192), (2, 0, 192), (2, 2, 3, 192)], ids=str)
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("kind", ["maxpool", "avgpool"])
+def test_pools_keep_dtype_and_value_of_the_reduction(kind, dtype, shape, device):
+    hidden = torch.randn(shape).to(dtype)
+    got = PoolDownsample(12, kind, layernorm=False, dropout=0.0).tap(hidden.to(device)).cpu()
+    windows = hidden.double().unflatten(-1, (12, 16))
+    assert got.dtype == dtype and got.shape == (*shape[:-1], 12)
+    if kind == "maxpool":
+        assert torch.equal(got.double(), windows.amax(-1))
+        return
+    # sums of 16 in float32, rounded once to `dtype`
+    bound = 16 * EPS[torch.float32] * windows.abs().mean(-1) + EPS[dtype] / 2 * windows.mean(-1).abs()
+    assert ((got.double() - windows.mean(-1)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["maxpool", "avgpool"])
+def test_pools_pass_on_what_is_not_finite(kind, device):
+    hidden = torch.zeros(1, 4, 12)
+    hidden[0, 0, 5], hidden[0, 1, 5], hidden[0, 2, 4:8] = float("nan"), float("inf"), -float("inf")
+    got = PoolDownsample(3, kind, layernorm=False, dropout=0.0).tap(hidden.to(device)).cpu()
+    expected = torch.zeros(1, 4, 3)
+    expected[0, :3, 1] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_torchs_mean_pooling_rounds_as_its_mean(dtype):
+    """On a GPU the mean is by the pooling kernel; here its CPU twin, beside what runs on a CPU."""
+    hidden = torch.randn(7, 192).to(dtype)
+    means, pooled = hidden.unflatten(-1, (12, 16)).mean(-1), F.avg_pool1d(hidden[:, None], 16)[:, 0]
+    assert pooled.dtype == dtype
+    torch.testing.assert_close(pooled, means, rtol=EPS[dtype], atol=16 * EPS[torch.float32])
+
+
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_side_block_reads_the_output_of_its_own_base_block(changed):
     """Changing what leaves base block k leaves the side states before k alone and changes those from k on."""

@@ -16,7 +16,7 @@ from benchmarks.kernels_peers import PLAIN, peers
 from benchmarks.kernels_reads import READINGS
 from benchmarks.kernels_timing import LEAST_REPEATS, Timer, comparable, floor_us, in_turns, spread
 from benchmarks.measure import ROOT
-from hf_qst_kernels import break_even
+from hf_qst_kernels import break_even, dispatch
 from hf_qst_kernels.registry import OPS, ModelShape
 from tests.kernels.compared import TOLERANCE, results, worst_distance
 
@@ -49,11 +49,11 @@ def test_every_op_gets_rows_with_a_time_and_a_floor(tmp_path):
 
 
 def test_rows_of_the_same_kernels_are_not_measured_again(tmp_path):
-    ops = [op for op in OPS if op.name == "low_rank_linear"]
+    ops = [op for op in OPS if op.name == "linear_index_add"]
     first = measure(tmp_path / "rows.json", ops)["rows"]
     assert measure(tmp_path / "rows.json", ops)["rows"] == first
     kept = json.loads((tmp_path / "rows.json").read_text())
-    (tmp_path / "rows.json").write_text(json.dumps({**kept, "sources": {"low_rank.py": "another"}}))
+    (tmp_path / "rows.json").write_text(json.dumps({**kept, "sources": {"linear_add.py": "another"}}))
     again = measure(tmp_path / "rows.json", ops)["rows"]
     assert len(again) == len(first) and again != first
 
@@ -61,7 +61,7 @@ def test_rows_of_the_same_kernels_are_not_measured_again(tmp_path):
 @pytest.mark.parametrize(
     ("file", "stale"),
     [
-        ("nf4_triton.py", {"nf4_linear"}),
+        ("norm_select_triton.py", {"norm_index_select"}),
         ("taps.py", {"quantize_taps", "dequantize_taps", "tap_linear", *(reading.name for reading in READINGS)}),
         ("dispatch.py", {op.name for op in EVERY}),
         ("new.py", {op.name for op in EVERY}),
@@ -74,13 +74,21 @@ def test_rows_of_the_ops_whose_files_changed_are_measured_again(file, stale):
 
 
 def test_rows_of_other_kernels_stay(tmp_path):
-    ops, output = [op for op in OPS if op.name in ("low_rank_linear", "norm_gate")], tmp_path / "rows.json"
+    ops, output = [op for op in OPS if op.name in ("linear_index_add", "norm_gate")], tmp_path / "rows.json"
     first = {row["op"]: row for row in measure(output, ops)["rows"]}
     kept = json.loads(output.read_text())
     kept["sources"]["gated_norm_triton.py"] = "another"
     output.write_text(json.dumps(kept))
     again = {row["op"]: row for row in measure(output, ops)["rows"]}
-    assert again["low_rank_linear"] == first["low_rank_linear"] and again["norm_gate"] != first["norm_gate"]
+    assert again["linear_index_add"] == first["linear_index_add"] and again["norm_gate"] != first["norm_gate"]
+
+
+def test_rows_of_ops_that_are_no_more_go(tmp_path):
+    ops, output = [op for op in OPS if op.name == "norm_index_select"], tmp_path / "rows.json"
+    kept = measure(output, ops)
+    old = [{**row, "op": "deleted"} for row in kept["rows"]]
+    output.write_text(json.dumps({**kept, "rows": kept["rows"] + old}))
+    assert measure(output, ops)["rows"] == kept["rows"]
 
 
 def test_a_gpu_of_the_same_name_goes_on_and_another_cpu_does_not():
@@ -92,18 +100,24 @@ def test_a_gpu_of_the_same_name_goes_on_and_another_cpu_does_not():
 
 
 def test_row_that_ended_its_process_twice_is_not_tried_again(tmp_path):
-    ops, output = [op for op in OPS if op.name == "low_rank_linear"], tmp_path / "rows.json"
-    key = {"op": "low_rank_linear", "model": "tiny", "rows": 2, "dtype": "torch.float32", "workload": "rank 16"}
+    ops, output = [op for op in OPS if op.name == "norm_index_select"], tmp_path / "rows.json"
+    key = {
+        "op": "norm_index_select",
+        "model": "tiny",
+        "rows": 2,
+        "dtype": "torch.float32",
+        "workload": "attention input",
+    }
     rows = kernels_rows.Rows({"rows": []}, output)
     for _ in range(2):
         assert rows.begin({**key, "variant": "library"}) is None
     failed = [row for row in measure(output, ops)["rows"] if "failed" in row]
-    assert [(row["workload"], row["variant"]) for row in failed] == [("rank 16", "library")]
+    assert [(row["workload"], row["variant"]) for row in failed] == [("attention input", "library")]
     assert "ended or was stopped 2 times" in failed[0]["failed"] and not list(tmp_path.glob("*.begun"))
 
 
 def test_rows_stop_at_their_time_and_go_on(tmp_path):
-    ops = [op for op in OPS if op.name in ("low_rank_linear", "quantize_taps")]
+    ops = [op for op in OPS if op.name in ("norm_index_select", "quantize_taps")]
     stopped = measure(tmp_path / "rows.json", ops, until=0.0)
     assert (stopped["left"], stopped["rows"]) == (2, [])
     assert {row["op"] for row in measure(tmp_path / "rows.json", ops)["rows"]} == {op.name for op in ops}
@@ -131,14 +145,29 @@ def test_pooling_is_pooling_and_reading_reads():
 
 
 def test_a_variant_that_is_wrong_gets_no_time(tmp_path, monkeypatch):
-    op = next(op for op in OPS if op.name == "low_rank_linear")
-    monkeypatch.setattr(
-        kernels_rows, "peers", lambda op, compiled, device_type: {"wrong": lambda x, down, up: x @ down.T @ up.T * 2}
-    )
+    op = next(op for op in OPS if op.name == "norm_index_select")
+    twice = lambda **arguments: 2 * op.naive(**arguments)
+    monkeypatch.setattr(kernels_rows, "peers", lambda op, compiled, device_type: {"wrong": twice})
     rows = measure(tmp_path / "rows.json", [op])["rows"]
     wrong = [row for row in rows if row["variant"] == "wrong"]
     assert wrong and all("us" not in row and "differs from the library path" in row["failed"] for row in wrong)
     assert "differs from" in kernels_rows.table(rows)
+
+
+def test_backward_runs_on_the_backend_of_its_forward():
+    (op,) = [op for op in OPS if op.name == "norm_gate"]
+    (workload,) = op.workloads(TINY, 2, torch.float32, "cpu")
+    seen = []
+
+    def function(**arguments):
+        output = op.function(**arguments)
+        output.register_hook(lambda grad: seen.append(dispatch._forced))
+        return output
+
+    for backend in kernels_rows.BACKENDS.values():
+        if backend != "triton":  # refuses a CPU
+            kernels_rows.step(op, workload, function, backend)()
+    assert seen == ["auto", "torch"]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -191,31 +220,30 @@ ENTRY = {
 
 
 def test_written_table_is_one_that_dispatch_reads(tmp_path):
-    kernels_tune.write_table(tmp_path / "chip.json", "chip", {"nf4_linear": [ENTRY]}, CPU, sources={}, failed=[])
+    kernels_tune.write_table(tmp_path / "chip.json", "chip", {"linear_index_add": [ENTRY]}, CPU, sources={}, failed=[])
     table = break_even.read_table(tmp_path / "chip.json", "chip")
-    assert break_even.nearest_in(table["nf4_linear"], "bfloat16", ENTRY["sizes"]).wins
+    assert break_even.nearest_in(table["linear_index_add"], "bfloat16", ENTRY["sizes"]).wins
 
 
 def test_table_is_taken_up_where_it_stopped_and_forgets_kernels_that_changed(tmp_path):
     path, failing = tmp_path / "chip.json", {**ENTRY["sizes"], "rows": 2}
     table = kernels_tune.Table(path, "chip", CPU, resume=True)
-    table.put("nf4_linear", torch.bfloat16, ENTRY["sizes"], {**ENTRY, "triton_us": 9.0})
-    table.put("nf4_linear", torch.bfloat16, ENTRY["sizes"], ENTRY)
-    table.put("nf4_linear", torch.bfloat16, failing, {"failed": "out of shared memory"})
+    table.put("linear_index_add", torch.bfloat16, ENTRY["sizes"], {**ENTRY, "triton_us": 9.0})
+    table.put("linear_index_add", torch.bfloat16, ENTRY["sizes"], ENTRY)
+    table.put("linear_index_add", torch.bfloat16, failing, {"failed": "out of shared memory"})
     table.write()
     again = kernels_tune.Table(path, "chip", CPU, resume=True)
-    (measured, impossible) = again.decisions["nf4_linear"]
+    (measured, impossible) = again.decisions["linear_index_add"]
     assert measured == ENTRY and impossible["sizes"] == failing
     # nor does dispatch go by the shape beside it
-    read = break_even.read_table(path, "chip")["nf4_linear"]
+    read = break_even.read_table(path, "chip")["linear_index_add"]
     assert [break_even.nearest_in(read, "bfloat16", sizes).wins for sizes in (ENTRY["sizes"], failing)] == [True, False]
-    assert again.known("nf4_linear", torch.bfloat16, ENTRY["sizes"]) and again.known(
-        "nf4_linear", torch.bfloat16, failing
-    )
-    assert not again.known("nf4_linear", torch.float16, ENTRY["sizes"])
-    assert not kernels_tune.Table(path, "chip", CPU, resume=False).known("nf4_linear", torch.bfloat16, ENTRY["sizes"])
+    assert all(again.known("linear_index_add", torch.bfloat16, sizes) for sizes in (ENTRY["sizes"], failing))
+    assert not again.known("linear_index_add", torch.float16, ENTRY["sizes"])
+    fresh = kernels_tune.Table(path, "chip", CPU, resume=False)
+    assert not fresh.known("linear_index_add", torch.bfloat16, ENTRY["sizes"])
     kept = json.loads(path.read_text())
-    path.write_text(json.dumps({**kept, "sources": {**kept["sources"], "nf4_triton.py": "another"}}))
+    path.write_text(json.dumps({**kept, "sources": {**kept["sources"], "linear_add_triton.py": "another"}}))
     assert kernels_tune.Table(path, "chip", CPU, resume=True).decisions == {}
 
 
@@ -256,10 +284,10 @@ def test_tuning_writes_a_table_with_a_configuration_for_each_shape(tmp_path):
 
 def test_configurations_that_cannot_run_leave_no_entry():
     """A CPU tensor is one: there every configuration is refused."""
-    (op,) = [op for op in OPS if op.name == "low_rank_linear"]
+    (op,) = [op for op in OPS if op.name == "linear_index_add"]
     (workload, *_) = op.workloads(TINY, 2, torch.float32, "cpu")
     ((decision, entry),) = kernels_tune.tune_workload(op, workload, torch.float32, Timer(CPU, 2))
-    assert decision == "low_rank_linear" and "needs CUDA tensors" in entry["failed"]
+    assert decision == "linear_index_add" and "needs CUDA tensors" in entry["failed"]
 
 
 def test_installed_table_is_where_dispatch_looks(tmp_path):

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 
 from hf_qst_kernels import NF4Weight, cross_entropy, linear_cross_entropy, use_backend
 from hf_qst_kernels.cross_entropy import default_chunk_rows, naive_linear_cross_entropy
+from hf_qst_kernels.nf4_weight import check_weight, library_weight, naive_weight
 from tests.kernels.compared import TOLERANCE, allocations, fresh, peak, results, worst_distance
 
 bnb = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+HEAD = NF4Weight(torch.zeros(160, dtype=torch.uint8), torch.ones(5), 5)
 OPTIONS = {
     "plain": {},
     "sum and scale": {"reduction": "sum", "logit_scale": 0.37},
@@ -23,6 +25,17 @@ def quantised(weight, double):
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=double)
     nested = (state.state2.absmax, state.state2.code, state.offset) if double else ()
     return NF4Weight(packed, state.absmax, weight.shape[0], *nested), bnb.dequantize_4bit(packed, state)
+
+
+@DOUBLE
+@pytest.mark.parametrize("shape", [(1, 64), (48, 1088)], ids=str)
+def test_weights_are_read_as_bitsandbytes_writes_them(shape, double):
+    """Bit by bit. The scales of one row of 64 end in the first block of the second quantisation, those of 48 x 1088 in a
+    later one."""
+    weight, whole = quantised(torch.randn(shape), double)
+    check_weight(weight, shape[1])
+    for dequantise in (naive_weight, library_weight):
+        assert torch.equal(dequantise(weight, torch.float32), whole)
 
 
 def problem(tokens=23, vocab=257, dim=192, ignored=5, double=True, dtype=torch.float32):
@@ -186,11 +199,18 @@ def test_traces_without_data():
         ({"bias": torch.ones(5, requires_grad=True)}, ValueError, "bias requires a gradient"),
         ({"labels": torch.tensor([0, 5, 1])}, ValueError, r"labels must be in \[0, 5\).*the first 5"),
         ({"weight": [1.0]}, TypeError, "weight must be a tensor or an NF4Weight, got list"),
+        ({"weight": HEAD._replace(packed=torch.zeros(160))}, TypeError, "packed must be uint8"),
+        ({"weight": HEAD._replace(absmax=torch.ones(3))}, ValueError, r"absmax must be .* = \[5\], got \[3\]"),
+        (
+            {"weight": HEAD._replace(absmax=torch.ones(5).byte())},
+            TypeError,
+            "absmax must be torch.float32 without nested",
+        ),
+        ({"weight": HEAD._replace(nested_code=torch.ones(256))}, ValueError, "must be given together or not at all"),
     ],
 )
 def test_refuses_with_the_argument_and_its_value(change, error, message):
-    weight = NF4Weight(torch.zeros(160, dtype=torch.uint8), torch.ones(5), 5)
-    arguments = {"hidden": torch.randn(3, 64), "weight": weight, "labels": torch.tensor([0, 1, 2])}
+    arguments = {"hidden": torch.randn(3, 64), "weight": HEAD, "labels": torch.tensor([0, 1, 2])}
     with pytest.raises(error, match=message):
         linear_cross_entropy(**{**arguments, **change})
 
