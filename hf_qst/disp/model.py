@@ -59,6 +59,10 @@ class DISPModel(StackTuner):
         network.to(next(stack.module.parameters()).device)
         if isinstance(target, DISPLayer):
             layer = target
+            for other in layer.networks.values():
+                if other.config is peft_config:
+                    # A copy of that adapter is made so (TRL's reference models): parameters are copied by name afterwards.
+                    network.copy_buffers(other)
         else:
             forbid_packing(target)  # the gates' gradients go through the base
             layer = DISPLayer(target, stack)
@@ -66,6 +70,16 @@ class DISPModel(StackTuner):
         layer.update_layer(adapter_name, network, peft_config.inference_mode)
         layer.train(self.model.training)
         layer.unchecked[adapter_name] = peft_config.manifest
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """float32, or with `autocast_adapter_dtype=False` the base's dtype, as PEFT has it."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        network = self.disp_layer.networks[adapter_name]
+        network.in_base_dtype = not autocast_adapter_dtype
+        if not autocast_adapter_dtype:
+            dtype = next(p.dtype for p in self.disp_layer.base_layer.parameters() if p.is_floating_point())
+            for parameter in network.parameters():
+                parameter.data = parameter.data.to(dtype)
 
     @property
     def disp_layer(self) -> DISPLayer:
@@ -100,8 +114,14 @@ class DISPModel(StackTuner):
         small = self.merge_and_unload()
         return to_dense(small) if isinstance(small, ReshapedModel) else small
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
-        masks = self.disp_masks() if merge else None
+    def _unload_and_optionally_merge(self, merge: bool = True, safe_merge=False, adapter_names=None, **kwargs):
+        masks = None
+        if merge:
+            self._check_merge_allowed()
+            self.disp_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            masks = self.disp_layer.masks_to_merge()
+            if not masks:
+                raise ValueError("no DISP adapter is active: call set_adapter(name)")
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         return model if masks is None else prune_blocks(model, masks)
 
