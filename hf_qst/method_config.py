@@ -30,9 +30,13 @@ class MethodConfig(PeftConfig):
     """A configuration that is saved with the manifest of the weights beside it.
 
     Args:
+        init_weights (`bool`):
+            How a new adapter starts, as in PEFT's own methods: True is the method's own start, False a random one whose
+            outputs differ from the base's, for tests and experiments.
         manifest (`dict`, *optional*): filled in on saving: names, shapes, dtypes and checksums of the tensors.
     """
 
+    init_weights: bool = field(default=True, metadata={"help": "True: the method's start; False: a random one."})
     manifest: dict | None = field(
         default=None,
         repr=False,
@@ -42,6 +46,10 @@ class MethodConfig(PeftConfig):
 
     not_saved: ClassVar[tuple[str, ...]] = ()
     """Fields with data or models, of use while the adapter is made."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require("init_weights", isinstance(self.init_weights, bool), "True or False")
 
     def _require(self, name: str, holds: bool, accepted: str) -> None:
         if not holds:

@@ -82,6 +82,9 @@ class MixedRankConfig(MethodConfig):
         bias_correction (`bool`):
             Leave a layer's mean output to its bias, where it has one, and the deviations from it to the factors.
         memory_limit (`int`, *optional*): bytes the input statistics may take at once; more passes are made instead.
+        keep_base_weights (`bool`):
+            Keep the dense weights beside the factors, so that adapters can be added, switched, disabled, merged,
+            unmerged, deleted and unloaded as those of PEFT's own methods.
         seed (`int`): of the random start of `"gradient"` and the order of batches in `"kd"`.
         modules_to_save (`list[str]`, *optional*): further modules to train in full and to save.
         progress (`bool`): whether to show progress bars.
@@ -122,6 +125,7 @@ class MixedRankConfig(MethodConfig):
     bias_correction: bool = field(default=False, metadata={"help": "Whether biases take the mean output over."})
     quantize_factors: str | None = field(default=None, metadata={"help": "'nf4', 'int8' or None."})
     memory_limit: int | None = field(default=None, metadata={"help": "Bytes for input statistics."})
+    keep_base_weights: bool = field(default=False, metadata={"help": "Keep the dense weights beside the factors."})
     seed: int = field(default=0, metadata={"help": "Seed of 'gradient' and 'kd'."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full."})
     progress: bool = field(default=True, metadata={"help": "Whether to show progress bars."})
@@ -165,7 +169,7 @@ class MixedRankConfig(MethodConfig):
         quantized = self.quantize_factors in (None, *SCHEMES)
         self._require("quantize_factors", quantized, f"None or one of {', '.join(SCHEMES)}")
         self._require("residual_rank", is_count(self.residual_rank), "a positive integer")
-        for name in ("allow_dense", "bias_correction", "progress"):
+        for name in ("allow_dense", "bias_correction", "keep_base_weights", "progress"):
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         ranks = isinstance(self.rank_pattern, dict) and all(
             isinstance(k, str) and is_count(v, 0) for k, v in self.rank_pattern.items()
