@@ -48,8 +48,8 @@ class DISPConfig(MethodConfig):
         min_width (`int`): no width falls below it.
         seed (`int`): of the hypernetwork's start.
         init_weights (`bool`):
-            PEFT's convention. False draws all parameters of the hypernetwork from a standard normal and the global random
-            numbers: a start far from the base and from that of any other adapter, for tests and experiments.
+            False draws all parameters of the hypernetwork from a standard normal and the global random numbers: a start
+            far from the base and from that of any other adapter, for tests and experiments.
         manifest (`dict`, *optional*): filled in on saving: names, shapes, dtypes and checksums of the tensors.
     """
 
@@ -69,7 +69,6 @@ class DISPConfig(MethodConfig):
     width_multiple: int = field(default=1, metadata={"help": "Widths are multiples of it."})
     min_width: int = field(default=1, metadata={"help": "Least width."})
     seed: int = field(default=0, metadata={"help": "Seed of the hypernetwork's start."})
-    init_weights: bool = field(default=True, metadata={"help": "False: a start that differs from the base, for tests."})
     target_modules: Any = field(
         default=None, init=False, repr=False, compare=False, metadata={"help": "Set to the decoder stack's path."}
     )
@@ -97,7 +96,6 @@ class DISPConfig(MethodConfig):
         for name in ("hypernetwork_input_size", "hypernetwork_hidden_size", "width_multiple", "min_width"):
             self._require(name, is_count(getattr(self, name)), "an integer of at least 1")
         self._require("seed", is_count(self.seed, 0), "an integer of at least 0")
-        self._require("init_weights", isinstance(self.init_weights, bool), "True or False")
         chosen = self.selections
         known = isinstance(chosen, (list, tuple, set)) and len(chosen) > 0 and set(chosen) <= set(SELECTIONS)
         self._require("selections", known, f"a non-empty list out of {', '.join(SELECTIONS)}")
