@@ -7,6 +7,8 @@ never call the tuner's forward.
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 from contextlib import contextmanager
 
 import torch
@@ -17,17 +19,21 @@ from torch import nn
 from hf_qst import manifest
 from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
 
+logger = logging.getLogger(__name__)
+
 
 class StackLayer(nn.Module, BaseTunerLayer):
     """Stands in the place of a decoder stack and holds a network for each adapter, one of which is in use at a time.
 
     Subclasses name the `ModuleDict` of networks as the only entry of `adapter_layer_names`. Attributes the layer does
-    not have are the stack's.
+    not have are the stack's. Modules of a network name in `fixed_parameters` what is a parameter but never trained.
     """
 
     other_param_names = ()
     method: str
-    """What error messages call the method."""
+    """What error messages call the method; the value of its PEFT type."""
+    alone: str = "The model's decoder stack is wrapped by a method that cannot share it."
+    """A sentence that says why the model cannot have adapters of another method."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -46,9 +52,32 @@ class StackLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     def update_layer(self, adapter_name: str, network: nn.Module, inference_mode: bool) -> None:
-        """Add a network under this name."""
+        """Add a network under this name.
+
+        Raises:
+            ValueError: a part of the network has this name: PEFT finds the tensors of other adapters by names in keys.
+        """
+        if adapter_name in {part for name, _ in network.named_parameters() for part in name.split(".")}:
+            raise ValueError(
+                f"adapter_name must be none of the names of {self.method}'s own modules, got {adapter_name!r}: PEFT would "
+                "leave tensors of other adapters out when it saves them"
+            )
         self.networks[adapter_name] = network
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
+        """PEFT calls this wherever it has made the parameters of an adapter trainable."""
+        for module in self.networks.modules():
+            for name in getattr(module, "fixed_parameters", ()):
+                getattr(module, name).requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Training mode for the networks. The stack stays in evaluation mode, without dropout, but for its embeddings:
+        NEFTune's hook on them adds its noise in training mode."""
+        super().train(mode)
+        self.base_layer.eval()
+        self.base_layer.get_input_embeddings().train(mode)
+        return self
 
     def remove_hooks(self) -> None:
         for handle in self.hook_handles:
@@ -119,6 +148,32 @@ def with_last_hidden_state(output, hidden: torch.Tensor):
     return output
 
 
+class _ConfigsOfOneMethod(dict):
+    """The `peft_config` of a model whose stack is wrapped: configurations by adapter name, of one method.
+
+    PEFT and transformers enter every new adapter here before they touch the model.
+    """
+
+    def __init__(self, configs: dict, layer_class: type[StackLayer]):
+        self.layer_class = layer_class
+        super().__init__(configs)
+
+    def __reduce__(self):
+        return type(self), (dict(self), self.layer_class)
+
+    def __setitem__(self, name: str, config) -> None:
+        if config.peft_type != self.layer_class.method:
+            raise ValueError(
+                f"{self.layer_class.alone} The adapter {name!r} of type {str(config.peft_type.value)!r} cannot be added "
+                "beside it. Call unload() first, or train and merge the other adapter before this one."
+            )
+        super().__setitem__(name, config)
+
+    def update(self, configs: dict) -> None:
+        for name, config in configs.items():
+            self[name] = config
+
+
 class StackTuner(BaseTuner):
     """A PEFT tuner whose only layer is a `StackLayer`, with a manifest of what it saves.
 
@@ -128,12 +183,54 @@ class StackTuner(BaseTuner):
     tuner_layer_cls = StackLayer
     target_module_mapping = {}
 
+    def __init__(self, model, peft_config, adapter_name: str, **kwargs):
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        if not isinstance(self.peft_config, _ConfigsOfOneMethod):
+            self.peft_config = _ConfigsOfOneMethod(self.peft_config, self.tuner_layer_cls)
+        self.model.peft_config = self.peft_config
+
+    def inject_adapter(self, model, adapter_name: str, *args, **kwargs) -> None:
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            # The name of a refused adapter stays free, also where the dictionary is that of another method's adapters.
+            self.peft_config.pop(adapter_name, None)
+            self._remove_network(adapter_name)
+            raise
+
+    def _remove_network(self, adapter_name: str) -> None:
+        """Take the network of an adapter out, and with the last one the layer."""
+        layers = [(path, m) for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)]
+        for path, layer in layers:
+            if adapter_name in layer.networks:
+                del layer.networks[adapter_name]
+            if not layer.networks:
+                layer.remove_hooks()
+                parent, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, layer.base_layer)
+
+    def _check_new_adapter_config(self, config) -> None:
+        super()._check_new_adapter_config(config)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, self.tuner_layer_cls):
+                raise ValueError(
+                    f"{self.tuner_layer_cls.alone} The model has {type(module).__name__} adapters: merge or unload them "
+                    "first."
+                )
+
     def _prepare_adapter_config(self, peft_config, model_config):
         stack = find_decoder_stack(self.model)
         self._check_stack(peft_config, stack)
         if peft_config.manifest is not None:
             manifest.check_base(peft_config.manifest, base_signature(stack))
         peft_config.target_modules = {stack.path}
+        dropout = _dropout_rates(stack.module.config)
+        if dropout and not peft_config.inference_mode:
+            logger.warning(
+                "%s runs the base in evaluation mode, also while training: its %s has no effect",
+                self.tuner_layer_cls.method,
+                ", ".join(f"{name}={rate}" for name, rate in dropout.items()),
+            )
         return peft_config
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
@@ -167,7 +264,9 @@ class StackTuner(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         container = cls.tuner_layer_cls.adapter_layer_names[0]
-        return key.replace(f"{container}.{adapter_name}.", f"{container}.", 1)
+        key = key.replace(f"{container}.{adapter_name}.", f"{container}.", 1)
+        # PEFT names a fully trained module's tensor twice when it also saves the embedding layers.
+        return key.replace(f".modules_to_save.{adapter_name}.", ".", 1)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -181,8 +280,30 @@ class StackTuner(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         if config.manifest is not None:
-            manifest.check(config.manifest, manifest.as_saved(state_dict, adapter_name))
+            expected = {_without_wrapper(key): entry for key, entry in config.manifest["tensors"].items()}
+            found = {_without_wrapper(key): tensor for key, tensor in state_dict.items()}
+            manifest.check({**config.manifest, "tensors": expected}, found)
+        # PEFT has entered a trained module's tensors under this adapter's name; files of version 0.1 may hold them a
+        # second time, under the name of the adapter that was saved, which may be another one of this model.
+        own = f".modules_to_save.{adapter_name}."
+        state_dict = {key: tensor for key, tensor in state_dict.items() if own in key or _without_wrapper(key) == key}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _dropout_rates(config) -> dict[str, float]:
+    """Rates of dropout and layer drop in the blocks by the names of a transformers config; those of heads are not."""
+    rates = {name: value for name, value in vars(config).items() if re.search("drop(out)?$", name)}
+    in_heads = ("classifier_", "summary_")
+    return {
+        name: rate
+        for name, rate in rates.items()
+        if isinstance(rate, float) and rate > 0 and not name.startswith(in_heads)
+    }
+
+
+def _without_wrapper(key: str) -> str:
+    """A tensor's name without PEFT's wrapper of a fully trained module and the adapter's name in it."""
+    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", key, count=1)
 
 
 def with_head(model: nn.Module) -> nn.Module:

@@ -112,12 +112,15 @@ class PrincipalDownsample(Downsample):
     drown the others in the layer norm that follows. Until `fit` is called the directions are random and orthonormal.
     """
 
+    # Parameters and not buffers: trainers copy an adapter by its parameters.
+    fixed_parameters = ("directions", "mean")
+
     def __init__(self, hidden_size: int, side_size: int, **shared):
         super().__init__(side_size, **shared)
         directions = torch.empty(side_size, hidden_size)
         nn.init.orthogonal_(directions)
-        self.register_buffer("directions", directions)
-        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.directions = nn.Parameter(directions, requires_grad=False)
+        self.mean = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
 
     def tap(self, hidden):
         # Nothing trains here, so nothing is kept, in 8 bits or otherwise.

@@ -7,6 +7,7 @@ import threading
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from hf_qst.decoder_stack import DecoderStack
 from hf_qst.frozen_head import LOSS_REQUEST
@@ -103,6 +104,7 @@ class QSTLayer(StackLayer):
 
     adapter_layer_names = ("qst_net",)
     method = "QST"
+    alone = "QST runs its base without gradients, so other adapters in it could not be trained."
 
     def __init__(self, base_layer: nn.Module, stack: DecoderStack):
         super().__init__(base_layer)
@@ -115,6 +117,8 @@ class QSTLayer(StackLayer):
 
     def forward(self, *args, **kwargs):
         request = kwargs.pop(LOSS_REQUEST, None)
+        if request is not None and request.hidden is not None:
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=request.hidden)
         network = self.active_network()
         if network is None:
             output = self.base_layer(*args, **kwargs)
@@ -142,9 +146,7 @@ class QSTLayer(StackLayer):
         return with_last_hidden_state(output, network.mix(base, side.to(base.device)))
 
     def train(self, mode: bool = True):
-        """Training mode for the side networks; the base is always in eval mode."""
         super().train(mode)
-        self.base_layer.eval()
         if mode:
             for module in self.qst_net.modules():
                 if hasattr(module, "restore"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-
 from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.frozen_head import FrozenHeadLoss
 from hf_qst.packed_weights import keep_packed_weights
@@ -34,15 +32,6 @@ class QSTModel(StackTuner):
                     "back-propagated there. Only modules after the decoder stack, such as the head, can be trained."
                 )
 
-    def _check_new_adapter_config(self, config) -> None:
-        super()._check_new_adapter_config(config)
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, QSTLayer):
-                raise ValueError(
-                    f"QST runs its base without gradients, so the {type(module).__name__} adapters in it could not be "
-                    "trained. Merge or unload them first."
-                )
-
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         stack = find_decoder_stack(self.model)
         network = SideNetwork(peft_config, stack)
@@ -50,26 +39,35 @@ class QSTModel(StackTuner):
             layer = target
         else:
             layer = QSTLayer(target, stack)
-            loss = FrozenHeadLoss(_WantsChunks(layer))
+            loss = FrozenHeadLoss(layer.active_network)
             layer.hook_handles += loss.install(self.model)
             layer.hook_handles += keep_packed_weights(target)
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, network, peft_config.inference_mode)
         layer.train(self.model.training)
         layer.unchecked[adapter_name] = peft_config.manifest
-        if peft_config.downsample == "principal" and peft_config.manifest is None:
+        if peft_config.downsample == "principal" and not any(p.is_meta for p in network.parameters()):
+            self._fit_principal(peft_config, adapter_name, layer, network)
+
+    def _fit_principal(self, peft_config, adapter_name: str, layer: QSTLayer, network: SideNetwork) -> None:
+        """Fit the fixed projections, or take those of an adapter that was made of the same configuration."""
+        for name, config in self.peft_config.items():
+            if config is peft_config and name != adapter_name and name in layer.qst_net:
+                for part, fitted in zip(network.downsample, layer.qst_net[name].downsample, strict=True):
+                    part.directions.data.copy_(fitted.directions)
+                    part.mean.data.copy_(fitted.mean)
+                return
+        if peft_config.manifest is None:  # otherwise they are about to be loaded
             fit_principal(self.model, layer, network, peft_config.calibration_data)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's rule: an adapter is float32, or with `autocast_adapter_dtype=False` of the base's dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            layer = next(module for module in self.model.modules() if isinstance(module, QSTLayer))
+            layer.qst_net[adapter_name].cast(
+                next(p.dtype for p in layer.base_layer.parameters() if p.is_floating_point())
+            )
 
     def _check_merge_allowed(self):
         raise SideNetworkMergeError()
-
-
-class _WantsChunks:
-    """Asks a `QSTLayer` whether its active adapter computes the loss in chunks."""
-
-    def __init__(self, layer: QSTLayer):
-        self.layer = layer
-
-    def __call__(self) -> bool:
-        network = self.layer.active_network()
-        return network is not None and network.chunked_loss

@@ -26,13 +26,18 @@ class Float32Parameter(nn.Module):
 
     A gate at 0.5 or 1 does not move in 16 bits: a step of 2e-4 rounds back to where it was. `module.bfloat16()` and the
     like go through `_apply`; code that casts `param.data` itself is undone by `restore`, which training mode calls.
+    With `is_pinned=False` it is cast like any other, for who asks for that.
     """
+
+    is_pinned = True
 
     def __init__(self, size: int, value: float):
         super().__init__()
         self.value = nn.Parameter(torch.full((size,), float(value)))
 
     def _apply(self, fn, recurse=True):
+        if not self.is_pinned:
+            return super()._apply(fn, recurse)
         exact = self.value.detach()
         super()._apply(fn, recurse)
         if self.value.dtype != torch.float32:
@@ -42,6 +47,8 @@ class Float32Parameter(nn.Module):
         return self
 
     def restore(self) -> None:
+        if not self.is_pinned:
+            return
         if self.value.dtype != torch.float32:
             self.value.data = self.value.data.float()
         if self.value.grad is not None and self.value.grad.dtype != torch.float32:
@@ -93,7 +100,7 @@ class OutputMix(nn.Module):
         self.alpha = Float32Parameter(size, 0.0)
 
     def forward(self, base: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
-        alpha = 1.0 + self.lr_scale * self.alpha.value
+        alpha = 1.0 + self.lr_scale * self.alpha.value.float()
         if self.kind == "sigmoid":
             alpha = torch.sigmoid(alpha)
         return _Mix.apply(base, side, alpha.to(base.device), self.kind != "residual")
@@ -127,7 +134,9 @@ class SideNetwork(nn.Module):
         self.norm = make_norm(spec.norm, spec.hidden_size, spec.norm_eps)
         self.upsample = nn.Linear(spec.hidden_size, stack.output_size, bias=True)
         self.mix = OutputMix(config.mix, mix_size, config.mix_lr_scale)
-        if config.mix == "residual":
+        if not config.init_weights:
+            nn.init.normal_(self.mix.alpha.value, std=0.1)  # mix="paper" starts where the side network has no weight
+        elif config.mix == "residual":
             # The side network starts silent, as a LoRA's second factor does: the first step moves this layer, and
             # through it every other from the second step on.
             nn.init.zeros_(self.upsample.weight)
@@ -142,6 +151,13 @@ class SideNetwork(nn.Module):
                 _move(part, device)
         for part in (self.norm, self.upsample, self.mix):
             _move(part, device)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """All parameters in this dtype, also those that otherwise stay float32."""
+        for module in self.modules():
+            if isinstance(module, Float32Parameter):
+                module.is_pinned = False
+        self.to(dtype)
 
     def tap(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """What downsampler `index` keeps of a base state [batch, seq, d]."""
@@ -188,7 +204,7 @@ class SideNetwork(nn.Module):
         layer_idx: int = 0,
         recompute_mlp: bool = False,
     ) -> torch.Tensor:
-        gate, dtype = self.gates[i].value, self.blocks[i].attention.q_proj.weight.dtype
+        gate, dtype = self.gates[i].value.float(), self.blocks[i].attention.q_proj.weight.dtype
         mixed = self.downsample[i].mix(tapped, side.to(gate.device), gate, dtype, fused)
         return self.blocks[i](mixed, context, cache, layer_idx, recompute_mlp)
 

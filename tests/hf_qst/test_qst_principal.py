@@ -81,9 +81,58 @@ def test_projections_are_saved_and_not_fitted_again(tmp_path, caplog):
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_fixed_projections_are_no_parameters():
+@pytest.mark.parametrize("change", ["made", "switched", "enabled", "reloaded", "requires_grad"])
+def test_fixed_projections_are_parameters_that_are_never_trained(change, tmp_path):
     model = side_tuned("llama", downsample="principal", calibration_data=batches())
-    assert not any("directions" in name for name, _ in model.named_parameters())
+    count = sum(p.numel() for p in side_network(model).parameters()) - 3 * (16 * 64 + 64)
+    if change == "switched":
+        model.add_adapter("other", QSTConfig(task_type="CAUSAL_LM", r=4))
+        model.set_adapter("other")
+        model.set_adapter("default")
+    elif change == "enabled":
+        with model.disable_adapter():
+            pass
+    elif change == "requires_grad":
+        model.set_requires_grad("default")
+    elif change == "reloaded":
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
+    fixed = [p for name, p in model.named_parameters() if name.endswith((".directions", "downsample.0.mean"))]
+    assert len(fixed) == 4
+    assert not any(p.requires_grad for p in fixed)
+    assert model.get_nb_trainable_parameters()[0] == count
+    before = [p.clone() for p in fixed]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    ids = token_batch()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, fixed, strict=True))
+
+
+def test_a_copy_of_the_parameters_is_the_same_function():
+    """As trainers make a frozen reference of an adapter that is trained on."""
+    data = iter(batches())
+    model = wake(side_tuned("llama", downsample="principal", calibration_data=data)).eval()
+    model.add_adapter("reference", model.peft_config["default"])  # the batches have been read
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".reference.")).data.copy_(parameter.data)
+    ids = token_batch()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        model.set_adapter("reference")
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_second_adapter_of_a_loaded_configuration_has_its_projections(tmp_path):
+    side_tuned("llama", downsample="principal", calibration_data=batches()).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    model.add_adapter("second", model.peft_config["default"])
+    for part, other in zip(
+        side_network(model).downsample, side_network(model, "second").downsample, strict=True
+    ):
+        assert torch.equal(part.directions, other.directions)
+        assert torch.equal(part.mean, other.mean)
 
 
 def test_calibration_leaves_mode_and_weights_of_the_base():

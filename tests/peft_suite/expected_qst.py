@@ -3,4 +3,11 @@
 A key is a test's name, or its name and a part of its parameters: "test_merge_layers[opt]" is that of the OPT model.
 """
 
-EXPECTED: dict[str, str] = {}
+_MERGES = "a side network cannot be merged into the base's weights; QST says so in one typed error"
+
+EXPECTED: dict[str, str] = {
+    "test_merge_layers": _MERGES,
+    "test_merge_layers_multi": _MERGES,
+    "test_merge_layers_nan": _MERGES,
+    "test_merge_layers_fp16": _MERGES,
+}
