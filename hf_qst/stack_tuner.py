@@ -34,6 +34,8 @@ class StackLayer(nn.Module, BaseTunerLayer):
     """What error messages call the method; the value of its PEFT type."""
     alone: str = "The model's decoder stack is wrapped by a method that cannot share it."
     """A sentence that says why the model cannot have adapters of another method."""
+    base_trains = False
+    """Whether the stack is in training mode when the model is; if not, only its embeddings are."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -72,11 +74,12 @@ class StackLayer(nn.Module, BaseTunerLayer):
                 getattr(module, name).requires_grad_(False)
 
     def train(self, mode: bool = True):
-        """Training mode for the networks. The stack stays in evaluation mode, without dropout, but for its embeddings:
-        NEFTune's hook on them adds its noise in training mode."""
+        """Training mode for the networks. Unless `base_trains`, the stack stays in evaluation mode, without dropout, but
+        for its embeddings: NEFTune's hook on them adds its noise in training mode."""
         super().train(mode)
-        self.base_layer.eval()
-        self.base_layer.get_input_embeddings().train(mode)
+        if not self.base_trains:
+            self.base_layer.eval()
+            self.base_layer.get_input_embeddings().train(mode)
         return self
 
     def remove_hooks(self) -> None:
@@ -226,8 +229,11 @@ class StackTuner(BaseTuner):
         peft_config.target_modules = {stack.path}
         dropout = _dropout_rates(stack.module.config)
         if dropout and not peft_config.inference_mode:
+            trains = self.tuner_layer_cls.base_trains
             logger.warning(
-                "%s runs the base in evaluation mode, also while training: its %s has no effect",
+                "%s runs the base in training mode while it learns: its %s acts; load it with 0.0 to learn without"
+                if trains
+                else "%s runs the base in evaluation mode, also while training: its %s has no effect",
                 self.tuner_layer_cls.method,
                 ", ".join(f"{name}={rate}" for name, rate in dropout.items()),
             )

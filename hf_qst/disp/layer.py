@@ -103,6 +103,8 @@ class DISPLayer(StackLayer):
 
     adapter_layer_names = ("disp_net",)
     method = "DISP"
+    alone = "DISP prunes the base's own weights, so they cannot have adapters."
+    base_trains = True
 
     def __init__(self, base_layer: nn.Module, stack: DecoderStack):
         super().__init__(base_layer)
@@ -153,6 +155,14 @@ class DISPLayer(StackLayer):
         if self.accumulation_steps is None:
             _warn_of_missing_callback()
         return sample.gates, sample.penalty
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this too, when it has loaded into an adapter that was made without memory (on the meta device)."""
+        network = self.networks[adapter_name]
+        if device is None:
+            device = next(self.base_layer.parameters()).device
+        if not any(parameter.is_meta for parameter in network.parameters()):
+            network.to(device)
 
     def _hand_gates_to_checkpoints(self) -> None:
         for i, block in enumerate(self._blocks):

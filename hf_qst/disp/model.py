@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_qst.budget import BudgetError
@@ -33,15 +32,6 @@ class DISPModel(StackTuner):
     prefix = "disp_"
     tuner_layer_cls = DISPLayer
 
-    def _check_new_adapter_config(self, config) -> None:
-        super()._check_new_adapter_config(config)
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, DISPLayer):
-                raise ValueError(
-                    f"DISP prunes the base's own weights, but the model has {type(module).__name__} adapters on them. "
-                    "Merge or unload them first."
-                )
-
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
         find_prunable_stack(self.model)
         if (packed := find_packed(stack.module)) is not None:
@@ -56,18 +46,18 @@ class DISPModel(StackTuner):
         stack = find_decoder_stack(self.model)
         budget = parameter_budget(self.model, stack, peft_config)
         network = SelectionNetwork(peft_config, PruningLayout.of(stack), budget)
-        network.to(next(stack.module.parameters()).device)
         if isinstance(target, DISPLayer):
             layer = target
             for other in layer.networks.values():
                 if other.config is peft_config:
-                    # A copy of that adapter is made so (TRL's reference models): parameters are copied by name afterwards.
+                    # TRL copies an adapter so, for a reference: another of its configuration, then parameters by name.
                     network.copy_buffers(other)
         else:
             forbid_packing(target)  # the gates' gradients go through the base
             layer = DISPLayer(target, stack)
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, network, peft_config.inference_mode)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.train(self.model.training)
         layer.unchecked[adapter_name] = peft_config.manifest
 

@@ -128,9 +128,7 @@ def test_a_second_adapter_of_a_loaded_configuration_has_its_projections(tmp_path
     side_tuned("llama", downsample="principal", calibration_data=batches()).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny("llama"), tmp_path)
     model.add_adapter("second", model.peft_config["default"])
-    for part, other in zip(
-        side_network(model).downsample, side_network(model, "second").downsample, strict=True
-    ):
+    for part, other in zip(side_network(model).downsample, side_network(model, "second").downsample, strict=True):
         assert torch.equal(part.directions, other.directions)
         assert torch.equal(part.mean, other.mean)
 

@@ -120,7 +120,6 @@ class DISPCallback(TrainerCallback):
             _require_free(self.export_directory)
         if self.plot_directory is not None:
             require_matplotlib()
-        _tell_of_dropout(model)
 
     # --- during --------------------------------------------------------------------------------------------------------
 
@@ -246,18 +245,6 @@ def _require_free(directory: str) -> None:
         there = os.path.dirname(there)
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"export_directory must be a folder that can be made, but nothing can be written to {there!r}")
-
-
-def _tell_of_dropout(model) -> None:
-    """The paper learns without dropout; the base's acts like any other part of it."""
-    config = with_head(model).config.to_dict()
-    rates = {name: rate for name, rate in config.items() if "drop" in name and isinstance(rate, float) and rate > 0}
-    if rates:
-        logger.warning(
-            "The base's dropout acts while DISP learns: its config has %s. The paper learns without; load the base with "
-            "these at 0.0 to do the same.",
-            ", ".join(f"{name}={rate}" for name, rate in rates.items()),
-        )
 
 
 def _length(dataloader) -> int | None:
