@@ -82,14 +82,16 @@ def check_labels(kwargs: dict) -> None:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuse to train a model of which nothing is trainable.
+    """Refuse to train a model whose only adapter is frozen; of several, a frozen one may be a reference for another.
 
     Raises:
         ValueError
     """
+    if len(getattr(model, "peft_config", {})) > 1:
+        return
     if model.training and torch.is_grad_enabled() and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            "training was started with zero trainable parameters: the adapter is frozen or disabled. Load it with "
+            "training was started with zero trainable parameters: the adapter is frozen. Load it with "
             "is_trainable=True, or call set_adapter(name) to activate it for training."
         )
 

@@ -121,11 +121,14 @@ def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WE
             raise CheckpointError(f"{file}: tensor {name!r} does not have the content that was saved (checksum)")
 
 
-def check_in_memory(manifest: Mapping, network: nn.Module) -> None:
-    """Check a network that transformers' own `load_adapter` filled, which shows a method no file or state dict.
+def check_in_memory(manifest: Mapping, network: nn.Module) -> bool:
+    """Check a network that transformers' own `load_adapter` has just filled, which shows a method no file or state dict.
 
-    Its loader marks every tensor it sets. Tensors changed or cast since cannot be compared and are passed over, and
-    weights that came another way carry no mark.
+    Its loader marks every tensor it sets, and weights that came another way carry no mark. Tensors that it cast to
+    another dtype cannot be compared and are passed over.
+
+    Returns:
+        Whether there were tensors to check.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, not finite, or of another content.
@@ -137,19 +140,20 @@ def check_in_memory(manifest: Mapping, network: nn.Module) -> None:
         if getattr(tensor, "_is_hf_initialized", False)
     }
     if not loaded:
-        return
+        return False
     missing = parameters.keys() - loaded.keys()
     if missing:
         raise CheckpointError(f"{WEIGHTS_NAME}: tensor {min(missing)!r} is missing ({len(missing)} such tensors)")
     expected = {_OWN.split(key, maxsplit=1)[-1]: entry for key, entry in manifest["tensors"].items()}
-    for name, tensor in loaded.items():
-        if tensor._version == 0 and name in expected:
-            _require_finite(name, tensor, f"{WEIGHTS_NAME} is damaged")
-            found = describe(tensor)
-            if found["dtype"] == expected[name]["dtype"] and found != expected[name]:
-                raise CheckpointError(
-                    f"{WEIGHTS_NAME}: tensor {name!r} does not have the content that was saved (checksum)"
-                )
+    for name in loaded.keys() & expected.keys():
+        tensor = loaded[name]
+        _require_finite(name, tensor, f"{WEIGHTS_NAME} is damaged")
+        found = describe(tensor)
+        if found["dtype"] == expected[name]["dtype"] and found != expected[name]:
+            raise CheckpointError(
+                f"{WEIGHTS_NAME}: tensor {name!r} does not have the content that was saved (checksum)"
+            )
+    return True
 
 
 def check_base(manifest: Mapping, base: Mapping[str, object]) -> None:

@@ -44,8 +44,9 @@ class StackLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = []
-        # Manifests by adapter name, of networks that have not run yet.
+        # By adapter name: manifests of networks that were not loaded yet, and what was found wrong when they were.
         self.unchecked: dict[str, dict | None] = {}
+        self.damage: dict[str, manifest.CheckpointError] = {}
         self.hook_handles: list = []
         self._parameters_of_base = list(inspect.signature(type(base_layer).forward).parameters)[1:]
 
@@ -104,11 +105,34 @@ class StackLayer(nn.Module, BaseTunerLayer):
         return self._checked(names[0]) if names else None
 
     def _checked(self, name: str) -> nn.Module:
-        """The network of this name; before it first runs, what transformers' own loader put into it is checked."""
-        if not torch.compiler.is_compiling() and self.unchecked.get(name) is not None:
-            manifest.check_in_memory(self.unchecked[name], self.networks[name])
-            self.unchecked[name] = None
+        """The network of this name.
+
+        Raises:
+            CheckpointError: what transformers' own loader put into it is not what was saved.
+        """
+        if (damage := self.damage.get(name)) is not None:
+            raise damage
         return self.networks[name]
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """transformers' loader asks this of every module when it has set the tensors of a file.
+
+        That is the moment to check them: later nothing tells whether somebody has written to them.
+        """
+        for name, expected in self.unchecked.items():
+            if expected is not None and name in self.networks:
+                try:
+                    checked = manifest.check_in_memory(expected, self.networks[name])
+                except manifest.CheckpointError as error:
+                    self.damage[name], checked = error, True
+                if checked:
+                    self.unchecked[name] = None
+        return self.__dict__.get("_initialized_by_transformers", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.__dict__["_initialized_by_transformers"] = value
 
     def base_arguments(self, args: tuple, kwargs: dict) -> dict:
         """All arguments of the stack by name; without a cache in training, where transformers makes one unless told."""
@@ -212,15 +236,6 @@ class StackTuner(BaseTuner):
                 parent, _, name = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), name, layer.base_layer)
 
-    def _check_new_adapter_config(self, config) -> None:
-        super()._check_new_adapter_config(config)
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, self.tuner_layer_cls):
-                raise ValueError(
-                    f"{self.tuner_layer_cls.alone} The model has {type(module).__name__} adapters: merge or unload them "
-                    "first."
-                )
-
     def _prepare_adapter_config(self, peft_config, model_config):
         stack = find_decoder_stack(self.model)
         self._check_stack(peft_config, stack)
@@ -233,7 +248,7 @@ class StackTuner(BaseTuner):
             logger.warning(
                 "%s runs the base in training mode while it learns: its %s acts; load it with 0.0 to learn without"
                 if trains
-                else "%s runs the base in evaluation mode, also while training: its %s has no effect",
+                else "%s runs the base in evaluation mode, also while training: its %s has no effect in it",
                 self.tuner_layer_cls.method,
                 ", ".join(f"{name}={rate}" for name, rate in dropout.items()),
             )

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from hf_qst.decoder_stack import DecoderStack
 from hf_qst.frozen_head import LOSS_REQUEST
+from hf_qst.qst import continuous_batching
 from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork
@@ -129,6 +130,9 @@ class QSTLayer(StackLayer):
         return output
 
     def _side_tuned(self, network: SideNetwork, kwargs: dict):
+        if kwargs.get("cache") is not None:
+            # An attention implementation's own cache, which transformers hands through to each attention.
+            raise NotImplementedError(continuous_batching.MESSAGE)
         config = self.base_layer.config
         cache = kwargs.get("past_key_values")
         if kwargs["use_cache"] or cache is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+
 from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.frozen_head import FrozenHeadLoss
 from hf_qst.packed_weights import keep_packed_weights
 from hf_qst.qst.calibrate import fit_principal
+from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.side_network import SideNetwork
 from hf_qst.stack_tuner import StackTuner
@@ -32,6 +35,14 @@ class QSTModel(StackTuner):
                     "back-propagated there. Only modules after the decoder stack, such as the head, can be trained."
                 )
 
+    def _check_new_adapter_config(self, config) -> None:
+        super()._check_new_adapter_config(config)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, QSTLayer):
+                raise ValueError(
+                    f"{QSTLayer.alone} The model has adapters of type {type(module).__name__}: merge or unload them first."
+                )
+
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         stack = find_decoder_stack(self.model)
         network = SideNetwork(peft_config, stack)
@@ -42,6 +53,7 @@ class QSTModel(StackTuner):
             loss = FrozenHeadLoss(layer.active_network)
             layer.hook_handles += loss.install(self.model)
             layer.hook_handles += keep_packed_weights(target)
+            layer.hook_handles.append(RefuseContinuousBatching(self.model, layer))
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, network, peft_config.inference_mode)
         layer.train(self.model.training)

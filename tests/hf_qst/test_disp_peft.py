@@ -392,7 +392,7 @@ def test_architectures_that_cannot_be_pruned():
 
 def test_bases_with_adapters_or_changed_shapes_are_refused():
     lora = get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="DISP prunes the base.s own weights"):
+    with pytest.raises(ValueError, match=r"DISP prunes the base.s own weights"):
         get_peft_model(lora.get_base_model(), DISPConfig())
     model = tiny("llama")
     small = prune_blocks(model, random_masks(model))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import PeftModel
 
 from hf_qst import QSTConfig
 from hf_qst.qst.config import DOWNSAMPLE_KINDS
@@ -107,14 +108,15 @@ def test_stays_in_eval_mode_whatever_is_asked():
     base = tiny("opt")
     model = side_tuned(model=base, awake=True).train()
     inside = model.get_base_model().model.decoder.base_layer
-    assert not any(module.training for module in inside.modules())
+    # Noise on the embeddings acts in training mode.
+    assert [name for name, module in inside.named_modules() if module.training] == ["embed_tokens"]
     assert all(module.training for module in side_network(model).modules())
     ids = token_batch()
     # OPT drops 10 % of its activations in training mode.
     first, second = (model(input_ids=ids, labels=ids, logits_to_keep=0).logits for _ in range(2))
     assert torch.equal(first, second)
     base.train()
-    assert not any(module.training for module in inside.modules())
+    assert [name for name, module in inside.named_modules() if module.training] == ["embed_tokens"]
 
 
 @pytest.mark.parametrize("kind", ["float32", "nf4"])
@@ -128,3 +130,24 @@ def test_inference_leaves_the_bytes_of_the_base(name, kind, tmp_path):
     model.state_dict()
     logits(model)
     assert digest(model.get_base_model()) == before
+
+
+@pytest.mark.parametrize("mix", ["residual", "paper", "sigmoid"])
+@pytest.mark.parametrize("native", [False, True])
+def test_random_start_on_request_is_not_the_base(mix, native, tmp_path):
+    """`init_weights=False` is PEFT's convention for tests and experiments."""
+    base = tiny("llama")
+    expected = logits(base)
+    if native:
+        base.add_adapter(QSTConfig(r=4, mix=mix, init_weights=False))
+        model = base.eval()
+    else:
+        model = side_tuned(model=base, mix=mix, init_weights=False).eval()
+    assert (logits(model) - expected).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path)), logits(model))
+
+
+def test_init_weights_is_checked():
+    with pytest.raises(ValueError, match=r"QSTConfig\.init_weights must be True or False, got 'zero'"):
+        QSTConfig(init_weights="zero")

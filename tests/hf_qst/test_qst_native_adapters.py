@@ -1,8 +1,11 @@
 """transformers' own adapter methods, which build no PEFT model and never call the tuner."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -192,3 +195,52 @@ def test_resized_embeddings_round_trip(saved):
     models[0].save_pretrained(directory / "resized")
     loaded = PeftModel.from_pretrained(models[1], directory / "resized")
     assert torch.equal(logits(loaded), logits(models[0]))
+
+
+@pytest.mark.parametrize("target", [["q_proj"], ["lm_head"], "all-linear"])
+@pytest.mark.parametrize("way", ["native", "peft_then_native", "get_peft_model", "loaded"])
+def test_another_method_on_top_of_a_side_network_is_refused(way, target, tmp_path):
+    model = tiny("llama")
+    if way == "peft_then_native":
+        side_tuned(model=model, awake=True)
+    else:
+        model.add_adapter(QSTConfig(r=4), "side")
+        wake(model)
+    expected, names = logits(model), [name for name, _ in model.named_parameters()]
+    lora = LoraConfig(target_modules=target)
+    if way == "loaded":
+        get_peft_model(tiny("llama"), lora).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"runs its base without gradients.*'LORA' cannot be added.*unload\(\)"):
+        if way == "get_peft_model":
+            get_peft_model(model, lora)
+        elif way == "loaded":
+            model.load_adapter(tmp_path, adapter_name="lora")
+        else:
+            model.add_adapter(lora, "lora")
+    assert [name for name, _ in model.named_parameters()] == names
+    assert "lora" not in model.peft_config
+    assert torch.equal(logits(model), expected)
+
+
+def test_another_method_after_unloading():
+    model = side_tuned("llama", awake=True).unload()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_refused_side_network_leaves_the_other_adapters_alone():
+    model = tiny("llama")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
+    with pytest.raises(ValueError, match="adapters in it could not be trained"):
+        model.add_adapter(QSTConfig(r=4), "side")
+    assert list(model.peft_config) == ["lora"]
+    assert side_layers(model) == []
+
+
+def test_configurations_of_a_wrapped_model_are_copied():
+    model = tiny("llama")
+    model.add_adapter(QSTConfig(r=4), "side")
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert again.peft_config == model.peft_config
+        with pytest.raises(ValueError, match="'LORA' cannot be added"):
+            again.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")

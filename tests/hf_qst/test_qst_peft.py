@@ -256,6 +256,42 @@ def test_cast_model_loads_and_runs_in_half_precision(two_saved):
     torch.testing.assert_close(got.float(), expected["first"], atol=0.25, rtol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_adapters_have_the_dtype_that_peft_promises(dtype, autocast, tmp_path):
+    """float32, or that of the base where the caller says so; then for gates and mix too, also while training."""
+    expected = torch.float32 if autocast else dtype
+    model = get_peft_model(tiny("llama", dtype=dtype), config(downsample="principal"), autocast_adapter_dtype=autocast)
+    model.add_adapter("second", config(downsample="principal"), autocast_adapter_dtype=autocast)
+    wake(model)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path / "second", "third", autocast_adapter_dtype=autocast)
+    for name in ("default", "second", "third"):
+        model.set_adapter(name)
+        loss = model.train()(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        parameters = dict(side_network(model, name).named_parameters())
+        assert {p.dtype for p in parameters.values()} == {expected}
+        trained = {key: p for key, p in parameters.items() if p.requires_grad}
+        assert all(p.grad.isfinite().all() for p in trained.values())
+        assert trained["gates.1.value"].grad != 0
+    exact = wake(get_peft_model(tiny("llama"), config(downsample="principal")))
+    reference = side_network(exact)
+    reference.load_state_dict(side_network(model, "third").float().state_dict())
+    torch.testing.assert_close(loss, exact.train()(input_ids=IDS, labels=IDS).loss, atol=0.05, rtol=0.02)
+
+
+def test_refused_settings_leave_the_model_as_it_was():
+    base = tiny("llama")
+    expected = logits(base)
+    with pytest.raises(ValueError, match="calibration_data must hold at least one batch"):
+        get_peft_model(base, config(downsample="principal", calibration_data=[]))
+    assert side_layers(base) == []
+    assert not any(module._forward_hooks for module in base.modules())
+    assert torch.equal(logits(base), expected)
+    assert torch.equal(logits(get_peft_model(base, config())), expected)
+
+
 def test_parameter_counts_are_reported():
     model = side_tuned("llama")
     trainable, total = model.get_nb_trainable_parameters()
