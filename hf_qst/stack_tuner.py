@@ -110,29 +110,31 @@ class StackLayer(nn.Module, BaseTunerLayer):
         Raises:
             CheckpointError: what transformers' own loader put into it is not what was saved.
         """
+        if self.unchecked.get(name) is not None:
+            self._check_loaded(name)
         if (damage := self.damage.get(name)) is not None:
             raise damage
         return self.networks[name]
 
-    @property
-    def _is_hf_initialized(self) -> bool:
-        """transformers' loader asks this of every module when it has set the tensors of a file.
+    def requires_grad_(self, requires_grad: bool = True):
+        """transformers' loader calls this on an adapter that it has loaded for inference: the moment to check it.
 
-        That is the moment to check them: later nothing tells whether somebody has written to them.
+        It calls nothing on one that was loaded for training, which is checked when it first runs.
         """
-        for name, expected in self.unchecked.items():
-            if expected is not None and name in self.networks:
-                try:
-                    checked = manifest.check_in_memory(expected, self.networks[name])
-                except manifest.CheckpointError as error:
-                    self.damage[name], checked = error, True
-                if checked:
-                    self.unchecked[name] = None
-        return self.__dict__.get("_initialized_by_transformers", False)
+        super().requires_grad_(requires_grad)
+        for name in self.networks:
+            if self.unchecked.get(name) is not None:
+                self._check_loaded(name)
+        return self
 
-    @_is_hf_initialized.setter
-    def _is_hf_initialized(self, value: bool) -> None:
-        self.__dict__["_initialized_by_transformers"] = value
+    @torch.compiler.disable
+    def _check_loaded(self, name: str) -> None:
+        try:
+            checked = manifest.check_in_memory(self.unchecked[name], self.networks[name])
+        except manifest.CheckpointError as error:
+            self.damage[name], checked = error, True
+        if checked:
+            self.unchecked[name] = None
 
     def base_arguments(self, args: tuple, kwargs: dict) -> dict:
         """All arguments of the stack by name; without a cache in training, where transformers makes one unless told."""
