@@ -219,21 +219,24 @@ class StackTuner(BaseTuner):
         self.model.peft_config = self.peft_config
 
     def inject_adapter(self, model, adapter_name: str, *args, **kwargs) -> None:
+        before = set(self._layers().values())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # The name of a refused adapter stays free, also where the dictionary is that of another method's adapters.
             self.peft_config.pop(adapter_name, None)
-            self._remove_network(adapter_name)
+            self._remove_network(adapter_name, before)
             raise
 
-    def _remove_network(self, adapter_name: str) -> None:
-        """Take the network of an adapter out, and with the last one the layer."""
-        layers = [(path, m) for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)]
-        for path, layer in layers:
+    def _layers(self) -> dict[str, StackLayer]:
+        return {path: m for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
+
+    def _remove_network(self, adapter_name: str, before: set[StackLayer]) -> None:
+        """Take the network of an adapter out, and the layer that was made for it unless it was there `before`."""
+        for path, layer in self._layers().items():
             if adapter_name in layer.networks:
                 del layer.networks[adapter_name]
-            if not layer.networks:
+            if layer not in before:
                 layer.remove_hooks()
                 parent, _, name = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), name, layer.base_layer)

@@ -62,7 +62,7 @@ class QSTConfig(MethodConfig):
         chunked_loss (`bool`):
             In training, compute the language-model loss from the frozen head in chunks of tokens, so that the logits
             never exist at once; the model then returns a loss and no logits. Pass `logits_to_keep=0` to a call to get
-            its logits all the same.
+            its logits all the same. A model whose own loss is another function of its hidden states keeps it.
         modules_to_save (`list[str]`, *optional*):
             Modules outside the decoder stack that are trained and saved in full, for example `["score"]`.
         calibration_data (iterable of `dict`, *optional*):
