@@ -179,23 +179,25 @@ def remember(config, tensors: Mapping[str, torch.Tensor], base: Mapping[str, obj
 
 
 def for_directory(config, directory: str) -> dict | None:
-    """The manifest to save beside the weights in `directory`, or None when no tensors were collected.
+    """The manifest to save beside the weights in `directory`, or None when nothing is known of them.
 
     PEFT adds fully trained modules (`modules_to_save`) to the file after a method's own tensors were collected. When
     the file on disk holds exactly the remembered tensors and more, the manifest covers all of it; transformers writes
     its file after the configuration, and then the manifest says that it is `partial`: the file may hold modules
     beside the method's own.
+
+    What was remembered serves once. A configuration that is saved by itself keeps the manifest it was loaded with only
+    where the file beside it is that file: the weights may have been trained since.
     """
-    pending = getattr(config, "_pending_manifest", None)
-    if pending is None:
-        return None
+    pending = config.__dict__.pop("_pending_manifest", None)
+    known = config.manifest if pending is None else pending
     path = os.path.join(directory, WEIGHTS_NAME)
-    if os.path.exists(path):
+    if known is not None and os.path.exists(path):
         with safe_open(path, framework="pt") as file:
             found = {tensor_name(key): describe(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-        if all(found.get(name) == entry for name, entry in pending["tensors"].items()):
-            return {**pending, "tensors": dict(sorted(found.items()))}
-    return {**pending, "partial": True}
+        if all(found.get(name) == entry for name, entry in known["tensors"].items()):
+            return {**known, "tensors": dict(sorted(found.items()))}
+    return None if pending is None else {**pending, "partial": True}
 
 
 def write_text(path: str, text: str) -> None:

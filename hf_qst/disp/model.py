@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_qst.budget import BudgetError
@@ -31,6 +32,14 @@ class DISPModel(StackTuner):
 
     prefix = "disp_"
     tuner_layer_cls = DISPLayer
+
+    def _check_new_adapter_config(self, config) -> None:
+        super()._check_new_adapter_config(config)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, DISPLayer):
+                raise ValueError(
+                    f"{DISPLayer.alone} The model has adapters of type {type(module).__name__}: merge or unload them first."
+                )
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
         find_prunable_stack(self.model)
