@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, T5Config
 from trl import DPOConfig, DPOTrainer
@@ -127,6 +127,24 @@ def test_adapter_of_another_base_is_refused(tmp_path):
     with_disp().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="num_hidden_layers 3, the given model has 2"):
         PeftModel.from_pretrained(tiny("llama", num_hidden_layers=2), tmp_path)
+
+
+def test_a_configuration_saved_by_itself_vouches_for_no_other_weights(tmp_path):
+    """The weights beside it may be written by another way, after more training."""
+    with_disp(awake=True).save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path / "first", is_trainable=True)
+    get_peft_model_state_dict(model)
+    model.save_pretrained(tmp_path / "second")
+    for parameter in network(model).hypernetwork.parameters():
+        parameter.data.add_(0.1)
+    config = model.peft_config["default"]
+    config.save_pretrained(tmp_path / "third")
+    save_file(get_peft_model_state_dict(model), tmp_path / "third" / WEIGHTS)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "third")), logits(model))
+    # Beside the very file that it was loaded with, it keeps what is known of it.
+    again = PeftConfig.from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "first")
+    assert PeftConfig.from_pretrained(tmp_path / "first").manifest == again.manifest is not None
 
 
 def test_unknown_fields_of_a_saved_config_are_passed_over_with_a_warning(tmp_path):
