@@ -65,6 +65,7 @@ def rotations(model: LlamaForCausalLM, batches: Sequence[Mapping]) -> list[torch
     names = [f"model.layers.{i}.{norm}" for i in range(len(model.model.layers))
              for norm in ("input_layernorm", "post_attention_layernorm")] + ["model.norm"]  # fmt: skip
     size, run = model.config.hidden_size, CalibrationRun(model, names)
+    run.prepare(batches)
     moments = {name: SecondMoment(size, run.device) for name in names}
     plain = SlicedNorm(size, model.config.rms_norm_eps)
 

@@ -18,6 +18,7 @@ from hf_qst.disp.layout import SELECTIONS, PruningLayout
 from hf_qst.disp.model import parameter_budget
 from hf_qst.disp.pruned import find_prunable_stack, prune_blocks
 from hf_qst.linear_layers import dense_weight
+from hf_qst.offloading import require_weights
 from hf_qst.packed_weights import unpacked
 
 ALLOCATIONS = ("uniform", "global")
@@ -281,9 +282,10 @@ def prune_model(
     chosen = PRUNING_METHODS[method]
     if chosen.needs_data and calibration_data is None:
         raise ValueError(_NO_DATA.format(name=method))
+    require_weights(model, "prune_model")
     stack = find_prunable_stack(model)
     budget = parameter_budget(model, stack, config)
-    batches = as_batches(calibration_data) if chosen.needs_data else None
+    batches = as_batches(calibration_data, model=model) if chosen.needs_data else None
     task = PruningTask(model, stack, PruningLayout.of(stack), batches, seed)
     with unpacked(model):
         scores = chosen.score(task)

@@ -14,6 +14,7 @@ from hf_qst.disp.layout import PruningLayout
 from hf_qst.disp.pruned import find_prunable_stack, prune_blocks
 from hf_qst.disp.report import PruningReport, other_parameters
 from hf_qst.disp.selection import SelectionNetwork
+from hf_qst.offloading import require_in_place, require_weights
 from hf_qst.packed_weights import find_packed, forbid_packing
 from hf_qst.reshaped_models import ReshapedModel, to_dense
 from hf_qst.stack_tuner import StackTuner
@@ -42,6 +43,7 @@ class DISPModel(StackTuner):
                 )
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
+        require_in_place(self.model, type(peft_config).__name__)
         find_prunable_stack(self.model)
         if (packed := find_packed(stack.module)) is not None:
             raise ValueError(
@@ -113,9 +115,12 @@ class DISPModel(StackTuner):
         small = self.merge_and_unload()
         return to_dense(small) if isinstance(small, ReshapedModel) else small
 
-    def _unload_and_optionally_merge(self, merge: bool = True, safe_merge=False, adapter_names=None, **kwargs):
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, safe_merge: bool = False, adapter_names: list[str] | None = None, **kwargs
+    ) -> nn.Module:
         masks = None
         if merge:
+            require_weights(self.model, "merge_and_unload()")
             self._check_merge_allowed()
             self.disp_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             masks = self.disp_layer.masks_to_merge()

@@ -33,6 +33,7 @@ from hf_qst.mixed_rank.sequential import compress_in_order
 from hf_qst.mixed_rank.targets import find_blocks, find_targets
 from hf_qst.mixed_rank.weights import Weights
 from hf_qst.moments import CrossMoment
+from hf_qst.offloading import require_weights
 from hf_qst.packed_weights import find_packed, unpacked
 from hf_qst.reshaped_models import reshape_model
 
@@ -67,13 +68,16 @@ def compress(model: nn.Module, config, calibration_data: Iterable[Mapping] | Non
         calibration_data (iterable of mappings, *optional*): instead of `config.calibration_data`.
 
     Raises:
-        UnsupportedArchitectureError, CalibrationError, BudgetError, ValueError: naming what does not fit.
+        UnsupportedArchitectureError, CalibrationError, BudgetError, MissingWeightsError, ValueError: naming what does not fit.
     """
     data = config.calibration_data if calibration_data is None else calibration_data
+    require_weights(model, "MixedRankConfig")
+    if config.reference_model is not None:
+        require_weights(config.reference_model, "MixedRankConfig.reference_model")
     names = find_targets(model, config)
     require_available(config.quantize_factors, model, config.mode)
     metric, compensation = methods(config, data is not None)
-    batches = None if data is None else as_batches(data, config.max_calibration_batches)
+    batches = None if data is None else as_batches(data, config.max_calibration_batches, model=model)
     _require_backward(model, config, compensation)
     held_out, record = [], None
     if compensation == "kd":
@@ -114,7 +118,7 @@ class _Task:
         self.weights = Weights(model, config, names)
         self.fixed = fixed_ranks(model, names, config)
         reference = self.weights.reference
-        self.groups = [(name,) for name in names] if metric == "plain" else input_groups(reference, names, batches[0])
+        self.groups = [(name,) for name in names] if metric == "plain" else input_groups(reference, names, batches)
         self.source = MetricSource(
             reference, self.groups, batches, metric, config, compensation == "none", self.weights.centred
         )

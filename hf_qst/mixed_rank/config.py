@@ -42,8 +42,9 @@ class MixedRankConfig(MethodConfig):
             None): every linear layer inside the transformer blocks.
         exclude_modules (`list[str]` or `str`, *optional*): layers to leave out, named in the same ways.
         calibration_data (iterable of mappings, *optional*):
-            Model inputs, `attention_mask` included where there is padding. Read once, not saved. Without it the plain
-            SVD is used, with a warning, or an error if a metric that needs data was asked for.
+            Model inputs, masks included where there is padding, as tensors, numpy arrays or lists; or the rows of a
+            tokenised data set. Every module's rows are masked by the mask of its own sequence. Read once, not saved.
+            Without it the plain SVD is used, with a warning, or an error if a metric that needs data was asked for.
         max_calibration_batches (`int`, *optional*): how many of them to use.
         metric (`str`):
             How a layer's error is measured: `"second_moment"` (on the calibration data), `"normalized"` (the same with
@@ -58,8 +59,9 @@ class MixedRankConfig(MethodConfig):
             ranks and of `"hull"` with `min_rank_ratio` 0.5 and 0 changes the model's predictions least on the last
             quarter of the calibration batches, when made from the others.
         layer_weight (`str`):
-            How much a layer's relative error counts: `"none"` (all the same) or `"fisher"` (by the gradient of the loss
-            at its output; takes `labels` in the batches, or the tokens of a language model, and a backward pass).
+            How much a layer's relative error counts: `"none"` (all the same) or `"fisher"` (by the gradient of the
+            model's own loss at its output; takes `labels` in the batches, or the tokens of a causal language model, and
+            a backward pass).
         rank_multiple (`int` or `str`):
             Ranks are multiples of it: an int, or `"auto"`: 8, and 1 when a target is narrower than 256; for factors in
             NF4, whose fast kernels want it, 64 when no target is narrower than 1024.
@@ -70,7 +72,8 @@ class MixedRankConfig(MethodConfig):
             two narrow products are slower than one wide one when they save little.
         compensation (`str`):
             `"lstsq"` (closed form, layer after layer), `"gradient"` (the paper's second pair of factors, folded in),
-            `"kd"` (the first, then all factors trained together on the dense model's predictions), `"none"`, or
+            `"kd"` (the first, then all factors trained together on the dense model's predictions, whose distance is
+            that of the model's head; see `hf_qst.mixed_rank.predictions`), `"none"`, or
             `"auto"` (the first for the metric `"second_moment"`, else none).
         compensation_ridge (`float`): least shrinkage of `"lstsq"`.
         residual_ratio (`float`): part of each rank that `"gradient"` gives to the second pair.

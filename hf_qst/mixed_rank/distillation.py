@@ -1,4 +1,4 @@
-"""How far a compressed model's predictions are from the dense one's, and factors trained to bring them closer."""
+"""Factors trained to bring a compressed model's predictions closer to the dense one's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode
+from hf_qst.calibration import CalibrationError, calibration_mode
+from hf_qst.mixed_rank.predictions import Predictor, divergence, mean_divergence, row_count
 from hf_qst.mixed_rank.sequential import installed
 
 PASSES = 20
@@ -32,42 +33,6 @@ def split(batches: Sequence[Mapping], part: float, wanted_by: str) -> tuple[list
     return list(batches[:-held_out]), list(batches[-held_out:])
 
 
-def predictions(model: nn.Module, batch: Mapping) -> torch.Tensor:
-    """Log-probabilities [rows, classes] without padding, float32.
-
-    Raises:
-        CalibrationError: the model's output has no logits.
-    """
-    run = CalibrationRun(model)
-    logits = getattr(run(batch), "logits", None)
-    if logits is None:
-        raise CalibrationError(f"{type(model).__name__} gives no logits, by which predictions are compared")
-    rows = logits.flatten(0, -2)
-    if logits.dim() == 3 and run.mask is not None:
-        rows = rows[run.mask.to(rows.device)]
-    return rows.float().log_softmax(-1)
-
-
-def divergence(reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """KL divergence from reference to found log-probabilities [rows, classes], a mean over rows, in nats."""
-    return nn.functional.kl_div(found, reference, reduction="batchmean", log_target=True)
-
-
-@torch.no_grad()
-def mean_divergence(
-    model: nn.Module, reference: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Mapping]
-) -> float:
-    """Divergence of a model with these modules in it from the reference, a mean over all rows of the batches."""
-    total, rows = 0.0, 0
-    with calibration_mode(reference), calibration_mode(model):
-        for batch in batches:
-            expected = predictions(reference, batch)
-            with installed(model, modules):
-                total += divergence(expected, predictions(model, batch)).item() * len(expected)
-            rows += len(expected)
-    return total / rows
-
-
 def distil(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -80,7 +45,7 @@ def distil(
 ) -> dict[str, float]:
     """Train the parameters of all modules together on the predictions of the model they are made for; in place.
 
-    AdamW minimises the divergence of the model with the modules from the model without them, one batch a step, with
+    AdamW minimises the divergence (`hf_qst.mixed_rank.predictions`) of the model with the modules from the model without them, one batch a step, with
     linear warm-up and decay. What was best on the held-out batches is kept, the start included, so that nothing gets
     worse there; training stops when several passes brought nothing.
 
@@ -97,15 +62,16 @@ def distil(
         Divergence on the held-out batches before and after, and the number of steps taken.
     """
     steps = PASSES * len(training) if steps is None else steps
+    predictor = Predictor(model, [*training, *held_out])
     with _trainable(modules) as parameters, calibration_mode(model):
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate or LEARNING_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_decay(steps))
         order = _passes(len(training), torch.Generator().manual_seed(seed))
-        best = _Best(parameters, lambda: mean_divergence(model, model, modules, held_out))
+        best = _Best(parameters, lambda: mean_divergence(model, model, modules, held_out, predictor))
         with tqdm(total=steps, desc="distillation", unit="step", disable=not progress) as bar:
             for step in range(1, steps + 1):
-                _step(model, modules, parameters, training[next(order)])
-                optimizer.step()
+                if _has_gradients(model, modules, parameters, training[next(order)], predictor):
+                    optimizer.step()
                 schedule.step()
                 bar.update()
                 if step % len(training) == 0 or step == steps:
@@ -165,10 +131,17 @@ def _passes(count: int, generator: torch.Generator) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
-def _step(model: nn.Module, modules: Mapping, parameters: list[nn.Parameter], batch: Mapping) -> None:
-    expected = predictions(model, batch)
+def _has_gradients(
+    model: nn.Module, modules: Mapping, parameters: list[nn.Parameter], batch: Mapping, predictor: Predictor
+) -> bool:
+    """Whether the batch has rows to learn from; then the parameters have their gradients."""
+    expected = predictor(model, batch)
+    if not row_count(expected):
+        return False
     with torch.enable_grad(), installed(model, modules):
-        loss = divergence(expected, predictions(model, batch))
-        # Asked for by name: the model's own parameters get no gradients.
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        loss = divergence(expected, predictor(model, batch))
+        # Asked for by name: the model's own parameters get no gradients. A layer's output may not be used.
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
+    return True

@@ -23,6 +23,7 @@ from hf_qst.mixed_rank.quantization import (
     scheme_of,
 )
 from hf_qst.mixed_rank.targets import matches
+from hf_qst.offloading import require_in_place
 from hf_qst.reshaped_models import ReshapedModel, to_dense
 
 
@@ -78,6 +79,7 @@ class MixedRankModel(BaseTuner):
             config.rank_pattern, config.dense_modules = found.ranks, found.dense
             config.statistics, config.allocation = found.statistics, found.allocation
         else:
+            require_in_place(self.model, "MixedRankConfig")
             require_available(config.quantize_factors, self.model, config.mode)
             self._factors = {n: self._empty(n, rank, config) for n, rank in config.rank_pattern.items()}
         config.calibration_data = config.reference_model = None

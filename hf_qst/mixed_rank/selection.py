@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from hf_qst.mixed_rank.distillation import mean_divergence, split
+from hf_qst.mixed_rank.distillation import split
+from hf_qst.mixed_rank.predictions import mean_divergence
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,11 @@ def choose_allocator(model: nn.Module, config, batches: Sequence[Mapping], task:
         task: makes the compression for some of the batches; it has `weights`, `ranks(config)` and `factors(ranks)`.
 
     Returns:
-        The configuration, and a record of what was chosen with the divergence of every candidate, in nats.
+        The configuration, and a record of what was chosen with the divergence of every candidate
+        (`hf_qst.mixed_rank.predictions`).
 
     Raises:
-        CalibrationError: there is one batch only, or the model has no logits.
+        CalibrationError: there is one batch only, or the model has no outputs to compare.
     """
     training, held_out = split(batches, _HELD_OUT, "allocator='auto'")
     trial = task(training)

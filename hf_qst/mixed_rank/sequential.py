@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_qst.calibration import CalibrationRun, calibration_mode, hooks
+from hf_qst.calibration import CalibrationRun, calibration_mode, first_input, hooks
 
 
 class _Reached(Exception):
@@ -47,19 +47,18 @@ def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[No
 
 @contextmanager
 def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """The input of `module` in the forward pass that runs inside, which ends there."""
+    """The input of `module` in the forward pass that runs inside, which ends there; none if it is not reached."""
     seen: list[torch.Tensor] = []
 
-    def stop(module, args):
-        seen.append(args[0])
+    def stop(module, args, kwargs):
+        seen.append(first_input(args, kwargs))
         raise _Reached
 
-    with hooks([module.register_forward_pre_hook(stop)]):
+    with hooks([module.register_forward_pre_hook(stop, with_kwargs=True)]):
         try:
             yield seen
         except _Reached:
             return
-    raise RuntimeError(f"{type(module).__name__} was not reached")
 
 
 def _record(
@@ -130,10 +129,13 @@ def compress_in_order(
                 statistic = None
                 for number in range(len(batches)):
                     others = dense.inputs(group[0], i, number)
+                    if others is None:
+                        continue  # a batch without images has nothing for a vision layer
                     with installed(model, replaced):
                         rows = compressed.inputs(group[0], i, number)
                     statistic = statistic or start(group, rows.device)
-                    statistic.add_pair(rows, others.to(rows.device))
+                    if len(rows):
+                        statistic.add_pair(rows, others.to(rows.device))
                 replaced.update(build(group, statistic))
                 bar.update()
             if i < last:
@@ -152,6 +154,7 @@ class _Side:
     ):
         self.model, self.batches = model, batches
         self.run = CalibrationRun(model, [name for group in groups for name in group])
+        self.run.prepare(batches)
         if blocks is None:
             self.segments, self.groups = [model], [list(groups)]
         else:
@@ -166,12 +169,12 @@ class _Side:
         else:
             self.calls, self.states = _record(self.run, self.segments, self.batches)
 
-    def inputs(self, name: str, segment: int, number: int) -> torch.Tensor:
-        """Rows [n, d] that module `name` in this segment sees of this batch."""
+    def inputs(self, name: str, segment: int, number: int) -> torch.Tensor | None:
+        """Rows [n, d] that module `name` in this segment sees of this batch; None if the batch does not reach it."""
         self.run.enter(self.batches[number])
         with _captured(self.model.get_submodule(name)) as seen:
             self.calls[number][segment](self.segments[segment], self.states[number])
-        return self.run.rows(name, seen[0])[0]
+        return self.run.rows(name, seen[0])[0] if seen else None
 
     def advance(self, segment: int) -> None:
         block = self.segments[segment]

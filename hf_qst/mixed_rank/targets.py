@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_qst.decoder_stack import ARCHITECTURES, UnsupportedArchitectureError, find_decoder_stack
+from hf_qst.decoder_stack import ARCHITECTURES, UnsupportedArchitectureError
 from hf_qst.linear_layers import dense_shape, is_linear, weight_count
 from hf_qst.mixed_rank.layer import LowRankLinear
 
@@ -20,15 +20,19 @@ VISION_BLOCKS = {"vit": "vit.layers", "deit": "deit.layers", "swin": "swin.encod
 
 
 def find_blocks(model: nn.Module) -> str | None:
-    """Path of the list of a model's transformer blocks; None for a model of no known type.
+    """Path of the list of a model's transformer blocks, with a head or without; None for a model of no known type.
 
-    A `PeftModel` and a bare backbone are no known types either.
+    A `PeftModel` is no known type either.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in ARCHITECTURES:
-        stack = find_decoder_stack(model)
-        return f"{stack.path}.{stack.architecture.blocks}"
+    if not isinstance(model, PreTrainedModel):
+        return None
     path = VISION_BLOCKS.get(model_type)
+    if model_type in ARCHITECTURES:
+        architecture = ARCHITECTURES[model_type]
+        path = f"{architecture.stack}.{architecture.blocks}"
+    if path is not None and model.base_model is model:
+        path = path.removeprefix(f"{model.base_model_prefix}.")
     return path if path in dict(model.named_modules()) else None
 
 
@@ -45,7 +49,7 @@ def find_targets(model: nn.Module, config) -> list[str]:
     if everything and blocks is None:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} is not of a type whose blocks are known ("
-            f"{', '.join(sorted([*ARCHITECTURES, *VISION_BLOCKS]))}, with a head): name its layers in "
+            f"{', '.join(sorted([*ARCHITECTURES, *VISION_BLOCKS]))}): name its layers in "
             "MixedRankConfig.target_modules"
         )
     compressed = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
@@ -108,8 +112,13 @@ def _refuse_shared(model: nn.Module, names: list[str]) -> None:
 
 
 def _name_what_is_left_out(model: nn.Module) -> None:
-    # A leading 1 is a batch dimension, as of position embeddings.
-    experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and parameter.shape[0] > 1]
+    experts = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if "expert" in f"{path} {type(module).__name__}".lower()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
     if experts:
         logger.warning(
             "%d three-dimensional weights (stacked experts, such as %s) are not compressed", len(experts), experts[0]

@@ -252,11 +252,23 @@ def _require_tensors(model: PreTrainedModel, model_class: type, config: PreTrain
     expected = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
+        if expected.get(name) != found.get(name) and not (name not in found and _is_left_out(model, name)):
             raise ReshapedModelError(
                 f"tensor {name!r} of the model has shape {found.get(name)}, {model_class.__name__} built from its "
                 f"config has {expected.get(name)}"
             )
+
+
+def _is_left_out(model: nn.Module, name: str) -> bool:
+    """Whether a tensor's module is None: a pooler that was not asked for (`add_pooling_layer=False`) is not saved."""
+    module = model
+    for part in name.split(".")[:-1]:
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+        if module is None:
+            return True
+    return False
 
 
 def _exchange_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:

@@ -1,0 +1,448 @@
+"""Input statistics of a model's modules, from one streaming pass over a few batches.
+
+What is kept of a module's inputs X [rows, d] is its uncentred second moment X'X [d, d], never the rows themselves, so
+memory does not grow with the data. Modules that are given one and the same tensor (query, key and value; gate and up)
+share one statistic.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_qst.calibration.data import MAIN_INPUTS, CalibrationError, label_names
+from hf_qst.calibration.sequences import (
+    DECODER,
+    SEVERAL,
+    TokenSequence,
+    are_alone,
+    decoder_inputs,
+    find_owners,
+    find_sequences,
+    fingerprint,
+    places,
+    rows_of_sequence,
+)
+from hf_qst.linear_layers import in_features
+from hf_qst.moments import MeanInput, SecondMoment
+from hf_qst.offloading import input_device
+
+_BYTES_PER_ENTRY = 8
+
+
+@contextmanager
+def calibration_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module's mode and the random state are as before."""
+    modes = {module: module.training for module in model.modules()}
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(sorted(d for d in devices if d is not None)), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class CalibrationRun:
+    """Runs batches through a model for what its modules see on the way.
+
+    Args:
+        model: the model, in any floating dtype or quantised.
+        names (*optional*):
+            The modules of interest. When all lie in a part that takes the batch by itself (the backbone, an encoder, one
+            tower of two), `prepare` finds it and the rest is not run.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str] | None = None):
+        self.model = model
+        self.names = None if names is None else list(names)
+        self.device = input_device(model)
+        self.runs = model
+        self.owners: dict[frozenset, dict[str, str | None]] = {}
+        self.sequences: dict[str, TokenSequence] = {}
+        self.samples: int | None = None
+
+    def prepare(self, batches: Sequence[Mapping]) -> None:
+        """Find the part to run, and the sequence that each module's rows belong to; before hooks are there.
+
+        Takes a pass over one batch, and where a batch holds padding and more than one kind of input, one more a sequence.
+        """
+        with calibration_mode(self.model):
+            self.choose_part(batches[0])
+            for batch in batches:
+                inputs = self.enter(batch)
+                padded = any(sequence.mask is not None for sequence in self.sequences.values())
+                if padded and self._key not in self.owners:
+                    self.owners[self._key] = self._find_owners(inputs)
+
+    def __call__(self, batch: Mapping):
+        """Run one batch and return the output; `rows` then knows which rows of an input are tokens of it.
+
+        Labels are left out: no loss is needed.
+        """
+        return self._run(self.enter(batch))
+
+    def loss(self, batch: Mapping) -> torch.Tensor | None:
+        """The model's own loss for the labels in the batch; None if it gives none."""
+        found = self._call(self.model, self._on_device(batch))
+        return found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
+
+    def enter(self, batch: Mapping) -> dict:
+        """Take the sequences of this batch; returns its inputs without labels, on the model's device."""
+        left_out = label_names(self.model)
+        moved = self._on_device(batch)
+        inputs = {key: value for key, value in moved.items() if key not in left_out}
+        made = decoder_inputs(self.model, moved)
+        if made is not None:
+            inputs["decoder_input_ids"] = made
+        self.sequences = find_sequences(self.model, inputs, moved.get("labels"))
+        self._key, self._alone = frozenset(inputs), are_alone(inputs, self.sequences)
+        main = [inputs[key] for key in MAIN_INPUTS if torch.is_tensor(inputs.get(key))]
+        others = [v for k, v in inputs.items() if torch.is_tensor(v) and v.dim() and not k.endswith("mask")]
+        sizes = {len(value) for value in main or others}
+        self.samples = sizes.pop() if len(sizes) == 1 else None
+        return inputs
+
+    def rows(
+        self, name: str, inputs: torch.Tensor, detach: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Rows [n, d] of a module's input without padding, each row's sample [n] and its position in the sample [n].
+
+        Args:
+            name (`str`): of the module, or `"output <field>"` for a field of the model's output.
+            inputs: [..., d].
+            detach (`bool`): whether the rows are taken out of their graph.
+
+        Returns:
+            The rows; sample and position are None where they are not known.
+
+        Raises:
+            CalibrationError: there is padding, and which rows are padding is not known.
+        """
+        rows, shape = (inputs.detach() if detach else inputs).flatten(0, -2), inputs.shape[:-1]
+        sequence = self._sequence_of(name)
+        if sequence is None or sequence.mask is None:
+            found = self._places(shape)
+            return (rows, None, None) if found is None else (rows, *(index.to(rows.device) for index in found))
+        found = rows_of_sequence(shape, sequence.mask) or self._rows_of_frames(shape, sequence.mask)
+        if found is None:
+            raise CalibrationError(
+                f"calibration_data: {sequence.key} marks padding in sequences of {list(sequence.mask.shape)}, but module "
+                f"{name!r}, which depends on them, sees rows {list(shape)}, and which of these are padding is not known. "
+                "Give batches without padding and without this mask, or leave the module out"
+            )
+        kept, sample, position = (index.to(rows.device) for index in found)
+        return rows[kept], sample[kept], position[kept]
+
+    def _rows_of_frames(self, shape: torch.Size, mask: torch.Tensor):
+        """As `rows_of_sequence`, for speech models, which tell how their convolutions shorten a mask."""
+        shorten = getattr(getattr(self.model, "base_model", None), "_get_feature_vector_attention_mask", None)
+        if shorten is None or len(shape) != 2 or len(mask) != shape[0]:
+            return None
+        return rows_of_sequence(shape, shorten(shape[1], mask.long()).bool())
+
+    def _places(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.samples is None or not shape or shape.numel() % self.samples:
+            return None
+        return places(shape, self.samples, shape.numel() // self.samples)
+
+    def _sequence_of(self, name: str) -> TokenSequence | None:
+        """The sequence that a module's rows belong to in this batch; None for none."""
+        if not any(sequence.mask is not None for sequence in self.sequences.values()):
+            return None
+        owners = self.owners.get(self._key)
+        if owners is None and not self._alone:
+            raise RuntimeError("call prepare(batches) first: whose mask the rows of which module have is not known yet")
+        if owners is not None and name not in owners:
+            raise CalibrationError(
+                f"module {name!r} is reached by some batches of calibration_data with these inputs only, and which of its "
+                "rows are padding is not known. Give batches without padding, or leave the module out"
+            )
+        owner = "" if owners is None else owners[name]
+        if owner == SEVERAL:
+            raise CalibrationError(
+                f"module {name!r} is called for several sequences of calibration_data, and which of its rows are padding "
+                "is not known. Give batches without padding, or leave the module out"
+            )
+        return self.sequences.get(owner)
+
+    def _find_owners(self, inputs: dict) -> dict[str, str | None]:
+        if self._alone:
+            seen = self._watch(inputs)
+            if all(
+                places(torch.Size(call[0][:-1]), *self.sequences[""].mask.shape)
+                for calls in seen.values()
+                for call in calls
+            ):
+                return dict.fromkeys(seen, "")
+        return find_owners(self.model, self._watch, inputs, self.sequences)
+
+    def _watch(self, inputs: dict) -> dict[str, list[tuple]]:
+        """Fingerprints of what the modules of interest are given in each call; of the output's fields without modules."""
+        seen: dict[str, list[tuple]] = {}
+
+        def note(name):
+            return lambda module, args, kwargs: seen.setdefault(name, []).append(fingerprint(first_input(args, kwargs)))
+
+        named = {name: self.model.get_submodule(name) for name in self.names or ()}
+        with hooks(m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in named.items()):
+            output = self._run(inputs)
+        if self.names is None:
+            seen = {f"output {key}": [fingerprint(value)] for key, value in output_tensors(output).items()}
+        return seen
+
+    def choose_part(self, batch: Mapping) -> None:
+        """Find the smallest part of the model that takes the batch and reaches all modules of interest."""
+        if self.names is None:
+            return
+        inputs = self.enter(batch)
+        parts = [*self._smaller_parts(inputs), self.model, *self._inner_parts(inputs)]
+        for part in parts:
+            self.runs = part
+            try:
+                seen = self._watch(inputs)
+            except (AttributeError, TypeError, ValueError):
+                # It wants other inputs: a backbone whose head prepares them, or a model of several towers.
+                continue
+            if part is self.model or len(seen) == len(self.names):
+                return
+        self.runs = self.model
+        self._watch(inputs)
+
+    def _smaller_parts(self, inputs: dict) -> Iterator[nn.Module]:
+        """Parts that the model itself runs on these inputs: an encoder whose decoder has none, and the backbone."""
+        if not isinstance(self.model, PreTrainedModel):
+            return
+        if getattr(self.model.config, "is_encoder_decoder", False) and not any(k.startswith(DECODER) for k in inputs):
+            yield from self._enclosing(self.model.get_encoder(), inputs)
+        yield from self._enclosing(self.model.base_model, inputs)
+
+    def _inner_parts(self, inputs: dict) -> Iterator[nn.Module]:
+        """Models inside the model that take these inputs by themselves, the largest first."""
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            for module in self.model.modules():
+                yield from self._enclosing(module, inputs)
+
+    def _enclosing(self, part: nn.Module, inputs: dict) -> Iterator[nn.Module]:
+        """`part`, if it is a model inside this one with all modules of interest that takes all inputs by itself."""
+        if part is self.model or not isinstance(part, PreTrainedModel):
+            return
+        inside = set(part.modules())
+        parameters = inspect.signature(part.forward).parameters
+        takes = all(key in parameters for key in inputs) and part.main_input_name in {*inputs}
+        if takes and all(self.model.get_submodule(name) in inside for name in self.names):
+            yield part
+
+    def _on_device(self, batch: Mapping) -> dict:
+        return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def _run(self, inputs: dict):
+        return self._call(self.runs, inputs)
+
+    def _call(self, module: nn.Module, inputs: dict):
+        inputs = dict(inputs)
+        config = getattr(self.model, "config", None)
+        if getattr(config, "use_cache", None) is not None and _takes(module, "use_cache"):
+            inputs.setdefault("use_cache", False)
+        if getattr(config, "return_dict", True) is False and _takes(module, "return_dict"):
+            inputs.setdefault("return_dict", True)
+        return module(**inputs)
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    parameters = inspect.signature(module.forward).parameters
+    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def first_input(args: tuple, kwargs: Mapping) -> torch.Tensor:
+    """What a module with one input was called with, by position or by name."""
+    return args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
+
+
+def output_tensors(output) -> dict[str, torch.Tensor]:
+    """The floating-point fields of a transformers model's output, but for its loss; none of what is no such output."""
+    fields = output.items() if isinstance(output, Mapping) else ()
+    return {
+        key: value
+        for key, value in fields
+        if torch.is_tensor(value) and value.is_floating_point() and value.dim() and key != "loss"
+    }
+
+
+@contextmanager
+def hooks(handles: Iterable) -> Iterator[None]:
+    """Removes the hooks behind these handles at the end, whatever happens."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_groups(model: nn.Module, names: Sequence[str], batches: Mapping | Sequence[Mapping]) -> list[tuple[str, ...]]:
+    """The named modules in the order in which they run, together when they are given one and the same tensor.
+
+    Args:
+        batches: one batch, or several, of which the first that reaches all modules tells: not every batch of a
+            multimodal model holds images.
+
+    Raises:
+        CalibrationError: no batch reaches all modules.
+    """
+    missing: set[str] = set(names)
+    for batch in [batches] if isinstance(batches, Mapping) else batches:
+        groups = _groups_of(model, names, batch)
+        left = set(names).difference(*groups)
+        if not left:
+            return groups
+        missing &= left
+    left = missing or left
+    raise CalibrationError(
+        f"module {min(left)!r} is not reached by calibration_data ({len(left)} such modules); leave it out, or give batches "
+        "that reach it"
+    )
+
+
+def _groups_of(model: nn.Module, names: Sequence[str], batch: Mapping) -> list[tuple[str, ...]]:
+    """The modules that one batch reaches, as `input_groups` gives them."""
+    found: list[tuple[weakref.ref, list[str]]] = []
+
+    def note(name: str) -> Callable:
+        def hook(module, args, kwargs, output):
+            given = first_input(args, kwargs)
+            if any(name in members for _, members in found):
+                return
+            for tensor, members in found:
+                if tensor() is given:
+                    members.append(name)
+                    return
+            found.append((weakref.ref(given), [name]))
+
+        return hook
+
+    run = CalibrationRun(model, names)
+    with calibration_mode(model):
+        run.choose_part(batch)
+        with hooks(model.get_submodule(n).register_forward_hook(note(n), with_kwargs=True) for n in names):
+            run(batch)
+    return [tuple(members) for _, members in found]
+
+
+STATISTICS = ("second_moment", "normalized", "representative")
+
+
+def plan_passes(
+    model: nn.Module,
+    groups: Sequence[Sequence[str]],
+    kind: str = "second_moment",
+    memory_limit: int | None = None,
+) -> list[list[tuple[str, ...]]]:
+    """Which groups' statistics to collect together, so that they take at most `memory_limit` bytes at a time.
+
+    Args:
+        groups: names of modules that share an input, as `input_groups` finds them.
+        kind (`str`): as of `collect_statistics`; with `"normalized"` every module is a group of its own.
+        memory_limit (`int`, *optional*): bytes.
+
+    Raises:
+        CalibrationError: one group alone needs more than `memory_limit`.
+    """
+    if kind == "normalized":
+        groups = [(name,) for group in groups for name in group]
+    passes, used = [], 0
+    for group in map(tuple, groups):
+        size = in_features(model.get_submodule(group[0]))
+        need = _BYTES_PER_ENTRY * size * size
+        if memory_limit is not None and need > memory_limit:
+            raise CalibrationError(
+                f"memory_limit must be at least {need} bytes for the statistics of module {group[0]!r} "
+                f"({size} x {size} in float64), got {memory_limit}"
+            )
+        if not passes or (memory_limit is not None and used + need > memory_limit):
+            passes.append([])
+            used = 0
+        passes[-1].append(group)
+        used += need
+    return passes
+
+
+def collect_statistics(
+    model: nn.Module,
+    groups: Sequence[tuple[str, ...]],
+    batches: Sequence[Mapping],
+    kind: str = "second_moment",
+    progress: bool = True,
+    label: str = "calibration",
+) -> dict[tuple[str, ...], SecondMoment | MeanInput]:
+    """Input statistics of groups of modules, in one pass over the batches.
+
+    Args:
+        model: the model; its weights, mode, hooks and the random state are left as they are.
+        groups: names of modules that share an input, as `plan_passes` gives them.
+        batches: model inputs; padding by the mask of a module's own sequence (`attention_mask`, an encoder-decoder's
+            `decoder_attention_mask` or the -100 of its `labels`) is left out.
+        kind (`str`):
+            `"second_moment"`; `"normalized"`, where every sample's rows are divided by the norm of the module's output
+            for that sample without bias, ||X_i W||; or `"representative"`, the mean input of each position.
+        progress (`bool`), label (`str`): whether to show a progress bar, and its text.
+
+    Raises:
+        CalibrationError: a module's inputs are not finite, or a module is not reached.
+    """
+    create = MeanInput if kind == "representative" else SecondMoment
+    statistics: dict[tuple[str, ...], SecondMoment | MeanInput] = {}
+    run = CalibrationRun(model, [group[0] for group in groups])
+    run.prepare(batches)
+
+    def collect(group: tuple[str, ...]) -> Callable:
+        def hook(module, args, kwargs, output):
+            rows, sample, position = run.rows(group[0], first_input(args, kwargs))
+            if sample is None and kind != "second_moment":
+                raise CalibrationError(
+                    f"module {group[0]!r} sees rows of which it is not known to which sample of calibration_data they "
+                    f"belong; metric {kind!r} needs that"
+                )
+            statistic = statistics.get(group)
+            if statistic is None:
+                statistic = statistics[group] = create(in_features(module), rows.device)
+            if kind == "representative":
+                statistic.add(rows, position)
+            elif kind == "normalized":
+                out, _, _ = run.rows(group[0], output if module.bias is None else output - module.bias)
+                statistic.add(_normalized(rows, out, sample))
+            else:
+                statistic.add(rows)
+            if not statistic.is_finite():
+                raise CalibrationError(f"the inputs of module {group[0]!r} hold NaN or infinite values")
+
+        return hook
+
+    handles = [
+        model.get_submodule(group[0]).register_forward_hook(collect(group), with_kwargs=True) for group in groups
+    ]
+    with hooks(handles), calibration_mode(model):
+        for batch in tqdm(batches, desc=label, unit="batch", disable=not progress):
+            run(batch)
+    for group in groups:
+        if group not in statistics or statistics[group].count == 0:
+            raise CalibrationError(f"module {group[0]!r} sees no rows of calibration_data")
+    return statistics
+
+
+def _normalized(rows: torch.Tensor, out: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """Rows divided by the norm of their sample's output; samples without any output count for nothing."""
+    if not len(rows):
+        return rows.double()
+    energy = torch.zeros(int(sample.max()) + 1, dtype=torch.float64, device=rows.device)
+    energy.index_add_(0, sample, out.double().square().sum(1))
+    scale = torch.where(energy > 0, energy, torch.inf).rsqrt()
+    return rows.double() * scale[sample, None]

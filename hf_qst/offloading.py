@@ -1,0 +1,61 @@
+"""Models whose weights are elsewhere: offloaded by accelerate (`device_map`, `cpu_offload`), or never loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class MissingWeightsError(ValueError):
+    """A model's weights were to be read, and are not in memory."""
+
+
+def require_weights(model: nn.Module, wanted_by: str) -> None:
+    """Refuse a model some of whose weights are on the meta device.
+
+    Args:
+        model
+        wanted_by (`str`): what reads the weights, for the message.
+
+    Raises:
+        MissingWeightsError: naming a weight, and what has become of it.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            why = (
+                "the model is offloaded by accelerate (device_map or cpu_offload), which puts weights on the meta device "
+                "between forward passes"
+                if is_offloaded(model)
+                else "it was never loaded"
+            )
+            raise MissingWeightsError(
+                f"{wanted_by} reads the model's weights, but {name!r} is not in memory: {why}. Load the model whole, for "
+                "example with device_map={'': 'cpu'}"
+            )
+
+
+def require_in_place(model: nn.Module, wanted_by: str) -> None:
+    """Refuse a model that accelerate has offloaded; one that is on the meta device for good may be.
+
+    Raises:
+        MissingWeightsError
+    """
+    if is_offloaded(model):
+        require_weights(model, wanted_by)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate brings weights of this model in for each forward pass."""
+    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs, also if its weights are offloaded."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        found = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if found is not None:
+            return torch.device(found)
+    return device
