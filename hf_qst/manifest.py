@@ -119,11 +119,15 @@ def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WE
             raise CheckpointError(f"{file}: tensor {name!r} does not have the content that was saved (checksum)")
 
 
-def check_in_memory(manifest: Mapping, network: nn.Module) -> None:
+def check_in_memory(manifest: Mapping, network: nn.Module) -> bool:
     """Check a network that transformers' own `load_adapter` filled, which shows a method no file or state dict.
 
-    Its loader marks every tensor it sets. Tensors changed or cast since cannot be compared and are passed over, and
-    weights that came another way carry no mark.
+    Its loader marks every tensor it sets, and weights that came another way carry no mark. Tensors that were certainly
+    written to since, or cast, cannot be compared and are passed over. Not every way of writing can be seen, so this must
+    be called before anything trains.
+
+    Returns:
+        Whether there were tensors to check.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, not finite, or of another content.
@@ -135,19 +139,23 @@ def check_in_memory(manifest: Mapping, network: nn.Module) -> None:
         if getattr(tensor, "_is_hf_initialized", False)
     }
     if not loaded:
-        return
+        return False
     missing = parameters.keys() - loaded.keys()
     if missing:
         raise CheckpointError(f"{WEIGHTS_NAME}: tensor {min(missing)!r} is missing ({len(missing)} such tensors)")
     expected = {_OWN.split(key, maxsplit=1)[-1]: entry for key, entry in manifest["tensors"].items()}
-    for name, tensor in loaded.items():
-        if tensor._version == 0 and name in expected:
-            _require_finite(name, tensor, f"{WEIGHTS_NAME} is damaged")
-            found = describe(tensor)
-            if found["dtype"] == expected[name]["dtype"] and found != expected[name]:
-                raise CheckpointError(
-                    f"{WEIGHTS_NAME}: tensor {name!r} does not have the content that was saved (checksum)"
-                )
+    for name in loaded.keys() & expected.keys():
+        tensor = loaded[name]
+        if tensor._version > 0:
+            continue
+        _require_finite(name, tensor, f"{WEIGHTS_NAME} is damaged")
+        found = describe(tensor)
+        if found["dtype"] == expected[name]["dtype"] and found != expected[name]:
+            raise CheckpointError(
+                f"{WEIGHTS_NAME}: tensor {name!r} does not have the content that was saved (checksum), or it was written "
+                "to before the model first ran"
+            )
+    return True
 
 
 def check_base(manifest: Mapping, base: Mapping[str, object]) -> None:
@@ -169,23 +177,25 @@ def remember(config, tensors: Mapping[str, torch.Tensor], base: Mapping[str, obj
 
 
 def for_directory(config, directory: str) -> dict | None:
-    """The manifest to save beside the weights in `directory`, or None when no tensors were collected.
+    """The manifest to save beside the weights in `directory`, or None when nothing is known of them.
 
     PEFT adds fully trained modules (`modules_to_save`) to the file after a method's own tensors were collected. When
     the file on disk holds exactly the remembered tensors and more, the manifest covers all of it; transformers writes
     its file after the configuration, and then the manifest says that it is `partial`: the file may hold modules
     beside the method's own.
+
+    What was remembered serves once. A configuration that is saved by itself keeps the manifest it was loaded with only
+    where the file beside it is that file: the weights may have been trained since.
     """
-    pending = getattr(config, "_pending_manifest", None)
-    if pending is None:
-        return None
+    pending = config.__dict__.pop("_pending_manifest", None)
+    known = config.manifest if pending is None else pending
     path = os.path.join(directory, WEIGHTS_NAME)
-    if os.path.exists(path):
+    if known is not None and os.path.exists(path):
         with safe_open(path, framework="pt") as file:
             found = {tensor_name(key): describe(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-        if all(found.get(name) == entry for name, entry in pending["tensors"].items()):
-            return {**pending, "tensors": dict(sorted(found.items()))}
-    return {**pending, "partial": True}
+        if all(found.get(name) == entry for name, entry in known["tensors"].items()):
+            return {**known, "tensors": dict(sorted(found.items()))}
+    return None if pending is None else {**pending, "partial": True}
 
 
 def write_text(path: str, text: str) -> None:

@@ -87,7 +87,7 @@ class MethodConfig(PeftConfig):
         """
         os.makedirs(save_directory, exist_ok=True)
         loaded = self.manifest
-        self.manifest = manifest.for_directory(self, save_directory) or loaded
+        self.manifest = manifest.for_directory(self, save_directory)
         try:
             with tempfile.TemporaryDirectory(dir=save_directory, prefix=".tmp_") as whole:
                 super().save_pretrained(whole, **kwargs)

@@ -34,6 +34,8 @@ class StackLayer(nn.Module, BaseTunerLayer):
     """What error messages call the method; the value of its PEFT type."""
     alone: str = "The model's decoder stack is wrapped by a method that cannot share it."
     """A sentence that says why the model cannot have adapters of another method."""
+    base_trains = False
+    """Whether the stack is in training mode when the model is; if not, only its embeddings are."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -42,8 +44,9 @@ class StackLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = []
-        # Manifests by adapter name, of networks that have not run yet.
+        # By adapter name: manifests of networks that were not loaded yet, and what was found wrong when they were.
         self.unchecked: dict[str, dict | None] = {}
+        self.damage: dict[str, manifest.CheckpointError] = {}
         self.hook_handles: list = []
         self._parameters_of_base = list(inspect.signature(type(base_layer).forward).parameters)[1:]
 
@@ -72,11 +75,12 @@ class StackLayer(nn.Module, BaseTunerLayer):
                 getattr(module, name).requires_grad_(False)
 
     def train(self, mode: bool = True):
-        """Training mode for the networks. The stack stays in evaluation mode, without dropout, but for its embeddings:
-        NEFTune's hook on them adds its noise in training mode."""
+        """Training mode for the networks. Unless `base_trains`, the stack stays in evaluation mode, without dropout, but
+        for its embeddings: NEFTune's hook on them adds its noise in training mode."""
         super().train(mode)
-        self.base_layer.eval()
-        self.base_layer.get_input_embeddings().train(mode)
+        if not self.base_trains:
+            self.base_layer.eval()
+            self.base_layer.get_input_embeddings().train(mode)
         return self
 
     def remove_hooks(self) -> None:
@@ -101,11 +105,36 @@ class StackLayer(nn.Module, BaseTunerLayer):
         return self._checked(names[0]) if names else None
 
     def _checked(self, name: str) -> nn.Module:
-        """The network of this name; before it first runs, what transformers' own loader put into it is checked."""
-        if not torch.compiler.is_compiling() and self.unchecked.get(name) is not None:
-            manifest.check_in_memory(self.unchecked[name], self.networks[name])
-            self.unchecked[name] = None
+        """The network of this name.
+
+        Raises:
+            CheckpointError: what transformers' own loader put into it is not what was saved.
+        """
+        if self.unchecked.get(name) is not None:
+            self._check_loaded(name)
+        if (damage := self.damage.get(name)) is not None:
+            raise damage
         return self.networks[name]
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """transformers' loader calls this on an adapter that it has loaded for inference: the moment to check it.
+
+        It calls nothing on one that was loaded for training, which is checked when it first runs.
+        """
+        super().requires_grad_(requires_grad)
+        for name in self.networks:
+            if self.unchecked.get(name) is not None:
+                self._check_loaded(name)
+        return self
+
+    @torch.compiler.disable
+    def _check_loaded(self, name: str) -> None:
+        try:
+            checked = manifest.check_in_memory(self.unchecked[name], self.networks[name])
+        except manifest.CheckpointError as error:
+            self.damage[name], checked = error, True
+        if checked:
+            self.unchecked[name] = None
 
     def base_arguments(self, args: tuple, kwargs: dict) -> dict:
         """All arguments of the stack by name; without a cache in training, where transformers makes one unless told."""
@@ -220,8 +249,11 @@ class StackTuner(BaseTuner):
         peft_config.target_modules = {stack.path}
         dropout = _dropout_rates(stack.module.config)
         if dropout and not peft_config.inference_mode:
+            trains = self.tuner_layer_cls.base_trains
             logger.warning(
-                "%s runs the base in evaluation mode, also while training: its %s has no effect in it",
+                "%s runs the base in training mode while it learns: its %s acts; load it with 0.0 to learn without"
+                if trains
+                else "%s runs the base in evaluation mode, also while training: its %s has no effect in it",
                 self.tuner_layer_cls.method,
                 ", ".join(f"{name}={rate}" for name, rate in dropout.items()),
             )

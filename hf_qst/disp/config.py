@@ -47,6 +47,9 @@ class DISPConfig(MethodConfig):
         width_multiple (`int`): every width is a multiple of it, or all channels.
         min_width (`int`): no width falls below it.
         seed (`int`): of the hypernetwork's start.
+        init_weights (`bool`):
+            False draws all parameters of the hypernetwork from a standard normal and the global random numbers: a start
+            far from the base and from that of any other adapter, for tests and experiments.
         manifest (`dict`, *optional*): filled in on saving: names, shapes, dtypes and checksums of the tensors.
     """
 

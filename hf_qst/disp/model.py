@@ -39,8 +39,7 @@ class DISPModel(StackTuner):
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, DISPLayer):
                 raise ValueError(
-                    f"DISP prunes the base's own weights, but the model has {type(module).__name__} adapters on them. "
-                    "Merge or unload them first."
+                    f"{DISPLayer.alone} The model has adapters of type {type(module).__name__}: merge or unload them first."
                 )
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
@@ -58,16 +57,30 @@ class DISPModel(StackTuner):
         stack = find_decoder_stack(self.model)
         budget = parameter_budget(self.model, stack, peft_config)
         network = SelectionNetwork(peft_config, PruningLayout.of(stack), budget)
-        network.to(next(stack.module.parameters()).device)
         if isinstance(target, DISPLayer):
             layer = target
+            for other in layer.networks.values():
+                if other.config is peft_config:
+                    # TRL copies an adapter so, for a reference: another of its configuration, then parameters by name.
+                    network.copy_buffers(other)
         else:
             forbid_packing(target)  # the gates' gradients go through the base
             layer = DISPLayer(target, stack)
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, network, peft_config.inference_mode)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.train(self.model.training)
         layer.unchecked[adapter_name] = peft_config.manifest
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """float32, or with `autocast_adapter_dtype=False` the base's dtype, as PEFT has it."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        network = self.disp_layer.networks[adapter_name]
+        network.in_base_dtype = not autocast_adapter_dtype
+        if not autocast_adapter_dtype:
+            dtype = next(p.dtype for p in self.disp_layer.base_layer.parameters() if p.is_floating_point())
+            for parameter in network.parameters():
+                parameter.data = parameter.data.to(dtype)
 
     @property
     def disp_layer(self) -> DISPLayer:
@@ -102,10 +115,17 @@ class DISPModel(StackTuner):
         small = self.merge_and_unload()
         return to_dense(small) if isinstance(small, ReshapedModel) else small
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, safe_merge: bool = False, adapter_names: list[str] | None = None, **kwargs
+    ) -> nn.Module:
+        masks = None
         if merge:
             require_weights(self.model, "merge_and_unload()")
-        masks = self.disp_masks() if merge else None
+            self._check_merge_allowed()
+            self.disp_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            masks = self.disp_layer.masks_to_merge()
+            if not masks:
+                raise ValueError("no DISP adapter is active: call set_adapter(name)")
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         return model if masks is None else prune_blocks(model, masks)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from hf_qst.disp.config import DISPConfig
 from hf_qst.disp.estimators import ESTIMATORS, THRESHOLDS
@@ -26,6 +27,27 @@ class SampledSelections:
     ratio: torch.Tensor
 
 
+class UndecidableError(ValueError):
+    """The logits hold NaN or infinity: no choice of channels follows from them."""
+
+
+@dataclass
+class _Decision:
+    """A choice of channels with all that it follows from.
+
+    `seen`: the logits of all owners, or the choice made for good; `settings`: what else the choice depends on; `masks`:
+    bool [size] on the CPU for each owner; `gates`: the same as float32 on the network's device, None where all is kept.
+    """
+
+    seen: torch.Tensor
+    settings: tuple
+    masks: list[torch.Tensor]
+    gates: list[torch.Tensor | None]
+
+    def follows_from(self, seen: torch.Tensor, settings: tuple) -> bool:
+        return self.settings == settings and self.seen.device == seen.device and torch.equal(self.seen, seen)
+
+
 class SelectionNetwork(nn.Module):
     """The hypernetwork of one adapter with its budget.
 
@@ -39,34 +61,48 @@ class SelectionNetwork(nn.Module):
         super().__init__()
         self.config, self.layout, self.budget = config, layout, budget
         self.plan = SelectionMap.of(layout, config.selections, config.constraint)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with torch.random.fork_rng(devices=[], enabled=config.init_weights):
+            if config.init_weights:
+                torch.manual_seed(config.seed)
             self.hypernetwork = make_hypernetwork(
                 config.hypernetwork,
                 self.plan.sizes,
                 config.hypernetwork_input_size,
                 config.hypernetwork_hidden_size,
             )
+            if not config.init_weights:
+                for parameter in self.hypernetwork.parameters():
+                    nn.init.normal_(parameter)
         # Saved with the adapter, so that a hardened model stays what it is.
         self.register_buffer("kept", torch.full((sum(self.plan.sizes),), _UNDECIDED, dtype=torch.uint8))
-        self._for_good: tuple | None = None
-        self._decided: tuple | None = None
+        self._decided: _Decision | None = None
+        # Whether the parameters stay in the base's dtype (autocast_adapter_dtype=False), in training too.
+        self.in_base_dtype = False
         # What a schedule may change while training runs.
         self.keep_share = budget / layout.total
         self.regularization, self.temperature = config.regularization, config.temperature
 
     @property
     def is_hardened(self) -> bool:
-        """Whether the choice was made for good."""
-        state = _state([self.kept])
-        if self._for_good is None or self._for_good[0] != state:  # reading the tensor stops a GPU
-            self._for_good = state, bool(self.kept[0] != _UNDECIDED)
-        return self._for_good[1]
+        """Whether the choice was made for good. Reads one number, for which a GPU finishes what it is doing."""
+        return bool(self.kept[0] != _UNDECIDED)
+
+    @torch.no_grad()
+    def copy_buffers(self, other: SelectionNetwork) -> None:
+        """Take over what defines the other network, of the same configuration, beside its parameters."""
+        for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
+            mine.copy_(theirs)
 
     def logits(self) -> list[torch.Tensor]:
         """float32 [size] for each owner, with the initial bias added; above the threshold a channel is kept."""
         with torch.autocast(self.kept.device.type, enabled=False):
-            return [output.float() + self.config.initial_bias for output in self.hypernetwork()]
+            parameters = dict(self.hypernetwork.named_parameters())
+            if all(parameter.dtype == torch.float32 for parameter in parameters.values()):
+                outputs = self.hypernetwork()
+            else:  # a lower precision is for keeping them, not for computing with them
+                tensors = {**parameters, **dict(self.hypernetwork.named_buffers())}
+                outputs = functional_call(self.hypernetwork, {name: t.float() for name, t in tensors.items()}, ())
+            return [output + self.config.initial_bias for output in outputs]
 
     def sample(self) -> SampledSelections:
         """Draw gates, and the budget term lambda |ln(T / budget)| of the same draw, both with gradients."""
@@ -96,25 +132,55 @@ class SelectionNetwork(nn.Module):
 
         Raises:
             BudgetError: the least widths exceed the budget.
+            UndecidableError: the logits are not finite.
         """
-        return self._decision()[0]
+        return self._decision().masks
 
     def hardened_gates(self) -> list[torch.Tensor | None]:
-        """Hardened gates for every selection [5 * layers]; None where everything is kept."""
-        return self.plan.expand(self._decision()[1])
+        """Hardened gates for every selection [5 * layers]; None where everything is kept.
 
+        With gradients on they pass them to the logits as if they were sigmoid(z) (straight through), unless the choice
+        was made for good.
+        """
+        if not torch.is_grad_enabled() or self.is_hardened:
+            return self.plan.expand(self._decision().gates)
+        logits = self.logits()
+        soft = [torch.sigmoid(z) for z in logits]
+        hard = [mask.to(z.device).float() for mask, z in zip(self._decision(logits).masks, logits, strict=True)]
+        return self.plan.expand([h + (p - p.detach()) for h, p in zip(hard, soft, strict=True)])
+
+    # In inference mode too the gates are ordinary tensors: a forward with gradients may use them later.
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def _decision(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """Masks and gates of the owners, made anew when a parameter has changed."""
-        state = _state([self.kept, *self.hypernetwork.parameters()])
-        if self._decided is None or self._decided[0] != state:
-            masks = [part.cpu().bool() for part in self.kept.split(list(self.plan.sizes))]
-            if not self.is_hardened:
-                logits = self.logits()
-                masks = best_channels(logits, self._hardened_widths(logits))
-            gates = [None if mask.all() else mask.to(self.kept.device).float() for mask in masks]
-            self._decided = state, masks, gates
-        return self._decided[1:]
+    def _decision(self, logits: list[torch.Tensor] | None = None) -> _Decision:
+        """Masks and gates of the owners.
+
+        Sorting the logits and filling the budget takes longer than the forward of a small model, and an evaluation asks
+        for the same choice again and again. It is made anew unless the numbers that it follows from are equal to those
+        of the last time, all of them. Nothing tells reliably that a parameter was not written to: fused and 8-bit
+        optimisers do not raise a tensor's version.
+        """
+        config, hardened = self.config, self.is_hardened
+        if hardened:
+            seen = self.kept.clone()
+        else:
+            logits = self.logits() if logits is None else logits
+            seen = torch.cat(logits)
+        settings = (hardened, self.budget, config.hardening, config.width_multiple, config.min_width, config.estimator)
+        decided = self._decided
+        if decided is not None and decided.follows_from(seen, settings):
+            return decided
+        if hardened:
+            masks = [part.bool() for part in seen.cpu().split(list(self.plan.sizes))]
+        else:
+            if not seen.isfinite().all():
+                raise UndecidableError(
+                    "the logits of DISP's selections hold NaN or infinity: no choice of channels follows from them"
+                )
+            masks = best_channels(logits, self._hardened_widths(logits))
+        gates = [None if mask.all() else mask.to(seen.device).float() for mask in masks]
+        self._decided = _Decision(seen, settings, masks, gates)
+        return self._decided
 
     def _hardened_widths(self, logits: list[torch.Tensor]) -> list[int]:
         if self.config.hardening == "threshold":
@@ -129,8 +195,3 @@ class SelectionNetwork(nn.Module):
     def masks(self) -> list[dict[str, torch.Tensor]]:
         """For each layer its five hardened masks by name, bool [size] on the CPU."""
         return masks_by_layer(self.plan, self.hardened())
-
-
-def _state(tensors: list[torch.Tensor]) -> tuple:
-    """Changes whenever one of the tensors is written to or exchanged."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)

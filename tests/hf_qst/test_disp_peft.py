@@ -1,13 +1,16 @@
 """DISP as a PEFT method: configuration, saving, loading, several adapters, what is refused."""
 
+import copy
 import json
 import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, T5Config
+from trl import DPOConfig, DPOTrainer
 
 from hf_qst import (
     BudgetError,
@@ -20,6 +23,7 @@ from hf_qst import (
 from hf_qst.disp.layout import SELECTIONS
 from tests.architectures import CONFIGS, tiny, token_batch
 from tests.pruned_models import network, random_masks, with_disp
+from tests.toy_data import tokenizer
 
 IDS = token_batch()
 WEIGHTS = "adapter_model.safetensors"
@@ -125,6 +129,24 @@ def test_adapter_of_another_base_is_refused(tmp_path):
         PeftModel.from_pretrained(tiny("llama", num_hidden_layers=2), tmp_path)
 
 
+def test_a_configuration_saved_by_itself_vouches_for_no_other_weights(tmp_path):
+    """The weights beside it may be written by another way, after more training."""
+    with_disp(awake=True).save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path / "first", is_trainable=True)
+    get_peft_model_state_dict(model)
+    model.save_pretrained(tmp_path / "second")
+    for parameter in network(model).hypernetwork.parameters():
+        parameter.data.add_(0.1)
+    config = model.peft_config["default"]
+    config.save_pretrained(tmp_path / "third")
+    save_file(get_peft_model_state_dict(model), tmp_path / "third" / WEIGHTS)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "third")), logits(model))
+    # Beside the very file that it was loaded with, it keeps what is known of it.
+    again = PeftConfig.from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "first")
+    assert PeftConfig.from_pretrained(tmp_path / "first").manifest == again.manifest is not None
+
+
 def test_unknown_fields_of_a_saved_config_are_passed_over_with_a_warning(tmp_path):
     with_disp().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
@@ -213,6 +235,158 @@ def test_to_dense_has_the_bases_shapes():
     torch.testing.assert_close(logits(dense), expected, atol=1e-5, rtol=1e-5)
 
 
+# --- merging -----------------------------------------------------------------------------------------------------------
+
+
+def two_adapters():
+    model = with_disp(keep_ratio=0.6, init_weights=False)
+    model.add_adapter("second", DISPConfig(keep_ratio=0.7, init_weights=False, task_type="CAUSAL_LM"))
+    return model
+
+
+def masks_of(model, name):
+    return model.base_model.disp_layer.networks[name].masks()
+
+
+def test_merged_in_place_it_keeps_its_choice_until_it_is_unmerged():
+    model = with_disp(awake=True)
+    expected, base = logits(model), logits(tiny("llama"))
+    with torch.inference_mode():
+        model.merge_adapter()
+    with torch.no_grad():
+        for parameter in network(model).hypernetwork.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(logits(model), expected)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model(inputs_embeds=embeddings).logits.sum().backward()
+    assert torch.equal(logits(copy.deepcopy(model).merge_and_unload()), expected)
+    model.unmerge_adapter()
+    assert not torch.equal(logits(model), expected)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+
+
+def test_the_named_adapter_is_merged_whichever_is_active():
+    model = two_adapters()
+    model.set_adapter("second")
+    expected = logits(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(copy.deepcopy(model).merge_and_unload(adapter_names=["second"])), expected)
+    with pytest.raises(ValueError, match="there is no DISP adapter 'third', only default, second"):
+        model.merge_and_unload(adapter_names=["third"])
+
+
+def test_two_merged_adapters_leave_what_both_keep():
+    model = two_adapters()
+    both = [
+        {name: a[name] & b[name] for name in SELECTIONS}
+        for a, b in zip(masks_of(model, "default"), masks_of(model, "second"), strict=True)
+    ]
+    expected = logits(prune_blocks(tiny("llama"), both))
+    in_place = copy.deepcopy(model)
+    in_place.merge_adapter(["default", "second"])
+    torch.testing.assert_close(logits(in_place), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(model.merge_and_unload(adapter_names=["default", "second"])), expected)
+
+
+def test_adapters_without_a_common_channel_are_refused_and_nothing_is_merged():
+    model = with_disp(selections=["mlp_middle"], keep_ratio=0.5, hypernetwork="none", hardening="threshold")
+    config = DISPConfig(selections=["mlp_middle"], hypernetwork="none", hardening="threshold", task_type="CAUSAL_LM")
+    model.add_adapter("second", config)
+    for sign, name in ((1, "default"), (-1, "second")):
+        for parameter in model.base_model.disp_layer.networks[name].parameters():
+            parameter.data.copy_(torch.where(torch.arange(len(parameter)) % 2 == 0, sign * 9.0, -sign * 9.0))
+    expected = logits(model)
+    with pytest.raises(
+        ValueError, match="default, second cannot be merged: none of the channels 'mlp_middle' of block 0"
+    ):
+        model.merge_and_unload(adapter_names=["default", "second"])
+    assert not model.base_model.disp_layer.merged and torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_broken_adapters_are_not_merged(safe_merge):
+    model = with_disp()
+    next(network(model).hypernetwork.parameters()).data[0] = torch.inf
+    with pytest.raises(ValueError, match="The adapter default seems to be broken"):
+        model.merge_and_unload(safe_merge=safe_merge)
+
+
+# --- copies ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hardened", [False, True])
+def test_a_reference_made_as_trl_makes_it_is_the_same_function(hardened, tmp_path):
+    """TRL's preference trainers add an adapter with the same configuration and copy parameters by name."""
+    model = with_disp(awake=True)
+    if hardened:
+        model.base_model.harden()
+    # As if drawn by another version of the generator.
+    network(model).hypernetwork.embeddings.data.add_(1)
+    model.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
+    expected = logits(model)
+    rows = {"prompt": ["t5 t6"] * 4, "chosen": ["t7 t8"] * 4, "rejected": ["t9 t10"] * 4}
+    quiet = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
+    arguments = DPOConfig(str(tmp_path / "out"), max_steps=1, gradient_checkpointing=False, **quiet)
+    DPOTrainer(model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer())
+    with torch.no_grad():
+        for parameter in model.base_model.disp_layer.networks["default"].hypernetwork.parameters():
+            parameter.zero_()
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), expected)
+    assert model.base_model.disp_layer.networks["ref"].is_hardened is hardened
+
+
+# --- dtypes and devices ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_adapters_are_in_float32_or_on_request_in_the_bases_dtype(dtype, autocast, tmp_path):
+    kind = {"autocast_adapter_dtype": autocast}
+    model = get_peft_model(tiny("llama", dtype=dtype), DISPConfig(task_type="CAUSAL_LM"), **kind)
+    model.add_adapter("added", DISPConfig(task_type="CAUSAL_LM"), **kind)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "loaded", **kind)
+    expected = torch.float32 if autocast else dtype
+    networks = model.base_model.disp_layer.networks
+    for mode in (False, True):
+        model.train(mode)
+        assert {p.dtype for net in networks.values() for p in net.parameters()} == {expected}
+    assert {net.hypernetwork.embeddings.dtype for net in networks.values()} == {torch.float32}
+    masks = [masks_of(model, name) for name in ("default", "loaded")]
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(*masks, strict=True) for key in SELECTIONS)
+
+
+def test_adapters_are_loaded_without_memory(tmp_path):
+    model = with_disp(awake=True)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path, low_cpu_mem_usage=True)
+    loaded.load_adapter(str(tmp_path), "other", low_cpu_mem_usage=True)
+    for name in ("default", "other"):
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_adapters_whose_names_contain_each_other_are_saved_apart(tmp_path):
+    model = with_disp(init_weights=False)
+    names = ["default2", "other_default", "foodefault_bar", "efaul"]
+    for name in names:
+        model.add_adapter(name, DISPConfig(init_weights=False, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    single = with_disp(init_weights=False)
+    single.save_pretrained(tmp_path / "single")
+    for name in ["default", *names]:
+        folder = tmp_path if name == "default" else tmp_path / name
+        assert load_file(folder / WEIGHTS).keys() == load_file(tmp_path / "single" / WEIGHTS).keys()
+        model.set_adapter(name)
+        assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), folder)), logits(model))
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +410,7 @@ def test_architectures_that_cannot_be_pruned():
 
 def test_bases_with_adapters_or_changed_shapes_are_refused():
     lora = get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="adapters on them"):
+    with pytest.raises(ValueError, match=r"DISP prunes the base.s own weights"):
         get_peft_model(lora.get_base_model(), DISPConfig())
     model = tiny("llama")
     small = prune_blocks(model, random_masks(model))
@@ -246,9 +420,3 @@ def test_bases_with_adapters_or_changed_shapes_are_refused():
     low_rank = get_peft_model(tiny("llama"), config).merge_and_unload()
     with pytest.raises(ValueError, match="pruned, compressed or wrapped before"):
         with_disp(model=low_rank)
-
-
-def test_merging_in_place_is_refused():
-    model = with_disp()
-    with pytest.raises(NotImplementedError, match="DISP cannot be merged in place"):
-        model.merge_adapter()

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import tempfile
 
 import pytest
@@ -161,13 +162,14 @@ def test_accumulated_batches_train_as_one_large_batch(tmp_path, kind):
     assert_close(results[4], results[1], atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "phi"])
-def test_gradient_checkpointing_changes_nothing(name):
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "phi", "opt"])
+def test_gradient_checkpointing_changes_nothing(name, use_reentrant):
     found = {}
     for checkpointing in (False, True):
         model = with_disp(name)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         model.train()
         torch.manual_seed(1)
         first = model(input_ids=IDS, labels=IDS).loss
@@ -189,22 +191,90 @@ def test_checkpointing_really_recomputes():
     assert len(calls) == 2
 
 
-def test_reentrant_checkpointing_and_block_dropout_are_refused(tmp_path):
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_leaves_no_trace_in_an_unloaded_model(use_reentrant):
     model = with_disp()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant"):
-        model.train()(input_ids=IDS, labels=IDS)
-    model = with_disp("opt")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with pytest.raises(ValueError, match="dropout of OPTDecoderLayer"):
-        model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    base = model.unload()
+    base.enable_input_require_grads()
+    base.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert "DISP" not in repr([block._gradient_checkpointing_func for block in base.model.layers])
+    assert "Gates" not in repr([block._gradient_checkpointing_func for block in base.model.layers])
 
 
-def test_dropout_is_off_in_training():
-    model = with_disp("gpt2").train()
-    with model.base_model.disp_layer.gates.using([None] * 15):
-        a, b = (model.base_model.disp_layer.base_layer(input_ids=IDS)[0] for _ in range(2))
-    assert torch.equal(a, b)
+# --- what the base does in training mode alone -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gpt2", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.5}),  # modules
+        ("llama", {"attention_dropout": 0.5}),  # a function that asks for the mode of its module
+        ("opt", {"dropout": 0.5}),  # in the blocks themselves
+        ("opt", {"dropout": 0.0, "layerdrop": 0.5}),
+    ],
+)
+def test_dropout_of_the_base_acts_in_training_and_is_told(name, changes, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = with_disp(model=tiny(name, **changes))
+    assert all(f"{key}={rate}" in caplog.text for key, rate in changes.items() if rate)
+    layer = model.base_model.disp_layer
+
+    def run():
+        with layer.gates.using([None] * 15):
+            return layer.base_layer(input_ids=IDS)[0]
+
+    model.train()
+    torch.manual_seed(0)
+    assert not torch.equal(run(), run())
+    model.eval()
+    assert torch.equal(run(), run())
+
+
+def test_a_base_without_dropout_is_no_reason_for_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        with_disp()
+    assert "drop" not in caplog.text
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_neftune_adds_its_noise(tmp_path, native):
+    losses = {}
+    for alpha in (None, 5.0, 50.0):
+        if native:
+            model = tiny("llama")
+            model.add_adapter(DISPConfig(task_type="CAUSAL_LM"))
+        else:
+            model = with_disp()
+        run = plain_trainer(model, tmp_path, max_steps=2, neftune_noise_alpha=alpha)
+        run.add_callback(DISPCallback(progress=False))
+        run.train()
+        losses[alpha] = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        assert run.evaluate()["eval_loss"] == run.evaluate()["eval_loss"]
+    assert all(abs(noisy - plain) > 0.01 for noisy, plain in zip(losses[50.0], losses[None], strict=True))
+    assert losses[5.0] != losses[None]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_switched_off_in_training_it_is_the_bases_own_loss(name, checkpointing):
+    base = tiny(name).train()
+    torch.manual_seed(3)
+    right = base(input_ids=IDS, labels=IDS).loss
+    model = with_disp(name).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    before = gradients(model)
+    with model.disable_adapter():
+        torch.manual_seed(3)
+        found = model(input_ids=IDS, labels=IDS).loss
+    assert torch.equal(found, right)
+    assert_close(gradients(model), before, atol=0, rtol=0)
+
+
+# --- two processes -----------------------------------------------------------------------------------------------------
 
 
 def worker(rank, directory):
@@ -352,6 +422,36 @@ def test_export_directory_with_something_in_it_is_refused_before_training(tmp_pa
     assert run.state.global_step == 0
 
 
+def test_an_export_that_must_fail_is_refused_before_training(tmp_path):
+    native = tiny("llama")
+    native.add_adapter(DISPConfig(task_type="CAUSAL_LM"))
+    run = trainer(native, tmp_path / "out", DISPCallback(export_directory=tmp_path / "small", progress=False))
+    with pytest.raises(ValueError, match=r"export_directory=.* needs a model made by get_peft_model.*LlamaForCausalLM"):
+        run.train()
+    assert run.state.global_step == 0
+    (tmp_path / "file").write_text("in the way")
+    run = trainer(with_disp(), tmp_path / "out", DISPCallback(export_directory=tmp_path / "file" / "small"))
+    with pytest.raises(ValueError, match=r"nothing can be written to '.*file'"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_a_native_adapter_trains_and_hardens_without_an_export(tmp_path):
+    native = tiny("llama")
+    native.add_adapter(DISPConfig(task_type="CAUSAL_LM"))
+    callback = DISPCallback(progress=False)
+    trainer(native, tmp_path, callback, max_steps=2).train()
+    assert callback.report.ratio <= 0.5
+
+
+def test_plots_without_matplotlib_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = trainer(with_disp(), tmp_path, DISPCallback(plot_directory=tmp_path / "plots", progress=False))
+    with pytest.raises(ImportError, match="matplotlib"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -468,6 +568,10 @@ def test_callback_refuses_what_it_cannot_train(tmp_path):
     hardened.base_model.harden()
     with pytest.raises(ValueError, match="hardened"):
         trainer(hardened, tmp_path).train()
+    merged = with_disp()
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        trainer(merged, tmp_path).train()
     callback = DISPCallback()
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     arguments.fp16 = True  # TrainingArguments itself refuses it without a GPU

@@ -164,6 +164,19 @@ def test_weights_changed_after_loading_are_no_damage(saved):
     assert torch.equal(logits(other), changed)
 
 
+def test_writing_that_raises_no_version_is_no_damage_in_an_adapter_loaded_for_inference(saved):
+    directory, expected = saved
+    model = tiny("llama")
+    model.load_adapter(directory / "adapter")
+    for layer in side_layers(model):
+        for parameter in layer.qst_net.parameters():
+            parameter.data.mul_(1.5)
+    assert not torch.equal(logits(model), expected)
+    model = tiny("llama")
+    model.load_adapter(directory / "adapter")
+    assert torch.isfinite(logits(model.bfloat16().float())).all()
+
+
 def test_cast_after_loading_is_no_damage(saved):
     directory, expected = saved
     model = tiny("llama")

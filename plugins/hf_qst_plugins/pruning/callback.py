@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from hf_qst.disp import DISPLayer, PruningReport
 from hf_qst.stack_tuner import with_head
-from hf_qst_plugins.pruning.plots import plot_widths
+from hf_qst_plugins.pruning.plots import plot_widths, require_matplotlib
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class DISPCallback(TrainerCallback):
     Args:
         export_directory (`str`, *optional*):
             Where to save the smaller model at the end, a folder that is not there or empty. A copy of the model is
-            pruned for it, so there must be room for one; the trained model stays as it is.
+            pruned for it, so there must be room for one; the trained model stays as it is. Needs a model made by
+            `get_peft_model`.
         plot_directory (`str`, *optional*): where to draw the widths by layer, as `widths.png`.
         plot_steps (`int`): how often.
         schedule (`Callable[[float], dict]`, *optional*):
@@ -51,8 +52,10 @@ class DISPCallback(TrainerCallback):
         progress (`bool`): whether to show a progress bar, and at the end what was done.
 
     Raises:
-        ValueError: a value out of range; at the start of training: no DISP model, float16, reentrant checkpointing, a
-            trainable base, a hardened choice, or an export directory with something in it.
+        ValueError: a value out of range; at the start of training: no DISP model, float16, a trainable base, a hardened or
+            merged choice, an export directory with something in it or that cannot be made, or an export of an adapter
+            that was added by transformers' own `add_adapter`.
+        ImportError: at the start of training: a plot directory without matplotlib.
     """
 
     def __init__(
@@ -105,11 +108,18 @@ class DISPCallback(TrainerCallback):
             )
         if getattr(args, "fp16", False):
             raise ValueError("fp16=True scales the loss, which the budget term would not follow; use bf16=True")
-        if (getattr(args, "gradient_checkpointing_kwargs", None) or {}).get("use_reentrant"):
-            raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} would lose the gates' gradients; leave it out"
-            )
-        _require_free(self.export_directory)
+        if self._layer.merged:
+            raise ValueError("the DISP adapter is merged: training changes nothing. Call unmerge_adapter() first")
+        if self.export_directory is not None:
+            if not hasattr(model, "merge_and_unload"):
+                raise ValueError(
+                    f"export_directory={self.export_directory!r} needs a model made by get_peft_model(model, "
+                    f"DISPConfig(...)), got {type(model).__name__} with an adapter of transformers' own add_adapter. Leave "
+                    "it out; hf_qst.prune_blocks(model, masks) cuts such a model down"
+                )
+            _require_free(self.export_directory)
+        if self.plot_directory is not None:
+            require_matplotlib()
 
     # --- during --------------------------------------------------------------------------------------------------------
 
@@ -227,9 +237,14 @@ def _disp_layer(model) -> DISPLayer:
     return layer
 
 
-def _require_free(directory: str | None) -> None:
-    if directory is not None and os.path.exists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
+def _require_free(directory: str) -> None:
+    if os.path.exists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
         raise ValueError(f"export_directory must be a folder that is not there or empty, {directory!r} is not")
+    there = os.path.abspath(directory)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"export_directory must be a folder that can be made, but nothing can be written to {there!r}")
 
 
 def _length(dataloader) -> int | None:

@@ -11,6 +11,15 @@ import torch
 from hf_qst.disp.layout import SELECTIONS
 
 
+def require_matplotlib() -> None:
+    """Raise now what a plot would raise later.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib.figure  # noqa: F401
+
+
 def plot_widths(masks: Sequence[Mapping[str, torch.Tensor]], path: str, title: str) -> None:
     """Draw the kept part of each selection by layer; the file is written whole or not at all.
 
