@@ -3,47 +3,27 @@
 import logging
 import math
 import os
-import sys
 import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 from hf_qst import DISPCallback, DISPConfig
 from hf_qst.auxiliary_loss import with_auxiliary_loss
-from hf_qst.disp import layer as disp_layer_module
 from tests.architectures import digest, in_nf4, tiny, token_batch
 from tests.pruned_models import network, with_disp
 from tests.toy_data import text_dataset, token_dataset, tokenizer
-from tests.trainers import plain_trainer
+from tests.trainers import assert_states_close, disp_state, disp_trainer, plain_trainer
 
 IDS = token_batch(4, 12)
 
 
-def trainer(model, directory, callback=None, data=None, **settings):
-    recipe = {"learning_rate": 3e-3, "weight_decay": 0.05, "max_grad_norm": 0.0}
-    run = plain_trainer(model, directory, data, token_dataset(8, seed=1), **{**recipe, **settings})
-    if callback is not False:
-        run.add_callback(DISPCallback(progress=False) if callback is None else callback)
-    return run
-
-
-def state(model):
-    return {name: tensor.detach().clone() for name, tensor in network(model).state_dict().items()}
-
-
 def gradients(model):
     return {name: p.grad.clone() for name, p in network(model).named_parameters() if p.grad is not None}
-
-
-def assert_close(left, right, **tolerance):
-    assert left.keys() == right.keys() and left
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
 
 
 # --- the loss term -----------------------------------------------------------------------------------------------------
@@ -110,7 +90,7 @@ def penalty_gradients(model, steps):
 
 def test_budget_term_counts_once_for_each_optimiser_step():
     model = with_disp()
-    assert_close(penalty_gradients(model, 4), penalty_gradients(model, 1), atol=1e-6, rtol=1e-5)
+    assert_states_close(penalty_gradients(model, 4), penalty_gradients(model, 1), atol=1e-6, rtol=1e-5)
 
 
 class _SameDraw(DISPCallback):
@@ -142,7 +122,7 @@ def test_accumulated_batches_train_as_one_large_batch(tmp_path, kind):
         data = token_dataset(28)
         if kind == "Trainer":
             model = with_disp()
-            run = trainer(model, tmp_path, _SameDraw(progress=False), data, **size)
+            run = disp_trainer(model, tmp_path, _SameDraw(progress=False), data, **size)
         else:
             arguments = SFTConfig(
                 str(tmp_path), report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True,
@@ -154,12 +134,12 @@ def test_accumulated_batches_train_as_one_large_batch(tmp_path, kind):
             )  # fmt: skip
             run.add_callback(_SameDraw(progress=False))
             model = run.model
-        before = state(model)
+        before = disp_state(model)
         run.train()
-        results[steps] = {n: t - before[n] for n, t in state(model).items() if t.is_floating_point()}
+        results[steps] = {n: t - before[n] for n, t in disp_state(model).items() if t.is_floating_point()}
     moved = torch.cat([t.flatten() for t in results[1].values()])
     assert moved.abs().max() > 1e-3
-    assert_close(results[4], results[1], atol=2e-5, rtol=1e-3)
+    assert_states_close(results[4], results[1], atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -177,7 +157,7 @@ def test_gradient_checkpointing_changes_nothing(name, use_reentrant):
         second = model(input_ids=IDS[:2], labels=IDS[:2]).loss
         (first + second).backward()
         found[checkpointing] = gradients(model)
-    assert_close(found[True], found[False], atol=1e-6, rtol=1e-4)
+    assert_states_close(found[True], found[False], atol=1e-6, rtol=1e-4)
 
 
 def test_checkpointing_really_recomputes():
@@ -271,7 +251,7 @@ def test_switched_off_in_training_it_is_the_bases_own_loss(name, checkpointing):
         torch.manual_seed(3)
         found = model(input_ids=IDS, labels=IDS).loss
     assert torch.equal(found, right)
-    assert_close(gradients(model), before, atol=0, rtol=0)
+    assert_states_close(gradients(model), before, atol=0, rtol=0)
 
 
 # --- two processes -----------------------------------------------------------------------------------------------------
@@ -285,7 +265,7 @@ def worker(rank, directory):
     model.train()
     torch.manual_seed(5)
     wrapped(input_ids=IDS[rank * 2 : rank * 2 + 2], labels=IDS[rank * 2 : rank * 2 + 2]).loss.backward()
-    torch.save((gradients(model), state(model)), os.path.join(directory, f"{rank}.pt"))
+    torch.save((gradients(model), disp_state(model)), os.path.join(directory, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
@@ -298,7 +278,7 @@ def test_two_processes_have_the_gradients_of_one_with_both_batches():
     torch.manual_seed(5)
     model(input_ids=IDS, labels=IDS).loss.backward()
     for found, weights in results:
-        assert_close(found, gradients(model), atol=1e-6, rtol=1e-4)
+        assert_states_close(found, gradients(model), atol=1e-6, rtol=1e-4)
         assert torch.equal(weights["hypernetwork.embeddings"], network(model).hypernetwork.embeddings)
 
 
@@ -312,7 +292,7 @@ def test_budget_is_reached_the_base_stays_and_only_the_hypernetwork_trains(tmp_p
     before = digest(base, skip="disp_net")
     embeddings = network(model).hypernetwork.embeddings.clone()
     callback = DISPCallback(progress=False)
-    run = trainer(model, tmp_path / "out", callback, max_steps=60)
+    run = disp_trainer(model, tmp_path / "out", callback, max_steps=60)
     run.train()
     history = [entry for entry in run.state.log_history if "kept_ratio" in entry]
     assert len(history) == 60
@@ -330,7 +310,7 @@ def test_budget_is_reached_the_base_stays_and_only_the_hypernetwork_trains(tmp_p
 def test_stronger_regularisation_is_faster(tmp_path):
     kept = {}
     for weight in (1.0, 6.0):
-        run = trainer(with_disp(regularization=weight), tmp_path, max_steps=15)
+        run = disp_trainer(with_disp(regularization=weight), tmp_path, max_steps=15)
         run.train()
         kept[weight] = [e["kept_ratio"] for e in run.state.log_history if "kept_ratio" in e][-1]
     assert kept[6.0] < kept[1.0] - 0.03
@@ -342,10 +322,10 @@ def test_every_variant_trains(tmp_path, estimator, hypernetwork):
     model = with_disp(
         estimator=estimator, hypernetwork=hypernetwork, selections=["mlp_middle", "attention_in"], keep_ratio=0.8
     )
-    before = state(model)
-    run = trainer(model, tmp_path, max_steps=3)
+    before = disp_state(model)
+    run = disp_trainer(model, tmp_path, max_steps=3)
     run.train()
-    after = state(model)
+    after = disp_state(model)
     assert any(not torch.equal(after[n], before[n]) for n in after if n != "kept")
     assert (
         0.79
@@ -357,7 +337,7 @@ def test_every_variant_trains(tmp_path, estimator, hypernetwork):
 
 def test_evaluation_is_of_the_hardened_model_without_the_budget_term(tmp_path):
     model = with_disp(awake=True)
-    run = trainer(model, tmp_path)
+    run = disp_trainer(model, tmp_path)
     first, second = run.evaluate()["eval_loss"], run.evaluate()["eval_loss"]
     assert first == second
     small = with_disp(awake=True).merge_and_unload()
@@ -369,13 +349,13 @@ def test_resumed_training_gives_the_weights_of_an_uninterrupted_run(tmp_path):
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 3}
     settings |= {"per_device_train_batch_size": 4}
     straight = with_disp()
-    first = trainer(straight, tmp_path / "straight", **settings)
+    first = disp_trainer(straight, tmp_path / "straight", **settings)
     first.train()
     resumed = with_disp(seed=9)
-    run = trainer(resumed, tmp_path / "resumed", **settings)
+    run = disp_trainer(resumed, tmp_path / "resumed", **settings)
     run.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
     assert run.state.global_step == 8
-    assert_close(state(resumed), state(straight), rtol=0, atol=0)
+    assert_states_close(disp_state(resumed), disp_state(straight), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["float32", "nf4"])
@@ -398,182 +378,3 @@ def test_sft_trainer_reaches_the_budget(tmp_path, kind):
 
 
 # --- the callback ------------------------------------------------------------------------------------------------------
-
-
-def test_export_directory_holds_the_smaller_model_and_the_trained_one_stays(tmp_path):
-    model = with_disp()
-    run = trainer(model, tmp_path / "out", DISPCallback(export_directory=tmp_path / "small", progress=False))
-    run.train()
-    with torch.no_grad():
-        expected = model.eval()(input_ids=IDS).logits
-        small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-        torch.testing.assert_close(small(IDS).logits, expected, atol=1e-5, rtol=1e-5)
-        merged = model.merge_and_unload()
-        assert torch.equal(merged(IDS).logits, small(IDS).logits)
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in tiny("llama").parameters())
-
-
-def test_export_directory_with_something_in_it_is_refused_before_training(tmp_path):
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "notes.txt").write_text("keep")
-    run = trainer(with_disp(), tmp_path / "out", DISPCallback(export_directory=tmp_path / "small"))
-    with pytest.raises(ValueError, match="export_directory must be a folder that is not there or empty"):
-        run.train()
-    assert run.state.global_step == 0
-
-
-def test_an_export_that_must_fail_is_refused_before_training(tmp_path):
-    native = tiny("llama")
-    native.add_adapter(DISPConfig(task_type="CAUSAL_LM"))
-    run = trainer(native, tmp_path / "out", DISPCallback(export_directory=tmp_path / "small", progress=False))
-    with pytest.raises(ValueError, match=r"export_directory=.* needs a model made by get_peft_model.*LlamaForCausalLM"):
-        run.train()
-    assert run.state.global_step == 0
-    (tmp_path / "file").write_text("in the way")
-    run = trainer(with_disp(), tmp_path / "out", DISPCallback(export_directory=tmp_path / "file" / "small"))
-    with pytest.raises(ValueError, match=r"nothing can be written to '.*file'"):
-        run.train()
-    assert run.state.global_step == 0
-
-
-def test_a_native_adapter_trains_and_hardens_without_an_export(tmp_path):
-    native = tiny("llama")
-    native.add_adapter(DISPConfig(task_type="CAUSAL_LM"))
-    callback = DISPCallback(progress=False)
-    trainer(native, tmp_path, callback, max_steps=2).train()
-    assert callback.report.ratio <= 0.5
-
-
-def test_plots_without_matplotlib_are_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run = trainer(with_disp(), tmp_path, DISPCallback(plot_directory=tmp_path / "plots", progress=False))
-    with pytest.raises(ImportError, match="matplotlib"):
-        run.train()
-    assert run.state.global_step == 0
-
-
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("hf_qst.reshaped_models.folder._publish", full)
-    model = with_disp()
-    run = trainer(
-        model, tmp_path / "out", DISPCallback(export_directory=tmp_path / "small", progress=False), max_steps=2
-    )
-    with pytest.raises(OSError, match="No space left"):
-        run.train()
-    assert not (tmp_path / "small").exists()
-    assert network(model).is_hardened  # what was learned is still there
-
-
-def test_plots_are_drawn(tmp_path):
-    run = trainer(with_disp(), tmp_path, DISPCallback(plot_directory=tmp_path / "plots", plot_steps=2), max_steps=3)
-    run.train()
-    assert (tmp_path / "plots" / "widths.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_progress_ends_with_what_was_done(tmp_path, capsys):
-    run = trainer(with_disp(), tmp_path, DISPCallback(), max_steps=2)
-    run.train()
-    output = capsys.readouterr()
-    assert "kept 55," in output.out and "of 110,592 weights" in output.out
-    assert "kept=" in output.err and "budget=0.500" in output.err
-
-
-def test_unsettled_choice_is_told(tmp_path, caplog):
-    run = trainer(with_disp(), tmp_path, max_steps=2)
-    with caplog.at_level(logging.WARNING):
-        run.train()
-    assert "hardening moved that by -4" in caplog.text or "hardening moved that by -5" in caplog.text
-
-
-def test_schedule_sets_what_it_names(tmp_path):
-    seen = []
-
-    def schedule(done):
-        seen.append(done)
-        return {"keep_ratio": 1.0 - 0.5 * done, "regularization": 2.0}
-
-    model = with_disp()
-    trainer(model, tmp_path, DISPCallback(schedule=schedule, progress=False), max_steps=4).train()
-    assert seen == [0.0, 0.25, 0.5, 0.75]
-    assert network(model).keep_share == 1.0 - 0.5 * 0.75 and network(model).regularization == 2.0
-    run = trainer(with_disp(), tmp_path, DISPCallback(schedule=lambda done: {"ratio": 1.0}))
-    with pytest.raises(ValueError, match="schedule may set keep_ratio, regularization, temperature, got 'ratio'"):
-        run.train()
-
-
-def test_freezing_ends_training_early_on_the_budget(tmp_path):
-    callback = DISPCallback(freeze_at=0.5, progress=False)
-    run = trainer(with_disp(), tmp_path, callback, max_steps=8)
-    run.train()
-    assert run.state.global_step == 4 and callback.report.ratio <= 0.5
-
-
-def test_non_finite_gradients_stop_training_with_the_last_good_parameters(tmp_path, caplog):
-    model = with_disp()
-    saved = {}
-
-    class Poison(DISPCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            super().on_step_begin(args, state, control, **kwargs)
-            if state.global_step == 3:
-                saved.update(globals()["state"](model))
-                self.handle = model.get_submodule("base_model.model.lm_head").register_forward_hook(
-                    lambda module, inputs, output: output * torch.nan
-                )
-
-    callback = Poison(progress=False, export_directory=tmp_path / "small")
-    run = trainer(model, tmp_path / "out", callback, max_steps=8)
-    run.train()
-    assert run.state.global_step == 4
-    assert_close(state(model), saved, rtol=0, atol=0)
-    assert "not finite" in caplog.text
-    assert not (tmp_path / "small").exists() and not network(model).is_hardened
-
-
-def test_without_the_callback_it_trains_warns_and_hardens_on_request(tmp_path, caplog):
-    disp_layer_module._warn_of_missing_callback.cache_clear()
-    model = with_disp()
-    run = trainer(model, tmp_path, False, max_steps=4)
-    with caplog.at_level(logging.WARNING):
-        run.train()
-    assert caplog.text.count("without its DISPCallback") == 1
-    report = model.base_model.harden()
-    assert report.ratio <= 0.5 and network(model).is_hardened
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"plot_steps": 0}, "plot_steps must be an integer of at least 1, got 0"),
-        ({"freeze_at": 0.0}, r"freeze_at must be in \(0, 1\], got 0.0"),
-        ({"schedule": 3}, "schedule must be a function"),
-    ],
-)
-def test_callback_refuses_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        DISPCallback(**arguments)
-
-
-def test_callback_refuses_what_it_cannot_train(tmp_path):
-    with pytest.raises(ValueError, match=r"needs a model made by get_peft_model\(model, DISPConfig"):
-        trainer(tiny("llama"), tmp_path).train()
-    model = with_disp()
-    model.get_submodule("base_model.model.lm_head").weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="is trainable"):
-        trainer(model, tmp_path).train()
-    hardened = with_disp()
-    hardened.base_model.harden()
-    with pytest.raises(ValueError, match="hardened"):
-        trainer(hardened, tmp_path).train()
-    merged = with_disp()
-    merged.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        trainer(merged, tmp_path).train()
-    callback = DISPCallback()
-    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-    arguments.fp16 = True  # TrainingArguments itself refuses it without a GPU
-    with pytest.raises(ValueError, match="fp16=True"):
-        callback.on_train_begin(arguments, None, None, model=with_disp())

@@ -77,7 +77,11 @@ def test_principal_directions_of_an_offloaded_base_are_those_of_the_base(kind, t
     assert is_offloaded(base) and input_device(base).type == "cpu"
     settings = {"downsample": "principal", "calibration_data": DATA}
     found, expected = (
-        {n: b for n, b in side_tuned(model=model, **settings).named_buffers() if n.endswith((".directions", ".mean"))}
+        {
+            n: b
+            for n, b in side_tuned(model=model, **settings).named_parameters()
+            if n.endswith((".directions", ".mean"))
+        }
         for model in (base, tiny("llama"))
     )
     assert found and all(torch.equal(found[name], expected[name]) for name in expected)
