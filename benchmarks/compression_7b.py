@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.compression_methods import processor_clock
+from hf_qst.calibration.moments import CrossMoment, SecondMoment
 from hf_qst.mixed_rank import output_energies
 from hf_qst.mixed_rank.compensation import least_squares_factors
-from hf_qst.moments import CrossMoment, SecondMoment
 
 BLOCKS, HIDDEN, INNER, HEADS_OUT = 32, 4096, 11008, 32000
 # Layers that share an input, with the number of layers of each: what has one statistic.

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from benchmarks.compression_methods import DEFAULT, compressed, config
 from hf_qst import MixedRankConfig
+from hf_qst.base_model.linear_layers import dense_weight
 from hf_qst.calibration import CalibrationRun, calibration_mode, collect_statistics, hooks, input_groups
-from hf_qst.linear_layers import dense_weight
 from hf_qst.mixed_rank import compress, factorize, output_energies
 from hf_qst.mixed_rank.decomposition import output_error
 from hf_qst.mixed_rank.targets import find_targets

@@ -16,7 +16,7 @@ from benchmarks.compression_methods import budget, compressed, off_budget, param
 from benchmarks.measure import ROOT
 from examples.corpus import SourceFile, blocks, held_out_loss, split, stdlib_files, tokens, transformers_files
 from hf_qst import MixedRankConfig
-from hf_qst.linear_layers import dense_shape
+from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.mixed_rank.targets import find_targets
 
 BASE = ROOT / "examples" / "base_model"

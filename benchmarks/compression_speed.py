@@ -16,7 +16,7 @@ from benchmarks.compression_methods import processor_clock
 from benchmarks.measure import synchronize
 from benchmarks.side_tuning_bases import SHAPES
 from hf_qst import MixedRankConfig
-from hf_qst.linear_layers import dense_shape
+from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.mixed_rank import LowRankLinear
 from hf_qst.mixed_rank.targets import find_targets
 

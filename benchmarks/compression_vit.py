@@ -14,7 +14,7 @@ from transformers import set_seed
 from benchmarks.compression_methods import budget, compressed, off_budget, parameters, place
 from examples import compress_vit
 from hf_qst import MixedRankConfig
-from hf_qst.linear_layers import dense_shape
+from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.mixed_rank.targets import find_targets
 
 LEARNING_RATE = 2e-3

@@ -148,7 +148,9 @@ def measure_times(variants: dict[str, Callable], device: torch.device, repeats: 
 
 def saved_bytes(call: Callable, fixed: list) -> int:
     """Bytes kept for backward, less those of the tensors that are there anyway."""
-    from hf_qst.saved_bytes import SavedForBackward  # needs transformers and peft, which rows of a GPU do without
+    from hf_qst.planning.saved_bytes import (
+        SavedForBackward,  # needs transformers and peft, which rows of a GPU do without
+    )
 
     holder = torch.nn.Module()
     for i, tensor in enumerate(fixed):

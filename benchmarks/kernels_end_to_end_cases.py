@@ -99,7 +99,7 @@ def dense_llama(config: dict, device: torch.device, dtype: torch.dtype) -> nn.Mo
 def nf4_llama(config: dict, device: torch.device) -> nn.Module:
     """The same in NF4, a weight at a time."""
     from benchmarks.side_tuning_bases import random_base
-    from hf_qst.packed_weights import forbid_packing
+    from hf_qst.base_model.packed_weights import forbid_packing
 
     model = random_base(config, device).requires_grad_(False)
     forbid_packing(model)
@@ -266,8 +266,8 @@ def pruned_decoding(config: dict, device: torch.device, dtype: torch.dtype, size
 def _pruned(config: dict, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, float]:
     """The dense model, one with half of its weights in the blocks, and the share that was kept."""
     from hf_qst import prune_blocks
-    from hf_qst.decoder_stack import find_decoder_stack
-    from hf_qst.disp.layout import SELECTIONS, PruningLayout
+    from hf_qst.base_model.decoder_stack import find_decoder_stack
+    from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 
     dense = dense_llama(config, device, dtype)
     layout = PruningLayout.of(find_decoder_stack(dense))

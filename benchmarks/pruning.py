@@ -29,8 +29,8 @@ from benchmarks.measure import ROOT, ResultFile
 from benchmarks.pruning_methods import DEFAULT, METHODS, ROUNDED, Bench, Schedule, made, recovered
 from benchmarks.pruning_report import plots, report
 from examples.corpus import blocks, split, stdlib_files, tokens
-from hf_qst.decoder_stack import find_decoder_stack
-from hf_qst.disp.layout import PruningLayout
+from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.pruning.layout import PruningLayout
 
 PARTS = ("quality", "speed", "training")
 POSITIVE = ("seeds", "steps", "batch", "length", "recovery_steps", "training_blocks", "calibration_blocks",

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from benchmarks.compression_speed import in_turns, models, ratio
 from benchmarks.measure import peak_rss, settle_rss
 from hf_qst import DISPConfig, prune_blocks
-from hf_qst.decoder_stack import find_decoder_stack
-from hf_qst.disp.hardening import rounded_width
-from hf_qst.disp.layout import SELECTIONS, PruningLayout
-from hf_qst.saved_bytes import SavedForBackward
+from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.planning.saved_bytes import SavedForBackward
+from hf_qst.pruning.layout import SELECTIONS, PruningLayout
+from hf_qst.pruning.widths import rounded_width
 
 Widths = list[list[int]]
 

@@ -18,12 +18,12 @@ from benchmarks.compression_methods import parameters
 from benchmarks.pruning_slicing import rotations, sliced, width_on_budget
 from examples.corpus import BlockDataset
 from hf_qst import DISPCallback, DISPConfig
-from hf_qst.decoder_stack import find_decoder_stack
-from hf_qst.disp.hardening import best_channels, masks_by_layer, widths_on_budget
-from hf_qst.disp.layout import SELECTIONS, PruningLayout
+from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.disp.methods import prune_model
-from hf_qst.disp.pruned import prune_blocks
 from hf_qst.disp.report import other_parameters
+from hf_qst.pruning.branch import prune_blocks
+from hf_qst.pruning.layout import SELECTIONS, PruningLayout
+from hf_qst.pruning.widths import best_channels, masks_by_layer, widths_on_budget
 
 # The seven linear layers of a Llama block, the same for every method.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

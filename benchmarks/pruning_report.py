@@ -11,7 +11,7 @@ from benchmarks.compression_vit import interval
 from benchmarks.measure import save_figure
 from benchmarks.pruning_cost import STEPS
 from benchmarks.pruning_methods import BASELINES, DEFAULT, LABELS, METHODS
-from hf_qst.disp.layout import SELECTIONS
+from hf_qst.pruning.layout import SELECTIONS
 
 # Below the budget by at most this part of it.
 TOLERANCE = 0.002

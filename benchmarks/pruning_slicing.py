@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.compression_methods import parameters
 from hf_qst.calibration import CalibrationRun, calibration_mode, hooks
-from hf_qst.moments import SecondMoment
+from hf_qst.calibration.moments import SecondMoment
 
 
 class SlicedNorm(nn.Module):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks.measure import ROOT
-from hf_qst.packed_weights import forbid_packing
+from hf_qst.base_model.packed_weights import forbid_packing
 
 DEMO_MODEL = ROOT / "examples" / "base_model"
 

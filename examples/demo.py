@@ -31,8 +31,8 @@ from transformers.utils import logging as transformers_logging
 
 from examples.corpus import BlockDataset, blocks, held_out_loss, split, stdlib_files, tokens, transformers_files
 from hf_qst import QSTConfig
-from hf_qst.packed_weights import forbid_packing
-from hf_qst.saved_bytes import SavedForBackward
+from hf_qst.base_model.packed_weights import forbid_packing
+from hf_qst.planning.saved_bytes import SavedForBackward
 
 BASE = Path(__file__).parent / "base_model"
 # The best of those tried for each method on this base and task, by held-out loss (docs/results.md).

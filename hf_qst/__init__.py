@@ -5,8 +5,8 @@ Importing this package registers its methods with PEFT.
 
 from importlib import import_module
 
+from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError
 from hf_qst.calibration import CalibrationError
-from hf_qst.decoder_stack import UnsupportedArchitectureError
 from hf_qst.disp import (
     DISPConfig,
     DISPModel,
@@ -16,7 +16,6 @@ from hf_qst.disp import (
     prune_model,
     register_pruning_method,
 )
-from hf_qst.manifest import CheckpointError
 from hf_qst.mixed_rank import (
     BudgetError,
     LowRankLinear,
@@ -28,6 +27,7 @@ from hf_qst.mixed_rank import (
 )
 from hf_qst.qst import QSTConfig, QSTModel, SideNetworkMergeError
 from hf_qst.reshaped_models import ReshapedModelError, register_kind, reshape_model, to_dense
+from hf_qst.saved.manifest import CheckpointError
 from hf_qst.version import __version__
 
 # The plugins import this package, so their names are looked up when they are first asked for.

@@ -1,4 +1,4 @@
-"""Tiny random models, one for each row of `hf_qst.decoder_stack.ARCHITECTURES`."""
+"""Tiny random models, one for each row of `hf_qst.base_model.decoder_stack.ARCHITECTURES`."""
 
 import hashlib
 

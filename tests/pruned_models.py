@@ -4,8 +4,8 @@ import torch
 from peft import get_peft_model
 
 from hf_qst import DISPConfig
-from hf_qst.decoder_stack import find_decoder_stack
-from hf_qst.disp.layout import SELECTIONS, PruningLayout
+from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from tests.architectures import tiny
 
 

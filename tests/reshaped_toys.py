@@ -12,7 +12,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.decoder_stack import find_decoder_stack
+from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.reshaped_models import register_kind, reshape_model
 from tests.architectures import CONFIGS, tiny, token_batch
 

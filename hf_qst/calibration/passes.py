@@ -17,7 +17,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_qst.base_model.linear_layers import in_features
+from hf_qst.base_model.offloading import input_device
 from hf_qst.calibration.data import MAIN_INPUTS, CalibrationError, label_names
+from hf_qst.calibration.moments import MeanInput, SecondMoment
 from hf_qst.calibration.sequences import (
     DECODER,
     SEVERAL,
@@ -30,9 +33,6 @@ from hf_qst.calibration.sequences import (
     places,
     rows_of_sequence,
 )
-from hf_qst.linear_layers import in_features
-from hf_qst.moments import MeanInput, SecondMoment
-from hf_qst.offloading import input_device
 
 _BYTES_PER_ENTRY = 8
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_qst.disp.estimators import ESTIMATORS
-from hf_qst.disp.hardening import CONSTRAINTS
 from hf_qst.disp.hypernetwork import HYPERNETWORKS
-from hf_qst.disp.layout import SELECTIONS
-from hf_qst.method_config import BUDGET_SCOPES, MethodConfig, is_count, is_number
-from hf_qst.registration import HfQstPeftType
+from hf_qst.pruning.layout import SELECTIONS
+from hf_qst.pruning.widths import CONSTRAINTS
+from hf_qst.tuner.config import BUDGET_SCOPES, MethodConfig, is_count, is_number
+from hf_qst.tuner.registration import HfQstPeftType
 
 HARDENINGS = ("budget", "threshold")
 
@@ -73,6 +73,10 @@ class DISPConfig(MethodConfig):
         default=None, init=False, repr=False, compare=False, metadata={"help": "Set to the decoder stack's path."}
     )
 
+    card_remark: ClassVar[str] = (
+        "It holds what pruning learnt about the base model, which is needed to load it. `model.merge_and_unload()` gives "
+        "the smaller model, which saves and loads without the base."
+    )
     not_saved: ClassVar[tuple[str, ...]] = ("target_modules",)
 
     def __post_init__(self):

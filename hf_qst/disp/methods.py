@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_qst.base_model.decoder_stack import DecoderStack
+from hf_qst.base_model.linear_layers import dense_weight
+from hf_qst.base_model.offloading import require_weights
+from hf_qst.base_model.packed_weights import unpacked
 from hf_qst.calibration import as_batches, collect_statistics, plan_passes
-from hf_qst.decoder_stack import DecoderStack
 from hf_qst.disp.config import DISPConfig
-from hf_qst.disp.hardening import SelectionMap, best_channels, masks_by_layer, widths_on_budget
-from hf_qst.disp.layout import SELECTIONS, PruningLayout
 from hf_qst.disp.model import parameter_budget
-from hf_qst.disp.pruned import find_prunable_stack, prune_blocks
-from hf_qst.linear_layers import dense_weight
-from hf_qst.offloading import require_weights
-from hf_qst.packed_weights import unpacked
+from hf_qst.pruning.branch import find_prunable_stack, prune_blocks
+from hf_qst.pruning.layout import SELECTIONS, PruningLayout
+from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, widths_on_budget
 
 ALLOCATIONS = ("uniform", "global")
 # Statistics of 4 GiB at a time; what does not fit waits for another pass over the data.

@@ -6,18 +6,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_qst.budget import BudgetError
-from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
-from hf_qst.disp.hardening import SelectionMap, rounded_width
+from hf_qst.base_model.budget import BudgetError
+from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
+from hf_qst.base_model.offloading import require_in_place, require_weights
+from hf_qst.base_model.packed_weights import find_packed, forbid_packing
 from hf_qst.disp.layer import DISPLayer
-from hf_qst.disp.layout import PruningLayout
-from hf_qst.disp.pruned import find_prunable_stack, prune_blocks
 from hf_qst.disp.report import PruningReport, other_parameters
 from hf_qst.disp.selection import SelectionNetwork
-from hf_qst.offloading import require_in_place, require_weights
-from hf_qst.packed_weights import find_packed, forbid_packing
+from hf_qst.pruning.branch import find_prunable_stack, prune_blocks
+from hf_qst.pruning.layout import PruningLayout
+from hf_qst.pruning.widths import SelectionMap, rounded_width
 from hf_qst.reshaped_models import ReshapedModel, to_dense
-from hf_qst.stack_tuner import StackTuner
+from hf_qst.tuner.stack_tuner import StackTuner
 
 
 class DISPModel(StackTuner):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
-from hf_qst.disp.layout import SELECTIONS
+from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
+from hf_qst.base_model.linear_layers import weight_count
 from hf_qst.disp.selection import SelectionNetwork
-from hf_qst.linear_layers import weight_count
+from hf_qst.pruning.layout import SELECTIONS
 
 
 def other_parameters(model: nn.Module, stack: DecoderStack) -> int:

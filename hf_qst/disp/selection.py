@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from hf_qst.disp.config import DISPConfig
 from hf_qst.disp.estimators import ESTIMATORS, THRESHOLDS
-from hf_qst.disp.hardening import SelectionMap, best_channels, masks_by_layer, rounded_width, widths_on_budget
 from hf_qst.disp.hypernetwork import make_hypernetwork
-from hf_qst.disp.layout import PruningLayout
+from hf_qst.pruning.layout import PruningLayout
+from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, rounded_width, widths_on_budget
 
 _UNDECIDED = 2
 

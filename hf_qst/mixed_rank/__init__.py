@@ -7,8 +7,8 @@ from hf_qst.mixed_rank.decomposition import factorize, metric_matrix, output_ene
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.model import MixedRankModel
 from hf_qst.mixed_rank.report import rank_report
-from hf_qst.registration import HfQstPeftType, register_method
 from hf_qst.reshaped_models import register_kind
+from hf_qst.tuner.registration import HfQstPeftType, register_method
 
 register_method(HfQstPeftType.MIXED_RANK, MixedRankConfig, MixedRankModel)
 register_kind(KIND, LowRankLinear.from_description)

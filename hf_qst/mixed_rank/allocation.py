@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_qst.budget import BudgetError
+from hf_qst.base_model.budget import BudgetError
 
 ALLOCATORS = ("hull", "gradual", "uniform")
 DENSE = 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_qst.linear_layers import dense_shape, weight_count
+from hf_qst.base_model.linear_layers import dense_shape, weight_count
 from hf_qst.mixed_rank.allocation import DENSE, BudgetError, LayerSpectrum, allocate_ranks
 from hf_qst.mixed_rank.targets import parameter_budget
 

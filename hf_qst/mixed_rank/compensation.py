@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from tqdm.auto import tqdm
 
+from hf_qst.calibration.moments import CrossMoment
 from hf_qst.mixed_rank.decomposition import factorize, shrinkage_intensity
-from hf_qst.moments import CrossMoment
 
 COMPENSATIONS = ("lstsq", "none", "gradient", "kd")
 GRADIENT_STEPS = 300

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_qst.base_model.linear_layers import dense_shape
+from hf_qst.base_model.offloading import require_weights
+from hf_qst.base_model.packed_weights import find_packed, unpacked
 from hf_qst.calibration import CalibrationError, as_batches, input_groups
-from hf_qst.linear_layers import dense_shape
+from hf_qst.calibration.moments import CrossMoment
 from hf_qst.mixed_rank.allocation import DENSE
 from hf_qst.mixed_rank.budget import allocate, fixed_ranks
 from hf_qst.mixed_rank.compensation import (
@@ -32,9 +35,6 @@ from hf_qst.mixed_rank.sensitivity import fisher_weights
 from hf_qst.mixed_rank.sequential import compress_in_order
 from hf_qst.mixed_rank.targets import find_blocks, find_targets
 from hf_qst.mixed_rank.weights import Weights
-from hf_qst.moments import CrossMoment
-from hf_qst.offloading import require_weights
-from hf_qst.packed_weights import find_packed, unpacked
 from hf_qst.reshaped_models import reshape_model
 
 logger = logging.getLogger(__name__)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_qst.method_config import BUDGET_SCOPES, MethodConfig, is_count, is_number
 from hf_qst.mixed_rank.allocation import ALLOCATORS
 from hf_qst.mixed_rank.compensation import COMPENSATIONS
 from hf_qst.mixed_rank.decomposition import METRICS
 from hf_qst.mixed_rank.quantization import SCHEMES
 from hf_qst.mixed_rank.sensitivity import LAYER_WEIGHTS
-from hf_qst.registration import HfQstPeftType
+from hf_qst.tuner.config import BUDGET_SCOPES, MethodConfig, is_count, is_number
+from hf_qst.tuner.registration import HfQstPeftType
 
 MODES = ("replace", "residual")
 
@@ -138,6 +138,11 @@ class MixedRankConfig(MethodConfig):
     statistics: dict[str, Any] = field(default_factory=dict, metadata={"help": "Error and shrinkage by layer."})
     allocation: dict | None = field(default=None, metadata={"help": "What allocator 'auto' compared and chose."})
 
+    card_remark: ClassVar[str] = (
+        "It holds the low-rank factors that stand in the place of the base model's weights, or beside them. The base model "
+        "is needed to load it; where factors replace weights, `model.merge_and_unload()` gives the smaller model, which "
+        "saves and loads without the base."
+    )
     not_saved: ClassVar[tuple[str, ...]] = ("calibration_data", "reference_model")
 
     def __post_init__(self):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_qst.moments import MeanInput, SecondMoment
+from hf_qst.calibration.moments import MeanInput, SecondMoment
 
 METRICS = ("second_moment", "normalized", "representative", "diagonal", "plain")
 # Directions that no input excites are ordered by the weight itself; far below what the others' errors can show.

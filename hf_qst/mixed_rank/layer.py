@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, set_weights
-from hf_qst.packed_weights import forbid_packing
+from hf_qst.base_model.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, set_weights
+from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.reshaped_models import ReshapedModelError
 
 KIND = "low_rank"

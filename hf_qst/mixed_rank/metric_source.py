@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.calibration import CalibrationError, collect_statistics, plan_passes
-from hf_qst.linear_layers import dense_shape
 from hf_qst.mixed_rank.decomposition import metric_matrix, shrinkage_intensity
 
 logger = logging.getLogger(__name__)

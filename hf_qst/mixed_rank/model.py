@@ -13,9 +13,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hf_qst import manifest
-from hf_qst.linear_layers import dense_shape, is_linear
-from hf_qst.manifest import WEIGHTS_NAME, CheckpointError
+from hf_qst.base_model.linear_layers import dense_shape, is_linear
+from hf_qst.base_model.offloading import require_in_place
 from hf_qst.mixed_rank.compression import compress, finished
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.quantization import (
@@ -26,8 +25,9 @@ from hf_qst.mixed_rank.quantization import (
     scheme_of,
 )
 from hf_qst.mixed_rank.targets import matches
-from hf_qst.offloading import require_in_place
 from hf_qst.reshaped_models import ReshapedModel, to_dense
+from hf_qst.saved import manifest
+from hf_qst.saved.manifest import WEIGHTS_NAME, CheckpointError
 
 
 class MixedRankModel(BaseTuner):

@@ -16,9 +16,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
-from hf_qst.linear_layers import dense_weight, float_dtype
+from hf_qst.base_model.linear_layers import dense_weight, float_dtype
+from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.mixed_rank.layer import LowRankLinear
-from hf_qst.packed_weights import forbid_packing
 
 SCHEMES = ("nf4", "int8")
 # Outlier columns of the inputs are multiplied in 16 bits, as with transformers' own 8-bit loading.

@@ -16,9 +16,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode, hooks
 from hf_qst.calibration.data import label_names
-from hf_qst.linear_layers import dense_shape
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_qst.decoder_stack import ARCHITECTURES, UnsupportedArchitectureError
-from hf_qst.linear_layers import dense_shape, is_linear, weight_count
+from hf_qst.base_model.decoder_stack import ARCHITECTURES, UnsupportedArchitectureError
+from hf_qst.base_model.linear_layers import dense_shape, is_linear, weight_count
 from hf_qst.mixed_rank.layer import LowRankLinear
 
 logger = logging.getLogger(__name__)
 
-# Where vision models keep their blocks; decoder-only language models are in `hf_qst.decoder_stack`.
+# Where vision models keep their blocks; decoder-only language models are in `hf_qst.base_model.decoder_stack`.
 VISION_BLOCKS = {"vit": "vit.layers", "deit": "deit.layers", "swin": "swin.encoder.layers"}
 
 

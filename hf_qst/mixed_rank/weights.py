@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.linear_layers import dense_shape, dense_weight, float_dtype, is_linear
+from hf_qst.base_model.linear_layers import dense_shape, dense_weight, float_dtype, is_linear
 from hf_qst.mixed_rank.allocation import LayerSpectrum
 from hf_qst.mixed_rank.decomposition import output_energies, output_error
 from hf_qst.mixed_rank.layer import LowRankLinear, MixedRankLayer

@@ -4,7 +4,7 @@ from hf_qst.qst.config import QSTConfig
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.model import QSTModel
 from hf_qst.qst.side_network import SideNetwork
-from hf_qst.registration import HfQstPeftType, register_method
+from hf_qst.tuner.registration import HfQstPeftType, register_method
 
 register_method(HfQstPeftType.QST, QSTConfig, QSTModel)
 

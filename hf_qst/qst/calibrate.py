@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_qst.base_model.offloading import is_offloaded, require_weights
 from hf_qst.calibration import CalibrationRun, as_batches, calibration_mode
-from hf_qst.moments import SecondMoment
-from hf_qst.offloading import is_offloaded, require_weights
+from hf_qst.calibration.moments import SecondMoment
 from hf_qst.qst.downsample import PrincipalDownsample
 
 logger = logging.getLogger(__name__)

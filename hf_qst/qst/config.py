@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_qst.method_config import MethodConfig, is_count, is_number
-from hf_qst.registration import HfQstPeftType
+from hf_qst.tuner.config import MethodConfig, is_count, is_number
+from hf_qst.tuner.registration import HfQstPeftType
 
 DOWNSAMPLE_KINDS = ("linear", "lora", "adapter", "maxpool", "avgpool", "principal")
 MIX_KINDS = ("residual", "paper", "sigmoid")
@@ -97,6 +97,9 @@ class QSTConfig(MethodConfig):
         default=None, init=False, repr=False, compare=False, metadata={"help": "Set to the decoder stack's path."}
     )
 
+    card_remark: ClassVar[str] = (
+        "It is a side network, which cannot be merged into the base model; the base stays as it is and is needed to run it."
+    )
     not_saved: ClassVar[tuple[str, ...]] = ("calibration_data", "target_modules")
 
     def __post_init__(self):

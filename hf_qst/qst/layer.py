@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from hf_qst.decoder_stack import DecoderStack
-from hf_qst.frozen_head import LOSS_REQUEST
+from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.qst import continuous_batching
 from hf_qst.qst.cache import with_side_layers
+from hf_qst.qst.frozen_head import LOSS_REQUEST
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork
-from hf_qst.stack_tuner import StackLayer, with_last_hidden_state
+from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
 # Arguments of a base block that are not the side block's: its own state, and what concerns caches it does not use.
 _NOT_FORWARDED = {

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
-from hf_qst.frozen_head import FrozenHeadLoss
-from hf_qst.packed_weights import keep_packed_weights
+from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
+from hf_qst.base_model.packed_weights import keep_packed_weights
 from hf_qst.qst.calibrate import fit_principal
 from hf_qst.qst.continuous_batching import RefuseContinuousBatching
+from hf_qst.qst.frozen_head import FrozenHeadLoss
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.side_network import SideNetwork
-from hf_qst.stack_tuner import StackTuner
+from hf_qst.tuner.stack_tuner import StackTuner
 
 
 class QSTModel(StackTuner):

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_qst.decoder_stack import BlockSpec
+from hf_qst.base_model.decoder_stack import BlockSpec
 from hf_qst.qst import fused_block
 
 

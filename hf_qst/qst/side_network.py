@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_qst.decoder_stack import DecoderStack
+from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.qst.downsample import make_downsample
 from hf_qst.qst.side_block import BlockContext, SideBlock, make_norm, side_spec
 from hf_qst_kernels import dispatch

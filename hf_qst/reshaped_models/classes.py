@@ -26,12 +26,12 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.manifest import CheckpointError
-from hf_qst.packed_weights import forbid_packing_of_odd_shapes
-from hf_qst.registration import IMPORT_REMINDER
+from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
 from hf_qst.reshaped_models.folder import check_folder, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
 from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
+from hf_qst.saved.manifest import CheckpointError
+from hf_qst.tuner.registration import IMPORT_REMINDER
 
 PLAIN_MODEL_TYPE = "hf_qst_reshaped"
 """What folders say that were saved before the name held the reminder."""

@@ -10,14 +10,14 @@ import contextlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
-from hf_qst.manifest import CheckpointError, build, check, tensor_name, write_text
+from hf_qst.saved.manifest import CheckpointError, build, check, tensor_name
+from hf_qst.saved.whole_files import whole_files, write_text
 
 MANIFEST_NAME = "hf_qst_manifest.json"
 MANIFEST_VERSION = 1
@@ -60,7 +60,7 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
     created = not os.path.isdir(directory)
     os.makedirs(directory, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".tmp_", dir=directory) as staging:
+        with whole_files(directory) as staging:
             save(staging)
             names = sorted(name for name in os.listdir(staging) if name.endswith(".safetensors"))
             if not names:
@@ -69,7 +69,10 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
             manifest = {"version": MANIFEST_VERSION, "modules": modules, "files": files}
             write_text(os.path.join(staging, MANIFEST_NAME), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             _write_card(staging, directory, *how_to_load)
-            _publish(staging, directory)
+            new = set(os.listdir(staging))
+        for name in set(os.listdir(directory)) - new:
+            if _WEIGHTS.fullmatch(name):
+                os.remove(os.path.join(directory, name))
     except BaseException:
         if created:
             with contextlib.suppress(OSError):  # something else was put there meanwhile
@@ -83,15 +86,6 @@ def _write_card(staging: str, directory: str, imports: str, loader: str) -> None
         text = file.read()
     if _CARD_MARK not in text:
         write_text(os.path.join(staging, "README.md"), text + _CARD.format(imports=imports, loader=loader))
-
-
-def _publish(staging: str, directory: str) -> None:
-    new = os.listdir(staging)
-    for name in new:
-        os.replace(os.path.join(staging, name), os.path.join(directory, name))
-    for name in set(os.listdir(directory)) - set(new):
-        if _WEIGHTS.fullmatch(name):
-            os.remove(os.path.join(directory, name))
 
 
 def check_folder(source: str, modules: dict, **hub) -> set[str]:

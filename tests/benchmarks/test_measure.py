@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import peak_rss, settle_rss, write_json
-from hf_qst.saved_bytes import SavedForBackward
+from hf_qst.planning.saved_bytes import SavedForBackward
 
 ROWS, WIDTH = 8, 16
 BYTES = ROWS * WIDTH * 4

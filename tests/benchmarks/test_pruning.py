@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from benchmarks import pruning, pruning_cost, pruning_methods, pruning_report, pruning_slicing
 from benchmarks.compression_methods import parameters
 from examples.prune import BASE
-from hf_qst.decoder_stack import find_decoder_stack
-from hf_qst.disp.layout import PruningLayout
+from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.pruning.layout import PruningLayout
 
 
 def tiny_llama(vocabulary=96, **changes):

@@ -12,7 +12,7 @@ from benchmarks.side_tuning_bases import SHAPES, copy_of, random_base, random_to
 from benchmarks.side_tuning_losses import at_seconds
 from benchmarks.side_tuning_methods import METHODS, Run
 from benchmarks.side_tuning_report import paired_ratio, table
-from hf_qst.packed_weights import forbid_packing
+from hf_qst.base_model.packed_weights import forbid_packing
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"].config

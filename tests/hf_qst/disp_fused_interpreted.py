@@ -11,7 +11,7 @@ from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_qst.disp.fused import DeferrableLinear
+from hf_qst.pruning.fused import DeferrableLinear
 from hf_qst_kernels import use_backend
 from hf_qst_kernels.dispatch import use_configuration
 from hf_qst_kernels.norm_select_triton import CONFIGURATIONS

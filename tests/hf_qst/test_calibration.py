@@ -13,7 +13,7 @@ from hf_qst.calibration import (
     input_groups,
     plan_passes,
 )
-from hf_qst.moments import CrossMoment, SecondMoment
+from hf_qst.calibration.moments import CrossMoment, SecondMoment
 from tests.architectures import digest, tiny, token_batch
 
 NAMES = [

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_qst import QSTConfig, UnsupportedArchitectureError
-from hf_qst.decoder_stack import ARCHITECTURES, find_decoder_stack
+from hf_qst.base_model.decoder_stack import ARCHITECTURES, find_decoder_stack
 from tests.architectures import CONFIGS, side_tuned, tiny
 
 

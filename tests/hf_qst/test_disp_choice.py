@@ -7,8 +7,8 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from hf_qst import DISPCallback, DISPConfig
-from hf_qst.disp.hardening import best_channels, widths_on_budget
 from hf_qst.disp.selection import SelectionNetwork, UndecidableError
+from hf_qst.pruning.widths import best_channels, widths_on_budget
 from tests.architectures import tiny, token_batch
 from tests.pruned_models import network, with_disp
 from tests.trainers import plain_trainer

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from hf_qst import prune_blocks, register_kind, reshape_model, to_dense
-from hf_qst.decoder_stack import find_decoder_stack
-from hf_qst.disp import fused
+from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.pruning import fused
 from hf_qst_kernels import linear_index_add, use_backend
 from tests.architectures import tiny
 from tests.hf_qst.fused_blocks import FUSED, IDS, Launches, furthest, logits, pruned, sites

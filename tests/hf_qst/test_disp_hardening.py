@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_qst import BudgetError
-from hf_qst.disp.hardening import SelectionMap, best_channels, masks_by_layer, rounded_width, widths_on_budget
-from hf_qst.disp.layout import ON_RESIDUAL, SELECTIONS, PruningLayout
+from hf_qst.pruning.layout import ON_RESIDUAL, SELECTIONS, PruningLayout
+from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, rounded_width, widths_on_budget
 
 WIDE = PruningLayout(4, 1024, 2816, 1024, 512, 2)
 SMALL = PruningLayout(3, 64, 128, 64, 32, 2)

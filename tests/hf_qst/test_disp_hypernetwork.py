@@ -5,8 +5,8 @@ import torch
 
 from hf_qst import DISPConfig
 from hf_qst.disp.hypernetwork import HyperNetwork, make_hypernetwork
-from hf_qst.disp.layout import PruningLayout
 from hf_qst.disp.selection import SelectionNetwork
+from hf_qst.pruning.layout import PruningLayout
 
 LLAMA_7B = PruningLayout(32, 4096, 11008, 4096, 4096, 2)
 QWEN3_06B = PruningLayout(28, 1024, 3072, 2048, 1024, 2)

@@ -6,11 +6,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_qst import UnsupportedArchitectureError
-from hf_qst.budget import BudgetError
+from hf_qst.base_model.budget import BudgetError
+from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.calibration import CalibrationError
-from hf_qst.decoder_stack import find_decoder_stack
 from hf_qst.disp import DISPConfig
-from hf_qst.disp.layout import SELECTIONS, PruningLayout
 from hf_qst.disp.methods import (
     PRUNING_METHODS,
     PruningTask,
@@ -20,7 +19,8 @@ from hf_qst.disp.methods import (
     register_pruning_method,
     wanda_scores,
 )
-from hf_qst.disp.pruned import PrunedBranch
+from hf_qst.pruning.branch import PrunedBranch
+from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from tests.architectures import CONFIGS, digest, tiny, token_batch
 
 METHODS = tuple(PRUNING_METHODS)

@@ -20,7 +20,7 @@ from hf_qst import (
     UnsupportedArchitectureError,
     prune_blocks,
 )
-from hf_qst.disp.layout import SELECTIONS
+from hf_qst.pruning.layout import SELECTIONS
 from tests.architectures import CONFIGS, tiny, token_batch
 from tests.pruned_models import network, random_masks, with_disp
 from tests.toy_data import tokenizer

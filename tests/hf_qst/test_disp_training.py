@@ -13,7 +13,7 @@ from transformers import Trainer, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
 from hf_qst import DISPCallback, DISPConfig
-from hf_qst.auxiliary_loss import with_auxiliary_loss
+from hf_qst.disp.auxiliary_loss import with_auxiliary_loss
 from tests.architectures import digest, in_nf4, tiny, token_batch
 from tests.pruned_models import network, with_disp
 from tests.toy_data import text_dataset, token_dataset, tokenizer

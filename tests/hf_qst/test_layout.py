@@ -63,6 +63,63 @@ def test_dependencies_point_one_way(package):
         assert ours <= MAY_IMPORT[package] | {package}, path
 
 
+# Folders of `hf_qst`, each of which may import those before it and the files beside it.
+ORDER = ["saved", "base_model", "calibration", "planning", "tuner", "reshaped_models", "pruning", "methods"]
+METHODS = {"qst", "disp", "mixed_rank"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names of all files of the packages."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            name = ".".join([package, *path.relative_to(folder).with_suffix("").parts])
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imported_files(name: str, path: Path, known) -> set[str]:
+    """Of `known`, those that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+    return (found & known.keys()) - {name}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = modules()
+    graph = {name: imported_files(name, path, files) for name, path in files.items()}
+    # A package's own file re-exports what lies in it.
+    left = {name: targets for name, targets in graph.items() if name not in PACKAGES}
+    while leaves := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in leaves}
+    assert not left
+
+
+def test_folders_import_one_way():
+    files = modules()
+    assert {path.name for path in PACKAGES["hf_qst"].glob("*.py")} == {"__init__.py", "version.py"}
+    for name, path in files.items():
+        package, *inside = name.split(".")
+        if package != "hf_qst" or len(inside) < 1 or inside == ["version"]:
+            continue
+        for target in imported_files(name, path, files):
+            other = target.split(".")[1:2]
+            if not target.startswith("hf_qst.") or other == inside[:1]:
+                continue
+            assert ORDER.index(_place(inside[0])) > ORDER.index(_place(other[0])), (name, target)
+
+
+def _place(folder: str) -> str:
+    return "methods" if folder in METHODS else folder
+
+
 def test_files_stay_short():
     folders = [*PACKAGES.values(), ROOT / "tests"]
     for path in (p for folder in folders for p in folder.rglob("*.py")):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_qst.linear_layers import dense_weight
+from hf_qst.base_model.linear_layers import dense_weight
+from hf_qst.calibration.moments import CrossMoment
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model, factorize
 from hf_qst.mixed_rank.compensation import ProxyRows, bias_shift, gradient_factors, least_squares_factors
-from hf_qst.moments import CrossMoment
 from tests.architectures import CONFIGS, digest, tiny, token_batch
 
 D_IN, D_OUT, RANK = 20, 32, 6

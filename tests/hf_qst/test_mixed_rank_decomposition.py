@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_qst.calibration.moments import SecondMoment
 from hf_qst.mixed_rank import factorize, metric_matrix, output_energies
 from hf_qst.mixed_rank.decomposition import METRICS, output_error
-from hf_qst.moments import SecondMoment
 
 SHAPES = [(24, 24), (24, 60), (60, 24)]
 RANK = 7

@@ -7,7 +7,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from hf_qst.linear_layers import dense_weight
+from hf_qst.base_model.linear_layers import dense_weight
 from hf_qst.mixed_rank import BudgetError, LowRankLinear, MixedRankConfig, NoDenseWeightsError, compress_model
 from hf_qst.mixed_rank.layer import MixedRankLayer
 from tests.architectures import digest, in_nf4, tiny, token_batch

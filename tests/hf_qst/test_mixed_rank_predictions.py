@@ -19,7 +19,7 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
-from hf_qst.linear_layers import is_linear
+from hf_qst.base_model.linear_layers import is_linear
 from hf_qst.mixed_rank import MixedRankConfig, compress
 from hf_qst.mixed_rank.predictions import mean_divergence
 from tests.architectures import tiny, token_batch

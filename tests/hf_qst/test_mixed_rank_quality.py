@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples import train_base
 from examples.compress_vit import accuracy, calibration, digits, new_vit
 from examples.corpus import held_out_loss
-from hf_qst.linear_layers import dense_weight
+from hf_qst.base_model.linear_layers import dense_weight
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model
 
 BASE = Path(train_base.__file__).parent / "base_model"

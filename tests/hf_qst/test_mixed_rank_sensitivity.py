@@ -25,8 +25,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from hf_qst.base_model.linear_layers import is_linear
 from hf_qst.calibration import CalibrationError
-from hf_qst.linear_layers import is_linear
 from hf_qst.mixed_rank import MixedRankConfig, compress
 from hf_qst.mixed_rank.sensitivity import fisher_weights
 from tests.architectures import tiny, token_batch

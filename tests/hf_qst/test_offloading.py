@@ -7,8 +7,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_qst import DISPConfig, prune_model
+from hf_qst.base_model.offloading import MissingWeightsError, input_device, is_offloaded
 from hf_qst.mixed_rank import MixedRankConfig, compress_model
-from hf_qst.offloading import MissingWeightsError, input_device, is_offloaded
 from tests.architectures import side_tuned, tiny, token_batch
 
 DATA = [{"input_ids": token_batch(4, 12, seed=s)} for s in range(2)]

@@ -8,7 +8,7 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from bitsandbytes.nn import Linear4bit, LinearNF4
 from peft import LoraConfig, get_peft_model
 
-from hf_qst.packed_weights import nf4_weight
+from hf_qst.base_model.packed_weights import nf4_weight
 from hf_qst_kernels.nf4_weight import naive_weight
 from tests.architectures import digest, in_nf4, side_tuned
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from hf_qst import QSTConfig
-from hf_qst.decoder_stack import find_decoder_stack
+from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.qst import SideNetwork, side_network
 from tests.architectures import side_network as network_of
 from tests.architectures import side_tuned, tiny, token_batch

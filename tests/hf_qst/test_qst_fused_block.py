@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_qst.decoder_stack import BlockSpec
+from hf_qst.base_model.decoder_stack import BlockSpec
 from hf_qst.qst import fused_block
 from hf_qst.qst.side_block import BlockContext, SideBlock
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_qst import frozen_head
+from hf_qst.qst import frozen_head
 from tests.architectures import CONFIGS, NF4, VOCAB, side_network, side_tuned, tiny, token_batch
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
-from hf_qst.decoder_stack import ARCHITECTURES
+from hf_qst.base_model.decoder_stack import ARCHITECTURES
 from tests.architectures import CONFIGS, VOCAB, side_tuned, tiny, token_batch
 from tests.hf_qst.test_qst_loss import loss_and_gradients, ragged
 from tests.trainers import plain_trainer

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, prepare_model_for_kbit_training
 
 from hf_qst import QSTConfig, QSTModel, SideNetworkMergeError
-from hf_qst.registration import HfQstPeftType, register_method
+from hf_qst.tuner.registration import HfQstPeftType, register_method
 from tests.architectures import CONFIGS, digest, in_nf4, side_layers, side_network, side_tuned, tiny, token_batch, wake
 
 IDS = token_batch()

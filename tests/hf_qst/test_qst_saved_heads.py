@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from hf_qst import CheckpointError, QSTConfig
-from hf_qst.manifest import describe
+from hf_qst.saved.manifest import describe
 from tests.architectures import digest, side_tuned, tiny, wake
 
 WEIGHTS = "adapter_model.safetensors"

@@ -26,7 +26,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_qst.decoder_stack import find_decoder_stack
+from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.reshaped_models import MODEL_TYPE, ReshapedModelError, reshape_model, to_dense
 from tests.architectures import NF4, side_tuned, tiny
 from tests.reshaped_toys import (

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hf_qst.manifest import write_text
+from hf_qst.saved.whole_files import write_text
 from hf_qst_plugins.adaptive_temperature.distribution import certainty
 from hf_qst_plugins.adaptive_temperature.policies import WINDOWS, TemperaturePolicy, positive, temperature_range
 from hf_qst_plugins.adaptive_temperature.rules import BlockState, Place, block_rule

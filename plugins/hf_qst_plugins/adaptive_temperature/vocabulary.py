@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hf_qst.manifest import write_text
+from hf_qst.saved.whole_files import write_text
 from hf_qst_plugins.adaptive_temperature.token_text import (
     WHITESPACE,
     adds_leading_space,

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_qst  # noqa: F401  (registers its methods with PEFT, for --adapter)
-from hf_qst.manifest import write_text
+from hf_qst.saved.whole_files import write_text
 
 from . import GENERATE_DEFAULTS, SHIPPED, Limits, evaluate, read_problems
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from hf_qst.manifest import write_text
+from hf_qst.saved.whole_files import whole_file, write_text
 from hf_qst_plugins.adaptive_temperature.rules import TokenRule, block_rule, line_rule
 from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
 
@@ -118,12 +118,10 @@ class DifficultyTable:
         axes[1].barh([row.name for row in rows], [row.loss for row in rows], color=colours)
         axes[1].set(xlabel="loss (nats)")
         figure.tight_layout()
-        temporary = path.with_name(f".{path.name}.tmp.png")
         try:
-            figure.savefig(temporary, dpi=120)
-            temporary.replace(path)
+            with whole_file(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=120)
         finally:
-            temporary.unlink(missing_ok=True)
             plt.close(figure)
 
 

@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from hf_qst.manifest import write_text
+from hf_qst.saved.whole_files import write_text
 
 from .problem_grammar import Specification, draw
 from .problems import Problem, as_record

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from hf_qst.disp.layout import SELECTIONS
+from hf_qst.pruning.layout import SELECTIONS
+from hf_qst.saved.whole_files import whole_file
 
 
 def require_matplotlib() -> None:
@@ -39,8 +39,6 @@ def plot_widths(masks: Sequence[Mapping[str, torch.Tensor]], path: str, title: s
         axes.plot([float(chosen[name].float().mean()) for chosen in masks], marker="o", markersize=3, label=name)
     axes.set(xlabel="layer", ylabel="kept part", ylim=(0, 1.05), title=title)
     axes.legend(fontsize=8, ncols=3)
-    directory = os.path.dirname(path) or "."
-    os.makedirs(directory, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".tmp_") as whole:
-        figure.savefig(os.path.join(whole, "plot.png"), dpi=120)
-        os.replace(os.path.join(whole, "plot.png"), path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

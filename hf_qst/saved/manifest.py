@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 
 import torch
 from safetensors import safe_open
 from torch import nn
+
+from hf_qst.saved.whole_files import write_text
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_MARK = "<!-- hf_qst usage -->"
@@ -36,18 +37,17 @@ model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
 
 {{remark}}
 """
-CARD_REMARKS = {
-    "QST": "It is a side network, which cannot be merged into the base model; the base stays as it is and is needed to "
-    "run it.",
-    "MIXED_RANK": "It holds the low-rank factors that stand in the place of the base model's weights, or beside them. "
-    "The base model is needed to load it; where factors replace weights, `model.merge_and_unload()` gives the smaller "
-    "model, which saves and loads without the base.",
-    "DISP": "It holds what pruning learnt about the base model, which is needed to load it. `model.merge_and_unload()` "
-    "gives the smaller model, which saves and loads without the base.",
-}
+# What the registered methods call the containers of their own tensors.
+_containers: set[str] = set()
 
-# What the methods call the containers of their own tensors.
-_OWN = re.compile(r"\b(?:\w+_net|mixed_rank_factors)\.")
+
+def register_container(name: str) -> None:
+    """Tensors below a module of this name are a method's own."""
+    _containers.add(name)
+
+
+def _own() -> re.Pattern:
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(_containers)))})\.")
 
 
 class CheckpointError(ValueError):
@@ -103,7 +103,8 @@ def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WE
     tensors = {tensor_name(key): tensor for key, tensor in tensors.items()}
     extra = tensors.keys() - expected.keys()
     if manifest.get("partial"):
-        extra = {name for name in extra if _OWN.search(name)}
+        own = _own()
+        extra = {name for name in extra if own.search(name)}
     for problem, names in (("is missing", expected.keys() - tensors), ("is not in its manifest", extra)):
         if names:
             raise CheckpointError(f"{file}: tensor {min(names)!r} {problem} ({len(names)} such tensors)")
@@ -143,7 +144,8 @@ def check_in_memory(manifest: Mapping, network: nn.Module) -> bool:
     missing = parameters.keys() - loaded.keys()
     if missing:
         raise CheckpointError(f"{WEIGHTS_NAME}: tensor {min(missing)!r} is missing ({len(missing)} such tensors)")
-    expected = {_OWN.split(key, maxsplit=1)[-1]: entry for key, entry in manifest["tensors"].items()}
+    own = _own()
+    expected = {own.split(key, maxsplit=1)[-1]: entry for key, entry in manifest["tensors"].items()}
     for name in loaded.keys() & expected.keys():
         tensor = loaded[name]
         if tensor._version > 0:
@@ -198,22 +200,8 @@ def for_directory(config, directory: str) -> dict | None:
     return None if pending is None else {**pending, "partial": True}
 
 
-def write_text(path: str, text: str) -> None:
-    """Write a text file whole or not at all."""
-    directory = os.path.dirname(path) or "."
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=".tmp_")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def complete_model_card(directory: str, method: str) -> None:
-    """Say in the folder's README how to load the adapter beside it, once."""
+def complete_model_card(directory: str, remark: str) -> None:
+    """Say in the folder's README how to load the adapter beside it, once; `remark` is of its method."""
     path = os.path.join(directory, "README.md")
     text = ""
     if os.path.exists(path):
@@ -221,4 +209,4 @@ def complete_model_card(directory: str, method: str) -> None:
             text = file.read()
     if CARD_MARK in text:
         return
-    write_text(path, text + CARD_TEXT.format(remark=CARD_REMARKS[method]))
+    write_text(path, text + CARD_TEXT.format(remark=remark))

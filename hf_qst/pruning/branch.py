@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.decoder_stack import Architecture, DecoderStack, UnsupportedArchitectureError, find_decoder_stack
-from hf_qst.disp.layout import SELECTIONS, PruningLayout
-from hf_qst.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, is_linear, set_weights
+from hf_qst.base_model.decoder_stack import Architecture, DecoderStack, UnsupportedArchitectureError, find_decoder_stack
+from hf_qst.base_model.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, is_linear, set_weights
+from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from hf_qst.reshaped_models import ReshapedModelError, register_kind, reshape_model
 
 KIND = "pruned_branch"
@@ -293,7 +293,7 @@ def _check_masks(stack: DecoderStack, masks: Sequence[Mapping[str, torch.Tensor]
 
 
 def _finish(model: nn.Module) -> None:
-    from hf_qst.disp.fused import fuse_blocks  # which imports this file
+    from hf_qst.pruning.fused import fuse_blocks  # which imports this file
 
     fuse_blocks(model)
 

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hf_qst.bare_calls import are_plain, is_bare, nobody_looks_on
-from hf_qst.disp.pruned import PrunedBranch
+from hf_qst.base_model.bare_calls import are_plain, is_bare, nobody_looks_on
+from hf_qst.pruning.branch import PrunedBranch
 from hf_qst_kernels.dispatch import runs_triton
 
 _PREFIXES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}

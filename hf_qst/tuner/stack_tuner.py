@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hf_qst import manifest
-from hf_qst.decoder_stack import DecoderStack, find_decoder_stack
+from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
+from hf_qst.saved import manifest
 
 logger = logging.getLogger(__name__)
 

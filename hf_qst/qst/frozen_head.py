@@ -17,7 +17,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_qst_kernels
-from hf_qst.packed_weights import find_packed, forbid_packing, nf4_weight
+from hf_qst.base_model.packed_weights import find_packed, forbid_packing, nf4_weight
 
 logger = logging.getLogger(__name__)
 

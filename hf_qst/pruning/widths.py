@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_qst.budget import BudgetError
-from hf_qst.disp.layout import ON_RESIDUAL, SELECTIONS, PruningLayout
+from hf_qst.base_model.budget import BudgetError
+from hf_qst.pruning.layout import ON_RESIDUAL, SELECTIONS, PruningLayout
 
 CONSTRAINTS = ("none", "layer", "model")
 _BISECTIONS = 60

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_qst.decoder_stack import DecoderStack
+from hf_qst.base_model.decoder_stack import DecoderStack
 
 SELECTIONS = ("attention_in", "attention_out", "mlp_in", "mlp_middle", "mlp_out")
 """The five selections of a block, S1 to S5 of the paper, in their order everywhere."""

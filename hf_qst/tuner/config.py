@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from hf_qst import manifest
-from hf_qst.registration import write_saved_name
+from hf_qst.saved import manifest
+from hf_qst.saved.whole_files import whole_files
+from hf_qst.tuner.registration import write_saved_name
 
 BUDGET_SCOPES = ("targets", "model")
 """What a `keep_ratio` is a part of: the weights a method may change, or all parameters of the model."""
@@ -47,6 +47,8 @@ class MethodConfig(PeftConfig):
 
     not_saved: ClassVar[tuple[str, ...]] = ()
     """Fields with data or models, of use while the adapter is made."""
+    card_remark: ClassVar[str] = ""
+    """What the card of a saved adapter says of its method."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,16 +85,15 @@ class MethodConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the configuration with the manifest of the weights, and complete the model card.
 
-        PEFT calls this after it wrote the weights, transformers before; see `hf_qst.manifest`.
+        PEFT calls this after it wrote the weights, transformers before; see `hf_qst.saved.manifest`.
         """
         os.makedirs(save_directory, exist_ok=True)
         loaded = self.manifest
         self.manifest = manifest.for_directory(self, save_directory)
         try:
-            with tempfile.TemporaryDirectory(dir=save_directory, prefix=".tmp_") as whole:
-                super().save_pretrained(whole, **kwargs)
-                write_saved_name(os.path.join(whole, CONFIG_NAME), self.peft_type)
-                os.replace(os.path.join(whole, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+            with whole_files(save_directory) as staging:
+                super().save_pretrained(staging, **kwargs)
+                write_saved_name(os.path.join(staging, CONFIG_NAME), self.peft_type)
         finally:
             self.manifest = loaded
-        manifest.complete_model_card(save_directory, self.peft_type.value)
+        manifest.complete_model_card(save_directory, self.card_remark)

@@ -16,6 +16,9 @@ import json
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from hf_qst.saved.manifest import register_container
+from hf_qst.saved.whole_files import write_text
+
 IMPORT_REMINDER = "run 'import hf_qst' before loading"
 """Part of the names in saved files that a process without this package looks up in vain and prints."""
 
@@ -47,6 +50,7 @@ def register_method(peft_type: HfQstPeftType, config_class: type, tuner_class: t
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_class
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_class
     PEFT_TYPE_TO_CONFIG_MAPPING[saved_name(peft_type)] = config_class
+    register_container(tuner_class.tuner_layer_cls.adapter_layer_names[0])
     # transformers' delete_adapter builds the prefix as the lower-case name plus "_".
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_class.prefix
 
@@ -61,5 +65,4 @@ def write_saved_name(path: str, peft_type: HfQstPeftType) -> None:
     with open(path, encoding="utf-8") as file:
         values = json.load(file)
     values["peft_type"] = saved_name(peft_type)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2, sort_keys=True)
+    write_text(path, json.dumps(values, indent=2, sort_keys=True))

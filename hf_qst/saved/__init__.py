@@ -1,0 +1,1 @@
+"""Files: what they must hold, and the one way to write them."""
