@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -18,6 +16,7 @@ from hf_qst.disp.auxiliary_loss import with_auxiliary_loss
 from hf_qst.disp.selection import UndecidableError
 from hf_qst.pruning.branch import with_first_argument
 from hf_qst.pruning.layout import SELECTIONS
+from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
 logger = logging.getLogger(__name__)
@@ -27,23 +26,10 @@ _Gate = torch.Tensor | None
 _BY_INDEX = Sequence[_Gate] | Mapping[int, _Gate]
 
 
-class _Gates(threading.local):
-    """Where the hooks in the blocks find the gates of the forward that runs in their thread; None outside one."""
+class _Gates(RunningForward):
+    """Where the hooks in the blocks find the gates of the forward that runs in their thread."""
 
-    def __init__(self):  # in each thread; under torch.compile a default of the class would not do
-        self.current: _BY_INDEX | None = None
-
-    def __reduce__(self):
-        # A copy of a model starts without a running forward.
-        return type(self), ()
-
-    @contextmanager
-    def using(self, gates: _BY_INDEX | None) -> Iterator[None]:
-        before, self.current = self.current, gates
-        try:
-            yield
-        finally:
-            self.current = before
+    current: _BY_INDEX | None
 
     def apply(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` [..., channels] times gate `index`, if there is one."""

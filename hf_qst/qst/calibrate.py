@@ -58,13 +58,9 @@ def fit_principal(model: nn.Module, layer, network, batches) -> None:
     run = CalibrationRun(model)
     statistics = _Statistics(run)
     taken = inspect.signature(layer.base_layer.forward).parameters
-    layer.tape.recorder = statistics
-    try:
-        with calibration_mode(model):
-            for batch in tqdm(batches, desc="principal directions", unit="batch"):
-                inputs = {key: value for key, value in run.enter(batch).items() if key in taken}
-                layer.base_layer(**{**inputs, "use_cache": False})
-    finally:
-        layer.tape.recorder = None
+    with layer.tape.using(statistics), calibration_mode(model):
+        for batch in tqdm(batches, desc="principal directions", unit="batch"):
+            inputs = {key: value for key, value in run.enter(batch).items() if key in taken}
+            layer.base_layer(**{**inputs, "use_cache": False})
     for index, part in enumerate(parts):
         part.fit(*statistics.moments[index].mean_and_covariance())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.frozen_head import LOSS_REQUEST
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork
+from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
 # Arguments of a base block that are not the side block's: its own state, and what concerns caches it does not use.
@@ -60,20 +60,10 @@ class _Recorder:
         self.contexts.append(context)
 
 
-class _Tape(threading.local):
-    """Where the blocks' hooks find the recorder of the forward that runs in their thread; None outside one."""
-
-    recorder: _Recorder | None = None
-
-    def __reduce__(self):
-        # A copy of a model starts without a running forward.
-        return type(self), ()
-
-
 class _BlockHook:
     """Forward hook of base block `index`. A class of this module, so that models pickle and deep-copy."""
 
-    def __init__(self, index: int, block: nn.Module, tape: _Tape):
+    def __init__(self, index: int, block: nn.Module, tape: RunningForward):
         self.index = index
         self.tape = tape
         self.parameters = [
@@ -83,7 +73,7 @@ class _BlockHook:
         ][1:]
 
     def __call__(self, block, args, kwargs, output):
-        recorder = self.tape.recorder
+        recorder = self.tape.current
         if recorder is None:
             return
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -110,7 +100,7 @@ class QSTLayer(StackLayer):
     def __init__(self, base_layer: nn.Module, stack: DecoderStack):
         super().__init__(base_layer)
         self.num_layers = len(stack.blocks)
-        self.tape = _Tape()
+        self.tape = RunningForward()
         self.hook_handles = [
             block.register_forward_hook(_BlockHook(i, block, self.tape), with_kwargs=True)
             for i, block in enumerate(stack.blocks)
@@ -138,12 +128,9 @@ class QSTLayer(StackLayer):
         if kwargs["use_cache"] or cache is not None:
             cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers)
 
-        self.tape.recorder = recorder = _Recorder(network, torch.is_grad_enabled())
-        try:
-            with torch.no_grad():
-                output = self.base_layer(**kwargs)
-        finally:
-            self.tape.recorder = None
+        recorder = _Recorder(network, torch.is_grad_enabled())
+        with self.tape.using(recorder), torch.no_grad():
+            output = self.base_layer(**kwargs)
 
         base = output[0].detach()
         side = network(recorder.embedding, recorder.taps, recorder.contexts, cache)

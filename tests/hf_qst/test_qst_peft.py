@@ -319,7 +319,7 @@ def test_failed_forward_leaves_nothing_behind():
     expected = logits(model)
     with pytest.raises(IndexError):
         model(input_ids=torch.tensor([[500]]))
-    assert side_layers(model)[0].tape.recorder is None
+    assert side_layers(model)[0].tape.current is None
     assert torch.equal(logits(model), expected)
 
 
