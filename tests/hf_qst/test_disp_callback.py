@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_qst.reshaped_models.folder._publish", full)
+    monkeypatch.setattr("hf_qst.saved.whole_files.os.replace", full)
     model = with_disp()
     run = disp_trainer(
         model, tmp_path / "out", DISPCallback(export_directory=tmp_path / "small", progress=False), max_steps=2
