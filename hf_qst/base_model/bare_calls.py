@@ -29,7 +29,12 @@ def nobody_looks_on(inputs: torch.Tensor) -> bool:
 
     That nothing is compiled or traced is part of the rule of `hf_qst_kernels.dispatch`.
     """
-    return not (torch.is_autocast_enabled(inputs.device.type) or _module._has_any_global_hook())
+    return not torch.is_autocast_enabled(inputs.device.type) and no_global_hooks()
+
+
+def no_global_hooks() -> bool:
+    """Whether there are no hooks on all modules at once."""
+    return not _module._has_any_global_hook()
 
 
 def are_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from hf_qst.base_model.bare_calls import are_plain, is_bare, no_global_hooks
 from hf_qst_kernels.dispatch import autocast_dtype, every_operation_counts
 
 _aten = torch.ops.aten
@@ -28,7 +29,6 @@ ACTIVATIONS = {
 }
 ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
 ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"]
-_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def fuses(block: nn.Module, hidden: torch.Tensor) -> bool:
@@ -39,17 +39,12 @@ def fuses(block: nn.Module, hidden: torch.Tensor) -> bool:
     spec = block.attention.spec
     if spec.parallel is not None or spec.post_norms or spec.activation not in ACTIVATIONS:
         return False
-    if torch.compiler.is_compiling() or every_operation_counts() or type(hidden) not in _PLAIN:
+    if torch.compiler.is_compiling() or every_operation_counts() or not no_global_hooks():
         return False
-    for part in block.fused_parts:
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return False
-        if "forward" in part.__dict__:  # accelerate's hooks replace it
-            return False
-        for parameter in part._parameters.values():
-            if parameter is not None and (type(parameter) not in _PLAIN or parameter.dtype != hidden.dtype):
-                return False
-    return True
+    parts = block.fused_parts
+    return all(map(is_bare, parts)) and are_plain(
+        hidden.dtype, hidden, *(parameter for part in parts for parameter in part._parameters.values())
+    )
 
 
 def heads(

@@ -127,6 +127,8 @@ def test_the_modules_run_where_something_has_to_see_them():
     assert seen == ["down_proj"] and not fused_block.fuses(block, x)
     handle.remove()
     assert fused_block.fuses(block, x)
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert not fused_block.fuses(block, x)
     assert not fused_block.fuses(block, x.double())
     block.attention.q_proj.forward = block.attention.q_proj.forward  # as accelerate's hooks do
     assert not fused_block.fuses(block, x)
