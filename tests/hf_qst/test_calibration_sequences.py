@@ -38,9 +38,9 @@ from transformers import (
 
 from hf_qst.calibration import CalibrationError, CalibrationRun, collect_statistics, input_groups
 from tests.architectures import tiny, token_batch
+from tests.tiny_widths import ONE_LAYER as WIDTHS
+from tests.tiny_widths import PATCHES
 
-WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-PATCHES = {"image_size": 32, "patch_size": 8}  # 16 patches
 SEQ2SEQ = {
     "vocab_size": 100, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,

@@ -22,9 +22,8 @@ from hf_qst import UnsupportedArchitectureError
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress_model
 from tests.architectures import tiny, token_batch
 from tests.hf_qst.test_mixed_rank_architectures import EVERY, TARGETS, batch, build, data
+from tests.tiny_widths import PATCHES, WIDTHS
 
-WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-PATCHES = {"image_size": 32, "patch_size": 8}
 VISION = {"model_type": "clip_vision_model", **WIDTHS, **PATCHES}
 LANGUAGE = {"model_type": "llama", **WIDTHS, "vocab_size": 128}
 SPEECH = {

@@ -23,8 +23,9 @@ from hf_qst.base_model.linear_layers import is_linear
 from hf_qst.mixed_rank import MixedRankConfig, compress
 from hf_qst.mixed_rank.predictions import mean_divergence
 from tests.architectures import tiny, token_batch
+from tests.tiny_widths import ENCODER_DECODER
+from tests.tiny_widths import ONE_LAYER as WIDTHS
 
-WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 IDS = token_batch(6, 10)
 MASK = (torch.arange(10) < 7).long().expand(6, 10).clone()
 MASK[0] = 0  # a text without tokens
@@ -37,11 +38,7 @@ def bert(kind, **changes):
 
 
 def bart():
-    widths = {
-        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
-    }  # fmt: skip
-    return BartForConditionalGeneration(BartConfig(vocab_size=100, init_std=0.3, **widths))
+    return BartForConditionalGeneration(BartConfig(vocab_size=100, init_std=0.3, **ENCODER_DECODER))
 
 
 def segformer(classes=5):

@@ -30,9 +30,8 @@ from hf_qst.calibration import CalibrationError
 from hf_qst.mixed_rank import MixedRankConfig, compress
 from hf_qst.mixed_rank.sensitivity import fisher_weights
 from tests.architectures import tiny, token_batch
+from tests.tiny_widths import ENCODER_DECODER, PATCHES, WIDTHS
 
-WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-PATCHES = {"image_size": 32, "patch_size": 8}
 IDS = token_batch(8, 12)
 
 
@@ -49,13 +48,9 @@ def bert(kind, **changes):
 
 
 def whisper():
-    widths = {
-        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
-    }  # fmt: skip
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     sizes = {"vocab_size": 100, "max_source_positions": 20, "num_mel_bins": 8}
-    return WhisperForConditionalGeneration(WhisperConfig(**widths, **special, **sizes))
+    return WhisperForConditionalGeneration(WhisperConfig(**ENCODER_DECODER, **special, **sizes))
 
 
 def clip():
