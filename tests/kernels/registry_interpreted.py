@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from benchmarks.kernels_tune import candidates
+from benchmarks.kernels.tune import candidates
 from hf_qst_kernels import linear_index_add, norm_index_select, use_backend
 from hf_qst_kernels.dispatch import use_configuration
 from hf_qst_kernels.registry import OPS, ModelShape

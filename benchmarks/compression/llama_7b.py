@@ -1,0 +1,182 @@
+"""Time and memory of compressing a LLaMA-2-7B-shaped model, predicted from its arithmetic and from layers really done.
+
+Operations are counted from the shapes; rates and the time of one layer's decomposition are measured on the machine at
+hand, on real sizes. On a GPU the rates are assumptions, and marked as such, until this runs on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.compression.methods import processor_clock
+from hf_qst.calibration.moments import CrossMoment, SecondMoment
+from hf_qst.mixed_rank import output_energies
+from hf_qst.mixed_rank.compensation import least_squares_factors
+
+BLOCKS, HIDDEN, INNER, HEADS_OUT = 32, 4096, 11008, 32000
+# Layers that share an input, with the number of layers of each: what has one statistic.
+GROUPS = {
+    "q, k, v": (HIDDEN, HIDDEN, 3),
+    "o": (HIDDEN, HIDDEN, 1),
+    "gate, up": (HIDDEN, INNER, 2),
+    "down": (INNER, HIDDEN, 1),
+}
+# Forward passes over the calibration data: one of the dense model for the energies, then for the compensation both
+# streams of hidden states, each group's inputs and the step to the next block, every pass ending at what it is for.
+COMPENSATION_PASSES = 10
+# Of a GPU of the H100 or H200 kind; nothing here was measured.
+ASSUMED_GPU = {
+    "forward": 350e12,  # bfloat16 products of a forward pass
+    "products": 35e12,  # float32 products without TF32, for the moments
+    "double": 30e12,  # float64 products
+    "eigh_4096": 3.0,  # seconds of one symmetric eigenproblem of 4096 in float64
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the model would be compressed: calibration tokens, part kept, bytes that statistics may take at once."""
+
+    tokens: int = 128 * 2048
+    keep: float = 0.4
+    memory_limit: int = 16 * 2**30
+
+
+def rank(d_in: int, d_out: int, keep: float) -> int:
+    return int(keep * d_in * d_out / (d_in + d_out)) // 8 * 8
+
+
+def moment_bytes() -> int:
+    """Bytes of all second moments of the model at once, in float64."""
+    return BLOCKS * sum(8 * d_in * d_in for d_in, _, _ in GROUPS.values())
+
+
+def arithmetic(plan: Plan) -> dict:
+    """Operations and bytes of each stage; `passes` are those of stage 1, whose statistics fit `memory_limit` in turns."""
+    weights = BLOCKS * sum(d_in * d_out * count for d_in, d_out, count in GROUPS.values())
+    passes = -(-moment_bytes() // plan.memory_limit)
+    products = BLOCKS * sum(2 * d_in * d_in for d_in, _, _ in GROUPS.values()) * plan.tokens
+    solves = BLOCKS * sum(count * _products(d_in, d_out) for d_in, d_out, count in GROUPS.values())
+    return {
+        "tokens": plan.tokens,
+        "target_weights": weights,
+        "forward_passes": passes + COMPENSATION_PASSES,
+        "forward_operations": (passes + COMPENSATION_PASSES) * 2 * weights * plan.tokens,
+        # Stage 1 takes C of the dense inputs, stage 3 C and K of the compressed model's.
+        "moment_operations": 3 * products,
+        "double_operations": solves,
+        "eigenproblems": BLOCKS * sum(count for _, _, count in GROUPS.values()),
+        "weights_bytes_bf16": 2 * (weights + 2 * HEADS_OUT * HIDDEN),
+        "factors_bytes_bf16": int(2 * plan.keep * weights),
+        "hidden_states_bytes_bf16": 2 * 2 * plan.tokens * HIDDEN,
+        "moments_bytes": min(moment_bytes(), plan.memory_limit),
+        "largest_layer_bytes": 8 * (3 * INNER**2 + 4 * INNER * HIDDEN),
+    }
+
+
+def rates(size: int = 2048, repeats: int = 3) -> dict[str, float]:
+    """Operations per second of this machine's products as the compression uses them."""
+    found = {}
+    for name, dtype in (("forward", torch.float32), ("double", torch.float64)):
+        one, other = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+        one @ other
+        start = processor_clock()
+        for _ in range(repeats):
+            one @ other
+        found[name] = 2 * size**3 * repeats / (processor_clock() - start)
+    return found | {"products": found["double"]}  # on a CPU moments are taken in float64
+
+
+@torch.no_grad()
+def one_layer(d_in: int, d_out: int, keep: float, rows: int) -> dict:
+    """Seconds of all that is done for one layer but running it: its energies, then its compensated factors.
+
+    The weight is random and its inputs decay as a power law; the time does not depend on the values.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, d_in + 1).float() ** -0.5
+    inputs = torch.randn(rows, d_in, generator=generator) * scale
+    weight = torch.randn(d_in, d_out, generator=generator) * d_in**-0.5
+    moments = CrossMoment(d_in, torch.device("cpu"))
+    start = processor_clock()
+    SecondMoment(d_in, torch.device("cpu")).add(inputs)
+    seconds = {"moment": processor_clock() - start}
+    moments.add_pair(inputs, inputs)
+    chosen = rank(d_in, d_out, keep)
+    steps = {
+        "energies": lambda: output_energies(weight, moments.second_moment()),
+        "factors": lambda: least_squares_factors(weight, moments, chosen),
+    }
+    for name, step in steps.items():
+        start = processor_clock()
+        step()
+        seconds[name] = processor_clock() - start
+    return {"shape": [d_in, d_out], "rank": chosen, "rows": rows, "seconds": seconds}
+
+
+def predict(plan: Plan, speeds: dict[str, float], layer_seconds: dict[str, float]) -> dict:
+    """Seconds of each part of the whole compression at these rates.
+
+    Args:
+        speeds: operations per second: `forward`, `products`, `double`.
+        layer_seconds: of one layer's energies and compensated factors together, by group of `GROUPS`.
+    """
+    counted = arithmetic(plan)
+    parts = {
+        "forward passes": counted["forward_operations"] / speeds["forward"],
+        "moments": counted["moment_operations"] / speeds["products"],
+        "decompositions": BLOCKS * sum(layer_seconds[name] * count for name, (_, _, count) in GROUPS.items()),
+    }
+    return {"parts": parts, "seconds": sum(parts.values())}
+
+
+def assumed_layer_seconds() -> dict[str, float]:
+    """Of a GPU: energies, factors, their balance and a solve as three eigenproblems of 4096, and the products beside."""
+    products = {name: _products(d_in, d_out) for name, (d_in, d_out, _) in GROUPS.items()}
+    return {name: 3 * ASSUMED_GPU["eigh_4096"] + ops / ASSUMED_GPU["double"] for name, ops in products.items()}
+
+
+def _products(d_in: int, d_out: int) -> float:
+    """Operations of a layer's float64 products: the solve, K W, and twice (energies, factors) what makes the problem."""
+    return 2 / 3 * d_in**3 + 6 * d_in * d_in * d_out
+
+
+def measured(size: int, widths: Sequence[int], done: dict, save: Callable[[dict], None]) -> dict:
+    """Layers really decomposed, this machine's rates, and what both give for the whole model.
+
+    Layers that are in `done` already are not decomposed again; `save` is given each state.
+
+    Args:
+        size (`int`): of the square layer and of the input of the others; `HIDDEN` but in a trial.
+        widths: outputs of the layers to decompose; the square one, `size`, is always among them.
+    """
+    result = {"layers": done.get("layers", [])}
+    have = {layer["shape"][1] for layer in result["layers"]}
+    for d_out in [width for width in dict.fromkeys((size, *widths)) if width not in have]:
+        result["layers"].append(one_layer(size, d_out, Plan.keep, size))
+        save(result)
+    speeds = done.get("rates") or rates(min(size, 2048))
+    seconds = {name: _layer_seconds(shape, result["layers"], speeds["double"]) for name, shape in GROUPS.items()}
+    plan = Plan()
+    return result | {
+        "plan": vars(plan),
+        "rates": speeds,
+        "arithmetic": arithmetic(plan),
+        "here": {"layer_seconds": seconds, **predict(plan, speeds, seconds)},
+        "gpu": {
+            "assumed": ASSUMED_GPU,
+            "layer_seconds": assumed_layer_seconds(),
+            **predict(plan, ASSUMED_GPU, assumed_layer_seconds()),
+        },
+    }
+
+
+def _layer_seconds(shape: tuple[int, int, int], layers: Sequence[dict], speed: float) -> float:
+    """Of one layer: as measured, or as the square one, whose eigenproblems have the same size, with its own products."""
+    spent = {tuple(layer["shape"]): sum(layer["seconds"][k] for k in ("energies", "factors")) for layer in layers}
+    d_in, d_out, _ = shape
+    square = (layers[0]["shape"][0],) * 2
+    return spent.get((d_in, d_out)) or spent[square] + (_products(d_in, d_out) - _products(HIDDEN, HIDDEN)) / speed

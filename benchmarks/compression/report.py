@@ -1,0 +1,234 @@
+"""What the compression benchmark prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+from benchmarks.compression.llm import RESIDUALS
+from benchmarks.compression.methods import BASELINES, DEFAULT, METHODS, place
+from benchmarks.compression.vit import summary
+
+MIB = 2**20
+# The kinds of held-out text, as columns.
+KINDS = {"stdlib": "in domain", "transformers": "other Python", "prose": "English prose"}
+
+
+def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are figures."""
+    if any(len(line) != len(columns) for line in lines):
+        raise ValueError(f"every line must have {len(columns)} cells")
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *lines])
+
+
+def pm(value: tuple[float, float | None], digits: int = 1) -> str:
+    middle, width = value
+    return f"{middle:.{digits}f}" + ("" if width is None else f" ± {width:.{digits}f}")
+
+
+def _label(method: str) -> str:
+    return f"**{METHODS[method].label}**" if method == DEFAULT else METHODS[method].label
+
+
+def llm_table(result: dict) -> str:
+    dense = result["dense"]
+    lines = [["1", "dense", f"{dense['parameters']:,}", *(f"{dense['perplexity'][kind]:.2f}" for kind in KINDS)]]
+    for row in sorted(result["rows"], key=lambda row: place(row["keep"], row["method"])):
+        cells = [f"{row['perplexity'][kind]:.2f}" for kind in KINDS]
+        lines.append([f"{row['keep']:g}", _label(row["method"]), f"{row['parameters']:,}", *cells])
+    return markdown(["keep", "method", "parameters", *KINDS.values()], lines)
+
+
+def cost_table(result: dict) -> str:
+    lines = [
+        [_label(row["method"]), f"{row['seconds']:.1f}", f"{row['peak_bytes'] / MIB:.0f}"] for row in result["rows"]
+    ]
+    return markdown([f"{result['tokens']:,} tokens, keep {result['keep']:g}", "s", "peak MiB above the model"], lines)
+
+
+def margins(result: dict) -> list[dict]:
+    """The default's loss minus that of each other method on the same text, in nats, with the 95 % half width."""
+    rows = {(row["keep"], row["method"]): row["losses"] for row in result["rows"]}
+    found = []
+    for (keep, method), losses in sorted(rows.items(), key=lambda item: place(*item[0])):
+        if method == DEFAULT or (keep, DEFAULT) not in rows:
+            continue
+        for kind, parts in losses.items():
+            gaps = [a - b for a, b in zip(rows[keep, DEFAULT][kind], parts, strict=True)]
+            width = 1.96 * stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+            found.append({"keep": keep, "method": method, "kind": kind, "nats": (mean(gaps), width)})
+    return found
+
+
+def margin_table(result: dict) -> str:
+    found = margins(result)
+    pairs = list(dict.fromkeys((one["keep"], one["method"]) for one in found))
+    cells = {(one["keep"], one["method"], one["kind"]): pm(one["nats"], 3) for one in found}
+    lines = [[f"{k:g}", METHODS[m].label, *(cells[k, m, kind] for kind in KINDS)] for k, m in pairs]
+    return markdown(["keep", "default minus", *KINDS.values()], lines)
+
+
+def aims(result: dict) -> str:
+    """Whether the default is below every baseline, and mixed ranks below uniform ones, at every part kept."""
+    at = {(row["keep"], row["method"]): row["perplexity"]["stdlib"] for row in result["rows"]}
+    lines = []
+    for keep in sorted({keep for keep, _ in at}, reverse=True):
+        baselines = [at[keep, name] for name in BASELINES if (keep, name) in at]
+        if baselines and (keep, DEFAULT) in at:
+            met = at[keep, DEFAULT] < min(baselines)
+            lines.append(
+                f"keep {keep:g}: default {at[keep, DEFAULT]:.2f}, best baseline {min(baselines):.2f}: {verdict(met)}"
+            )
+        for mixed, uniform in (("mix", "svd-llm"), (DEFAULT, "uniform-lstsq")):
+            if (keep, mixed) in at and (keep, uniform) in at:
+                met = at[keep, mixed] < at[keep, uniform]
+                lines.append(f"keep {keep:g}: {METHODS[mixed].label} below {METHODS[uniform].label}: {verdict(met)}")
+    return "\n".join(lines)
+
+
+def verdict(holds: bool) -> str:
+    return "met" if holds else "missed"
+
+
+def residual_table(result: dict) -> str:
+    lines = [["dense", "", *(f"{result['dense']['perplexity'][kind]:.3f}" for kind in KINDS)]]
+    for row in result["rows"]:
+        lines.append(
+            [
+                RESIDUALS[row["method"]][0],
+                f"{row['added_parameters']:,}",
+                *(f"{row['perplexity'][kind]:.3f}" for kind in KINDS),
+            ]
+        )
+    return markdown([f"residuals of rank {result['rank']}", "added", *KINDS.values()], lines)
+
+
+def vit_table(result: dict) -> str:
+    dense = [one["dense"] for one in result["seeds"]]
+    accuracies = ", ".join(f"{one['accuracy']:.1f}" for one in dense)
+    lines = [
+        [
+            f"{row['keep']:g}",
+            _label(row["method"]),
+            f"{row['parameters']:,}",
+            pm(row["accuracy"]),
+            pm(row["drop"], 2),
+        ]
+        for row in summary(result)
+    ]
+    table = markdown(["keep", "method", "parameters", "accuracy", "points lost"], lines)
+    training = mean(one["training_accuracy"] for one in dense)
+    return (
+        f"dense: {dense[0]['parameters']:,} parameters, {accuracies} % by seed, {training:.1f} % in training\n\n{table}"
+    )
+
+
+def vit_aim(result: dict, keep: float = 0.4, points: float = 0.5) -> str:
+    """Whether the default loses at most `points` at this part kept, in the mean over the seeds."""
+    rows = [row for row in summary(result) if row["method"] == DEFAULT and row["keep"] == keep]
+    return "\n".join(
+        f"keep {keep:g}: {pm(row['drop'], 2)} points lost (aim: {points:g}): {verdict(row['drop'][0] <= points)}"
+        for row in rows
+    )
+
+
+def layer_facts(result: dict) -> dict:
+    """The worst and mean of the layers' errors against the optimum, the plain SVD and the floor."""
+    rows = result["by_itself"]
+    ratio = lambda one, other: [row[one] / row[other] for row in rows if row[other] > 0]
+    against = {
+        "calibration over its optimum": ratio("calibration", "calibration_optimum"),
+        "held-out over plain SVD": ratio("held", "held_plain"),
+        "held-out over its floor": ratio("held", "floor"),
+    }
+    return {name: {"mean": mean(values), "worst": max(values)} for name, values in against.items()}
+
+
+def layer_aims(result: dict) -> str:
+    """Whether every layer is within 1 % of its optimum, and none above the plain SVD on new data."""
+    lines = []
+    for name, facts in ((name, layer_facts(one)) for name, one in result.items()):
+        near, below = facts["calibration over its optimum"]["worst"], facts["held-out over plain SVD"]["worst"]
+        lines.append(
+            f"{name}: within 1 % of the optimum: {verdict(near <= 1.01)}; never above plain SVD: {verdict(below <= 1)}"
+        )
+    return "\n".join(lines)
+
+
+def layer_table(result: dict) -> str:
+    lines = []
+    for name, facts in ((name, layer_facts(one)) for name, one in result.items()):
+        lines += [[f"{name}: {what}", f"{fact['mean']:.4f}", f"{fact['worst']:.4f}"] for what, fact in facts.items()]
+    return markdown(["error of a layer by itself", "mean of layers", "worst layer"], lines)
+
+
+def stream_table(result: dict) -> str:
+    lines = []
+    for name, one in result.items():
+        for method, errors in one["in_the_model"].items():
+            values = list(errors.values())
+            lines.append([f"{name}: {METHODS[method].label}", f"{mean(values):.4f}", f"{max(values):.4f}"])
+    return markdown(["error of a layer in the compressed model", "mean of layers", "worst layer"], lines)
+
+
+def speed_table(result: dict) -> str:
+    parts = [one["part"] for one in result["layers"][0]["factors"]]
+    lines = []
+    for row in result["layers"]:
+        even = "never slower" if row["break_even"] is None else f"{row['break_even']:.2f}"
+        shape = f"{row['shape'][0]} x {row['shape'][1]}, {row['rows']} row{'s' * (row['rows'] > 1)}"
+        lines.append(
+            [shape, f"{row['dense_seconds'] * 1e3:.2f}", *(f"{one['of_dense']:.2f}" for one in row["factors"]), even]
+        )
+    columns = ["layer", "dense ms", *(f"{part:g}" for part in parts), "equal at"]
+    return markdown(columns, lines)
+
+
+def model_table(result: dict) -> str:
+    lines = []
+    for name in (name for name in ("base", "100m") if name in result):
+        for row in result[name]:
+            kept = "dense" if row["model"] == "dense" else f"keep {row['model']}"
+            cells = [f"{row[f'{k}_tokens_per_second']:.0f}" for k in ("prefill", "decode")]
+            cells += [f"{row[f'{k}_speedup']:.2f}" for k in ("prefill", "decode")]
+            lines.append([f"{name}, {kept}", *cells])
+    return markdown(["model", "prefill tokens/s", "decode tokens/s", "prefill / dense", "decode / dense"], lines)
+
+
+def large_table(result: dict) -> str:
+    counted = result["arithmetic"]
+    lines = [
+        f"{counted['target_weights']:,} weights in {counted['eigenproblems']} layers, {counted['tokens']:,} tokens, "
+        f"{counted['forward_passes']} forward passes",
+        f"operations: forward {counted['forward_operations']:.3g}, moments {counted['moment_operations']:.3g}, "
+        f"float64 products {counted['double_operations']:.3g}",
+        f"bytes: weights {counted['weights_bytes_bf16'] / 2**30:.1f} GiB in bfloat16, factors "
+        f"{counted['factors_bytes_bf16'] / 2**30:.1f}, hidden states {counted['hidden_states_bytes_bf16'] / 2**30:.1f}, "
+        f"moments at a time {counted['moments_bytes'] / 2**30:.1f}, largest layer in work "
+        f"{counted['largest_layer_bytes'] / 2**30:.1f}",
+    ]
+    for layer in result["layers"]:
+        spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in layer["seconds"].items())
+        lines.append(f"{layer['shape'][0]} x {layer['shape'][1]} at rank {layer['rank']}, done here: {spent}")
+    columns = ["whole model", *result["here"]["parts"], "all"]
+    table = []
+    for name, label in (("here", "this machine, its own rates"), ("gpu", "a GPU, rates assumed")):
+        times = [*result[name]["parts"].values(), result[name]["seconds"]]
+        table.append([label, *(f"{seconds / 60:.1f} min" for seconds in times)])
+    return "\n".join(lines) + "\n\n" + markdown(columns, table)
+
+
+def report(found: dict, parts: Sequence[str]) -> str:
+    """The tables of these parts."""
+    tables = {
+        "llm": lambda one: [llm_table(one), margin_table(one), aims(one)],
+        "cost": lambda one: [cost_table(one)],
+        "residual": lambda one: [residual_table(one)],
+        "vit": lambda one: [vit_table(one), vit_aim(one)],
+        "layers": lambda one: [layer_table(one), layer_aims(one), stream_table(one)],
+        "speed": lambda one: [speed_table(one), model_table(one)],
+        "7b": lambda one: [large_table(one)],
+    }
+    return "\n\n".join(f"{part}\n\n" + "\n\n".join(tables[part](found[part])) for part in parts if part in found)

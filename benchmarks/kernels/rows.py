@@ -1,0 +1,301 @@
+"""Every op of the registry at the shapes of real models: one row for each way to compute it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.common.measure import save_figure, write_json
+from benchmarks.kernels.compiled import sources
+from benchmarks.kernels.peers import MissingPeerError, peers
+from benchmarks.kernels.reads import READINGS, Reading
+from benchmarks.kernels.timing import (
+    Begun,
+    DeviceLostError,
+    Timer,
+    about,
+    ceilings,
+    check_device,
+    comparable,
+    device_peak,
+    floor_us,
+    message,
+)
+from hf_qst_kernels import use_backend
+from hf_qst_kernels.registry import OPS, ModelShape, Op, Workload
+
+KEY = ("op", "model", "rows", "workload", "dtype", "variant")
+# Variant of ours -> backend.
+BACKENDS = {"triton": "triton", "auto": "auto", "library": "torch"}
+
+
+def variants(op: Op | Reading, device: torch.device, compiled: bool) -> dict[str, Callable]:
+    """Ours first (`auto` is what runs by default), then the library path (cuBLAS), then the peers."""
+    if isinstance(op, Reading):
+        return op.ways(device.type)
+
+    ours = BACKENDS if device.type == "cuda" else ("library",)
+    return {**dict.fromkeys(ours, op.function), **peers(op, compiled, device.type)}
+
+
+def step(op: Op | Reading, workload: Workload, function: Callable, backend: str) -> Callable:
+    """A call without arguments: a forward, with a backward where the op is there to train, both on this backend."""
+    if not op.trains:
+
+        def forward():
+            with torch.no_grad(), use_backend(backend):
+                return function(**workload.arguments)
+
+        return forward
+    leaves = [v for v in workload.arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+
+    def forward_and_backward():
+        with use_backend(backend):
+            output = function(**workload.arguments)
+            return torch.autograd.grad(output, leaves, torch.ones_like(output))[0]
+
+    return forward_and_backward
+
+
+def difference(ours, theirs) -> float:
+    """Largest difference over the largest entry."""
+    pair = [(out[0] if isinstance(out, tuple) else out).detach().clone().float() for out in (ours, theirs)]
+    return ((pair[0] - pair[1]).abs().max() / pair[1].abs().max().clamp(min=1e-6)).item()
+
+
+def changed_ops(before: dict[str, str], now: dict[str, str]) -> set[str]:
+    """
+    Names of the ops whose rows no longer hold: all, unless the files that changed are of single ops.
+
+    Args:
+        before, now: file of the kernels' package -> hash.
+    """
+    files = {op.name: {f"{op.triton}.py", f"{op.function.__module__.rpartition('.')[2]}.py"} for op in OPS}
+    files |= {reading.name: files["tap_linear"] for reading in READINGS}
+    changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    if changed - set().union(*files.values()):
+        return set(files)
+    return {name for name, its in files.items() if its & changed}
+
+
+class Rows:
+    """The rows of a report and their file.
+
+    Args:
+        report: what goes into the file, `rows` among it.
+        until: when to begin no more, in seconds since the epoch.
+    """
+
+    def __init__(self, report: dict, output: Path, until: float = float("inf")):
+        self.report, self.output, self.until, self._begun = report, output, until, Begun(output)
+        self._written = float("-inf")
+
+    @property
+    def late(self) -> bool:
+        return time.time() >= self.until
+
+    def done(self, key: dict) -> bool:
+        """Whether there is such a row; one that only lacked a package is measured when that is there."""
+        found = next((row for row in self.report["rows"] if _is(row, key)), None)
+        if found is not None and found.get("lacking") and find_spec("liger_kernel"):
+            self.report["rows"].remove(found)
+            return False
+        return found is not None
+
+    def begin(self, key: dict) -> str | None:
+        """Before a row is measured: why it must not be, if it ended its process before."""
+        return self._begun.start(key)
+
+    def add(self, row: dict) -> None:
+        self._begun.end()
+        self.report["rows"].append(row)
+
+    def write(self, after: float = 0.0) -> None:
+        """Write the file, unless that was done less than `after` seconds ago."""
+        if time.monotonic() - self._written >= after:
+            write_json(self.output, self.report)
+            self._written = time.monotonic()
+
+
+def _is(row: dict, key: dict) -> bool:
+    return all(row.get(name) == value for name, value in key.items())
+
+
+def measure_workload(op: Op | Reading, workload: Workload, key: dict, rows: Rows, timer: Timer, compiled: bool) -> bool:
+    """Rows of all variants that are not there. A variant whose result is off by more than rounding gets no time.
+
+    Returns:
+        Whether there was time for all.
+
+    Raises:
+        DeviceLostError: a variant broke the CUDA context; its row says so.
+    """
+    floor = floor_us(workload.moved, workload.flops, rows.report["ceilings"])
+    calls = {
+        name: step(op, workload, function, BACKENDS.get(name, "auto"))
+        for name, function in variants(op, timer.device, compiled).items()
+    }
+    todo = [name for name in calls if not rows.done({**key, "workload": workload.name, "variant": name})]
+    if not todo or rows.late:
+        return not todo
+    # what is computed in place is computed on a copy each time, else the variants would see different inputs
+    residual = workload.arguments.get("residual")
+    kept = None if residual is None else residual.clone()
+    expected = calls["library"]()
+    expected = tuple(t.clone() for t in expected) if isinstance(expected, tuple) else expected.clone()
+    for name in todo:
+        if rows.late:
+            return False
+        row = {**key, "workload": workload.name, "variant": name}
+        failed = rows.begin(row)
+        row |= {"floor_us": floor, "moved_bytes": workload.moved, "flops": workload.flops}
+        if failed is not None:
+            rows.add({**row, "failed": failed})
+            continue
+        try:
+            if kept is not None:
+                residual.copy_(kept)
+            row |= timed(calls[name], expected, floor, timer)
+            rows.add(row)
+        except MissingPeerError as error:
+            rows.add({**row, "failed": str(error), "lacking": "not installed" in str(error)})
+        except Exception as error:
+            rows.add({**row, "failed": message(error)})
+            check_device(timer.device, error)
+    return True
+
+
+def timed(call: Callable, expected, floor: float, timer: Timer) -> dict:
+    """The numbers of one row."""
+    found = {"difference": difference(call(), expected)}
+    if not found["difference"] <= 0.05:
+        found["failed"] = f"differs from the library path by {found['difference']:.2g} of its largest entry"
+        return found
+    found |= {"peak_bytes": device_peak(call, timer.device)["above_bytes"], **timer(call)}
+    found["percent_of_floor"] = 100 * floor / found["us"]
+    return found
+
+
+def measure_all(
+    ops: Sequence[Op | Reading],
+    models: Sequence[ModelShape],
+    device: torch.device,
+    dtype: torch.dtype,
+    output: Path,
+    compiled: bool = True,
+    rows: Sequence[int] | None = None,
+    repeats: int = 30,
+    until: float = float("inf"),
+) -> dict:
+    """
+    Measure and write `output` every few seconds and at the end; rows that it holds of kernels that did not change stay.
+
+    Args:
+        compiled: measure `torch.compile` as well.
+        rows: only these numbers of rows; `None`: those of each op.
+        until: when to stop, in seconds since the epoch.
+
+    Returns:
+        The report as it is in the file, and `left`: the number of shapes that there was no time for.
+
+    Raises:
+        DeviceLostError: this process cannot go on; another one can.
+    """
+    if find_spec("bitsandbytes"):
+        import bitsandbytes  # noqa: F401  registers the operator that dequantises a 4-bit head
+
+    timer = Timer(device, repeats)
+    report = {**about(device), "dtype": str(dtype), "repeats": repeats, "sources": sources("*.py"), "rows": []}
+    if output.exists():
+        before = json.loads(output.read_text())
+        if comparable(before, report, ("dtype",)):
+            report |= {name: before[name] for name in ("ceilings",) if name in before}
+            stale = changed_ops(before.get("sources", {}), report["sources"])
+            kept = {op.name for op in (*OPS, *READINGS)} - stale
+            report["rows"] = [row for row in before["rows"] if row["op"] in kept]
+    if "ceilings" not in report:
+        report["ceilings"] = ceilings(device, dtype)
+    # model after model: where the time ends, those that come first have all of their ops
+    todo = [(op, m, n) for m, op in itertools.product(models, ops) for n in op.rows if rows is None or n in rows]
+    held, left = Rows(report, output, until), 0
+    for op, model, count in tqdm(todo, desc="measuring", unit="shape"):
+        if held.late:
+            left += 1
+            continue
+        key = {"op": op.name, "model": model.name, "rows": count, "dtype": str(dtype)}
+        if held.done({**key, "workload": "inputs"}):
+            continue
+        torch.manual_seed(0)
+        try:
+            through = True
+            for workload in op.workloads(model, count, dtype, device.type):
+                through &= measure_workload(op, workload, key, held, timer, compiled)
+                held.write(after=2.0)  # it takes as long as a row once there are many
+            left += not through
+        except DeviceLostError:
+            held.write()
+            raise
+        except Exception as error:  # its inputs, or its library path
+            held.add({**key, "workload": "inputs", "variant": "library", "failed": message(error)})
+            held.write()
+            check_device(device, error)
+    held.write()
+    return {**report, "left": left}
+
+
+def table(rows: Sequence[dict]) -> str:
+    """All rows in Markdown; `of library` is the time over that of the library path."""
+    library = {tuple(r[k] for k in KEY[:-1]): r["us"] for r in rows if r["variant"] == "library" and "us" in r}
+    lines = ["| op | model | rows | workload | variant | us | p20-p80 | of library | of floor | host us | peak MiB |",
+             "| --- | --- | ---: | --- | --- | ---: | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for row in rows:
+        start = f"| {row['op']} | {row['model']} | {row['rows']} | {row['workload']} | {row['variant']} |"
+        if "failed" in row:
+            lines.append(f"{start} {row['failed']} | | | | | |")
+            continue
+        low, high = row["us_p20_p80"]
+        base = library.get(tuple(row[k] for k in KEY[:-1]))
+        ratio = "" if base is None else f"{row['us'] / base:.2f}"
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
+        lines.append(
+            f"{start} {row['us']:.1f} | {low:.1f}-{high:.1f} | {ratio} | {row['percent_of_floor']:.0f}% | "
+            f"{row['host_us']:.0f} | {peak} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_roofline(report: dict, path: Path) -> None:
+    """Achieved FLOP/s over FLOP per byte of what multiplies; share of the bandwidth of what does not."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    limits, rows = report["ceilings"], [row for row in report["rows"] if "us" in row]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    intensity = [2.0**i for i in range(-2, 14)]
+    roof = [min(limits["flops_per_s"], i * limits["bytes_per_s"]) / 1e12 for i in intensity]
+    left.loglog(intensity, roof, color="black", linewidth=1)
+    ours = {name for name in ("triton", "library") if any(row["variant"] == name for row in rows)}
+    for marker, variant in zip("ox", sorted(ours), strict=False):
+        chosen = [row for row in rows if row["variant"] == variant and row["flops"]]
+        for color, op in enumerate(dict.fromkeys(row["op"] for row in chosen)):
+            points = [row for row in chosen if row["op"] == op]
+            left.plot([row["flops"] / row["moved_bytes"] for row in points], [row["flops"] / row["us"] / 1e6 for row in points],
+                      marker, color=f"C{color}", markersize=4, label=f"{op}, {variant}")  # fmt: skip
+        still = [row for row in rows if row["variant"] == variant and not row["flops"]]
+        right.plot([row["moved_bytes"] for row in still], [row["percent_of_floor"] for row in still], marker,
+                   markersize=4, label=variant)  # fmt: skip
+    left.set(xlabel="FLOP per byte", ylabel="TFLOP/s", title="Products")
+    right.set(xscale="log", xlabel="bytes", ylabel="% of the copy's bandwidth", title="Without products")
+    left.legend(fontsize=6)
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, path)

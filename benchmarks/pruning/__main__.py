@@ -1,0 +1,211 @@
+"""Pruning by learned widths beside its peers, at equal numbers of parameters, on the project's base model.
+
+    python -m benchmarks.pruning                           # all parts, about an hour on one CPU core
+    python -m benchmarks.pruning --parts quality --keep 0.5 --methods disp flap
+    python -m benchmarks.pruning --quick                   # the same with tiny sizes, to see that it runs
+
+Parts: `quality` (held-out perplexity by method and part kept, before and after the same short LoRA training), `speed`
+(prefill and decoding of the dense and the pruned model, at the widths that `quality` learned at the smallest part kept),
+`training` (seconds and memory of a step). Each row is written to `pruning.json` in the folder of `--output` as it is made,
+so that a run that was cut short goes on where it was; `--fresh` starts again. Prints tables and draws plots beside the
+file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.common.checks import require_device, require_parts, require_positive
+from benchmarks.common.measure import ROOT, ResultFile
+from benchmarks.compression import speed as compression_speed
+from benchmarks.compression.llm import BASE, evaluated, load_dense, load_text
+from benchmarks.compression.methods import parameters
+from benchmarks.pruning import cost as pruning_cost
+from benchmarks.pruning.methods import DEFAULT, METHODS, ROUNDED, Bench, Schedule, made, recovered
+from benchmarks.pruning.report import plots, report
+from examples.corpus import blocks, split, stdlib_files, tokens
+from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.pruning.layout import PruningLayout
+
+PARTS = ("quality", "speed", "training")
+POSITIVE = ("seeds", "steps", "batch", "length", "recovery_steps", "training_blocks", "calibration_blocks",
+            "held_blocks", "repeats", "threads")  # fmt: skip
+QUICK = {
+    "keep": [0.6],
+    "methods": ["random", "flap", "slicegpt", "disp"],
+    "seeds": 2,
+    "steps": 4,
+    "recovery_steps": 2,
+    "length": 64,
+    "training_blocks": 64,
+    "calibration_blocks": 2,
+    "held_blocks": 2,
+    "repeats": 1,
+}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pruning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: everything)")
+    add("--model", default=str(BASE), help="trained Llama (default: the project's)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the tables")
+    add("--keep", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8], help="parts of the blocks' matrices to keep")
+    add("--ablation-keep", nargs="+", type=float, default=[0.5, 0.7], help="at which DISP's variants are learned")
+    add("--seeds", type=int, default=3, help="seeds at the smallest part kept, of the methods that draw")
+    add("--steps", type=int, default=300, help="of DISP's learning")
+    add("--batch", type=int, default=2, help="rows in a batch")
+    add("--length", type=int, default=256, help="tokens in a row")
+    add("--recovery-steps", type=int, default=60, help="of the LoRA training after pruning")
+    add("--recovery-rate", type=float, default=1e-3, help="its learning rate")
+    add("--training-blocks", type=int, default=20_000, help="rows to train on")
+    add("--calibration-blocks", type=int, default=32, help="blocks of 512 tokens for methods that do not train")
+    add("--held-blocks", type=int, default=16, help="held-out blocks of 512 tokens of each kind of text")
+    add("--repeats", type=int, default=7, help="timed rounds")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--quick", action="store_true", help="tiny sizes: shows that it runs, not what it is worth")
+    add("--fresh", action="store_true", help="forget what is in the file")
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    args = parser.parse_args(argv)
+    require_positive(parser, args, POSITIVE)
+    require_parts(parser, args, ("keep", "ablation_keep"))
+    require_device(parser, args)
+    if args.quick:
+        vars(args).update(QUICK)
+    return args
+
+
+def results_of(args: argparse.Namespace) -> ResultFile:
+    return ResultFile(args.output / "pruning.json", torch.device(args.device), args.fresh)
+
+
+def used(args: argparse.Namespace, part: str) -> dict:
+    """The arguments that a part's figures depend on."""
+    names = {
+        "quality": ("model", "batch", "length", "recovery_steps", "recovery_rate", "training_blocks",
+                    "calibration_blocks", "held_blocks", "device"),
+        "speed": ("model", "repeats", "threads", "device", "quick"),
+        "training": ("model", "length", "repeats", "threads", "device"),
+    }  # fmt: skip
+    values = {name: getattr(args, name) for name in names[part]}
+    return values | ({"model": "examples/base_model"} if Path(args.model) == BASE else {})
+
+
+def bench_of(args: argparse.Namespace) -> Bench:
+    """The dense model and everything the methods share."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    training, _ = split(stdlib_files())
+    rows = blocks(tokens(training, tokenizer), args.length, args.training_blocks)
+    return Bench(
+        dense=load_dense(args.model, torch.device(args.device)),
+        text=load_text(args.model, args.calibration_blocks, args.held_blocks),
+        learning=Schedule(rows, args.steps, args.batch),
+        recovery=Schedule(rows, args.recovery_steps, args.batch),
+        recovery_rate=args.recovery_rate,
+    )
+
+
+def wanted(args: argparse.Namespace, rows: list[dict]) -> list[tuple[float, str, int]]:
+    """(keep, method, seed) of what is missing, one seed of everything first."""
+    have = {(row["keep"], row["method"], row["seed"]) for row in current(args, rows)}
+    every = [(keep, method, 0) for keep in args.keep for method in args.methods if not METHODS[method].ablation]
+    every += [(keep, method, 0) for keep in args.ablation_keep for method in args.methods if METHODS[method].ablation]
+    drawn = [method for method in args.methods if METHODS[method].seeds]
+    every += [(min(args.keep), method, seed) for seed in range(1, args.seeds) for method in drawn]
+    return [one for one in every if one not in have]
+
+
+def current(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
+    """The rows that were learned in as many steps as wanted now, or not learned."""
+    return [row for row in rows if row.get("steps", args.steps) == args.steps]
+
+
+def quality(args: argparse.Namespace, results: ResultFile) -> dict:
+    """Every method at every part kept, before and after the recovery; rows that are there are not made again."""
+    result = results.begun("quality", used(args, "quality"))
+    missing = wanted(args, result.get("rows", []))
+    if not missing:
+        return result
+    bench = bench_of(args)
+    if result:
+        result["rows"] = current(args, result["rows"])
+    else:
+        layout = PruningLayout.of(find_decoder_stack(bench.dense))
+        dense = {"parameters": parameters(bench.dense), **evaluated(bench.dense, bench.text)}
+        result = {"dense": dense, "full_widths": layout.full_widths, "rows": []}
+    for keep, method, seed in tqdm(missing, desc="quality", unit="model"):
+        rows = []
+        for row, model in made(bench, method, keep, seed):
+            row |= evaluated(model, bench.text)
+            if row["method"] == method:  # not a second export of the same
+                row["recovered"] = evaluated(recovered(bench, model, seed), bench.text)
+            rows.append(row)
+        result["rows"] += rows
+        results.put("quality", used(args, "quality"), result)
+    return result
+
+
+def speed(args: argparse.Namespace, results: ResultFile) -> dict:
+    """The base and a random model of 100M parameters at the widths learned at the smallest part kept."""
+    result = results.begun("speed", used(args, "speed"))
+    learned = results.parts.get("quality", {}).get("result", {}).get("rows", [])
+    rows = [row for row in learned if row["method"] == DEFAULT and row["seed"] == 0]
+    if not rows:
+        raise SystemExit(
+            f"--parts speed needs the widths that --parts quality --methods {DEFAULT} learns: run it first"
+        )
+    row = min(rows, key=lambda one: one["keep"])
+    device = torch.device(args.device)
+    prompt, new = (32, 4) if args.quick else (512, 32)
+    for name in ("base", "100m"):
+        if name in result:
+            continue
+        base = load_dense(args.model, device)
+        large = "tiny" if args.quick else "100m"
+        dense = base if name == "base" else compression_speed.large_model(device, large)
+        source, target = (PruningLayout.of(find_decoder_stack(model)) for model in (base, dense))
+        widths = {
+            "as learned": pruning_cost.scaled(row["widths"], source, target, 1),
+            f"in {ROUNDED}s": pruning_cost.scaled(row["widths"], source, target, ROUNDED),
+        }
+        result["keep"] = row["keep"]
+        result[name] = pruning_cost.speed(dense, widths, prompt, new, args.repeats)
+        results.put("speed", used(args, "speed"), result)
+    return result
+
+
+def training(args: argparse.Namespace, results: ResultFile) -> dict:
+    """A step of 4 rows of the base."""
+    result = results.begun("training", used(args, "training"))
+    if not result:
+        dense = load_dense(args.model, torch.device(args.device))
+        result = {"batch": 4, "rows": pruning_cost.training(dense, 4, args.length, args.repeats)}
+        results.put("training", used(args, "training"), result)
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    transformers_logging.set_verbosity_error()
+    results = results_of(args)
+    for part, make in (("quality", quality), ("speed", speed), ("training", training)):
+        if part in args.parts:
+            make(args, results)
+    found = results.results()
+    print("\n" + report(found, args.parts))
+    files = [results.path, *plots(found, args.parts, args.output)]
+    print("\nwritten: " + ", ".join(str(file) for file in files), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Speed of pruned models beside the dense one, and what a step of learning the widths costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+
+from benchmarks.common.measure import peak_rss, settle_rss
+from benchmarks.compression.speed import in_turns, models, ratio
+from hf_qst import DISPConfig, prune_blocks
+from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.planning.saved_bytes import SavedForBackward
+from hf_qst.pruning.layout import SELECTIONS, PruningLayout
+from hf_qst.pruning.widths import rounded_width
+
+Widths = list[list[int]]
+
+
+def scaled(widths: Widths, source: PruningLayout, target: PruningLayout, multiple: int) -> Widths:
+    """Widths [layers, 5] of one decoder carried over to another, in the same parts of its sizes and of its depth."""
+    rows = [widths[i * source.num_layers // target.num_layers] for i in range(target.num_layers)]
+    return [
+        [
+            rounded_width(round(width / source.size(name) * target.size(name)), target.size(name), multiple, 1)
+            for name, width in zip(SELECTIONS, row, strict=True)
+        ]
+        for row in rows
+    ]
+
+
+def at_widths(dense: nn.Module, widths: Widths) -> nn.Module:
+    """A copy of the model with arbitrary channels at these widths; which ones stay does not change what they cost."""
+    generator = torch.Generator().manual_seed(0)
+
+    def mask(size: int, width: int) -> torch.Tensor:
+        chosen = torch.randperm(size, generator=generator)[:width]
+        return torch.zeros(size, dtype=torch.bool).index_fill_(0, chosen, True)
+
+    layout = PruningLayout.of(find_decoder_stack(dense))
+    masks = [{name: mask(layout.size(name), w) for name, w in zip(SELECTIONS, row, strict=True)} for row in widths]
+    return prune_blocks(copy.deepcopy(dense), masks)
+
+
+def floors(layout: PruningLayout, widths: Widths, vocabulary: int, prompt: int) -> dict[str, float]:
+    """How often faster the smaller model can be at most, if time goes by operations (prefill) or weights (decode).
+
+    A prompt costs a product with every weight of the blocks for each token, the causal half of the attention's two
+    products, and the head for one token; a token costs reading the weights of the blocks and the head.
+    """
+    head = vocabulary * layout.hidden_size
+    attention = 2 * layout.num_layers * layout.query_size * prompt * prompt // 2
+    work = lambda weights: weights * prompt + attention + head
+    small, full = layout.count(widths), layout.total
+    return {"prefill": work(full) / work(small), "decode": (full + head) / (small + head)}
+
+
+@torch.no_grad()
+def speed(dense: nn.Module, made: Mapping[str, Widths], prompt: int, new: int, repeats: int) -> list[dict]:
+    """Tokens per second of the dense model and of copies of it at these widths, with memory and the floors."""
+    device, vocabulary = next(dense.parameters()).device, dense.config.vocab_size
+    layout = PruningLayout.of(find_decoder_stack(dense))
+    every = {"dense": dense.eval()} | {name: at_widths(dense, widths).eval() for name, widths in made.items()}
+    rows = models(every, prompt, new, repeats, vocabulary, device, logits_to_keep=1)
+    ids = torch.randint(vocabulary, (1, prompt)).to(device)
+    for row in rows:
+        model, widths = every[row["model"]], made.get(row["model"], layout.full_widths)
+        row["weights_bytes"] = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+        before = settle_rss()
+        model(input_ids=ids, logits_to_keep=1)
+        row["prefill_peak_bytes"] = max(0, peak_rss() - before)
+        row["widths"] = widths
+        row |= {f"{kind}_floor": value for kind, value in floors(layout, widths, vocabulary, prompt).items()}
+    return rows
+
+
+def _forward_backward(dense: nn.Module) -> tuple[nn.Module, None]:
+    """Gradients for the inputs alone: the least a method can cost that learns inside a frozen model."""
+    model = copy.deepcopy(dense).requires_grad_(False)
+    model.enable_input_require_grads()
+    return model.train(), None
+
+
+def _learning(dense: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = get_peft_model(copy.deepcopy(dense), DISPConfig(task_type="CAUSAL_LM")).train()
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
+
+
+def _full(dense: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = copy.deepcopy(dense).requires_grad_(True).train()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+
+STEPS: dict[str, tuple[str, Callable]] = {
+    "floor": ("forward and backward of the frozen base", _forward_backward),
+    "disp": ("DISP", _learning),
+    "full": ("full fine-tuning", _full),
+}
+
+
+def training(dense: nn.Module, batch: int, length: int, repeats: int) -> list[dict]:
+    """Seconds and memory of a step of each of `STEPS`, one of each in turn."""
+    device = next(dense.parameters()).device
+    ids = torch.randint(dense.config.vocab_size, (batch, length)).to(device)
+    made = {name: make(dense) for name, (_, make) in STEPS.items()}
+
+    def step(name: str) -> None:
+        model, optimizer = made[name]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    calls = {name: lambda name=name: step(name) for name in made}
+    times = in_turns(calls, repeats, device)
+    rows = []
+    for name, (model, _) in tqdm(made.items(), desc="memory of a step", unit="method"):
+        with SavedForBackward(model) as saved:
+            step(name)
+        before = settle_rss()
+        step(name)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows.append(
+            {
+                "method": name,
+                "seconds": median(times[name]),
+                "of_floor": ratio(times, name, "floor"),
+                "kept_bytes": saved.peak,
+                "peak_bytes": peak_rss() - before,
+                "trainable": trainable,
+                # AdamW's two averages in float32.
+                "optimizer_bytes": 8 * trainable,
+            }
+        )
+    return rows

@@ -1,0 +1,206 @@
+"""What the pruning benchmark prints and draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common.measure import save_figure
+from benchmarks.compression.llm import perplexity
+from benchmarks.compression.report import KINDS, MIB, markdown, pm, verdict
+from benchmarks.compression.vit import interval
+from benchmarks.pruning.cost import STEPS
+from benchmarks.pruning.methods import BASELINES, DEFAULT, LABELS, METHODS
+from hf_qst.pruning.layout import SELECTIONS
+
+# Below the budget by at most this part of it.
+TOLERANCE = 0.002
+PREFILL_AIM, DECODE_AIM = 1.4, 1.0
+
+
+def _label(method: str) -> str:
+    return f"**{LABELS[method]}**" if method == DEFAULT else LABELS[method]
+
+
+def _ordered(rows: Sequence[dict]) -> list[dict]:
+    names = list(LABELS)
+    return sorted(rows, key=lambda row: (-row["keep"], names.index(row["method"])))
+
+
+def quality_table(result: dict) -> str:
+    """One seed of everything: perplexities before and after the recovery."""
+    dense = result["dense"]
+    cells = [f"{dense['perplexity'][kind]:.2f}" for kind in KINDS]
+    lines = [["1", "dense", f"{dense['parameters']:,}", *cells, "", "", "", ""]]
+    for row in _ordered([row for row in result["rows"] if row["seed"] == 0]):
+        before = [f"{row['perplexity'][kind]:.2f}" for kind in KINDS]
+        after = [f"{row['recovered']['perplexity'][kind]:.2f}" if "recovered" in row else "" for kind in KINDS]
+        head = [f"{row['keep']:g}", _label(row["method"]), f"{row['parameters']:,}"]
+        lines.append([*head, *before, *after, f"{row['seconds']:.0f}"])
+    after = [f"{name}, recovered" for name in KINDS.values()]
+    return markdown(["keep", "method", "parameters", *KINDS.values(), *after, "s"], lines)
+
+
+def seed_table(result: dict) -> str:
+    """Mean and Student's 95 % interval over the seeds, where there are several."""
+    pairs = list(dict.fromkeys((row["keep"], row["method"]) for row in _ordered(result["rows"])))
+    lines = []
+    for keep, method in pairs:
+        rows = [row for row in result["rows"] if (row["keep"], row["method"]) == (keep, method)]
+        if len(rows) > 1:
+            cells = [pm(interval([row["perplexity"][kind] for row in rows]), 2) for kind in KINDS]
+            cells += [pm(interval([row["recovered"]["perplexity"][kind] for row in rows]), 2) for kind in KINDS]
+            lines.append([f"{keep:g}", _label(method), str(len(rows)), *cells])
+    after = [f"{name}, recovered" for name in KINDS.values()]
+    return markdown(["keep", "method", "seeds", *KINDS.values(), *after], lines) if lines else ""
+
+
+def aims(result: dict) -> str:
+    """Whether DISP is below every baseline at every part kept and on every text, and on its budget.
+
+    The gaps in loss are means over parts of the text with Student's 95 % interval.
+    """
+    at = {(row["keep"], row["method"]): row for row in result["rows"] if row["seed"] == 0}
+    lines = []
+    for keep in sorted({keep for keep, _ in at}, reverse=True):
+        for what, pick in (("", lambda row: row), (" after recovery", lambda row: row["recovered"])):
+            ours = at.get((keep, DEFAULT))
+            others = [at[keep, name] for name in BASELINES if (keep, name) in at]
+            for kind, title in KINDS.items() if ours and others else ():
+                best = min(others, key=lambda row: perplexity(pick(row)["losses"][kind]))
+                mine, theirs = (pick(row)["losses"][kind] for row in (ours, best))
+                gap = pm(interval([a - b for a, b in zip(mine, theirs, strict=True)]), 3)
+                lines.append(
+                    f"keep {keep:g}, {title}{what}: DISP {perplexity(mine):.2f}, best baseline "
+                    f"({LABELS[best['method']]}) {perplexity(theirs):.2f}, {gap} nats: {verdict(sum(mine) < sum(theirs))}"
+                )
+    learned = [row for row in result["rows"] if "threshold_ratio" in row]
+    worst = max((row["below_budget"] for row in learned if row["method"] != "disp-64"), default=0.0)
+    if learned:
+        met = 0 <= worst <= TOLERANCE
+        lines.append(f"farthest below its budget, DISP at widths as learned: {worst:.4%}: {verdict(met)}")
+    return "\n".join(lines)
+
+
+def width_table(result: dict) -> str:
+    """Widths by layer of the default at each part kept."""
+    lines = []
+    for row in _ordered([row for row in result["rows"] if row["method"] == DEFAULT and row["seed"] == 0]):
+        for i, widths in enumerate(row["widths"]):
+            lines.append([f"{row['keep']:g}", str(i), *map(str, widths)])
+    return markdown(["keep", "layer", *SELECTIONS], lines) if lines else ""
+
+
+def speed_table(result: dict) -> str:
+    lines = []
+    for name in (name for name in ("base", "100m") if name in result):
+        for row in result[name]:
+            cells = [f"{row[f'{kind}_tokens_per_second']:.0f}" for kind in ("prefill", "decode")]
+            cells += [f"{row[f'{kind}_{what}']:.2f}" for kind in ("prefill", "decode") for what in ("speedup", "floor")]
+            cells += [f"{row[key] / MIB:.1f}" for key in ("weights_bytes", "prefill_peak_bytes")]
+            lines.append([f"{name}, {row['model']}", *cells])
+    columns = ["prefill tokens/s", "decode tokens/s", "prefill / dense", "at most", "decode / dense", "at most"]
+    return markdown(["model", *columns, "weights MiB", "prefill's peak MiB"], lines)
+
+
+def speed_aims(result: dict) -> str:
+    lines = []
+    for name in (name for name in ("base", "100m") if name in result):
+        for row in result[name]:
+            if row["model"] == "dense":
+                continue
+            what = f"keep {result['keep']:g}, {name}, {row['model']}"
+            if row["model"] != "as learned":
+                value = row["prefill_speedup"]
+                lines.append(
+                    f"{what}: prefill {value:.2f} of dense, aim {PREFILL_AIM}: {verdict(value >= PREFILL_AIM)}"
+                )
+            value = row["decode_speedup"]
+            lines.append(f"{what}: decode {value:.2f} of dense, aim {DECODE_AIM}: {verdict(value >= DECODE_AIM)}")
+    return "\n".join(lines)
+
+
+def training_table(result: dict) -> str:
+    lines = [
+        [
+            STEPS[row["method"]][0],
+            f"{row['seconds'] * 1e3:.0f}",
+            f"{row['of_floor']:.2f}",
+            *(f"{row[key] / MIB:.1f}" for key in ("kept_bytes", "optimizer_bytes", "peak_bytes")),
+            f"{row['trainable']:,}",
+        ]
+        for row in result["rows"]
+    ]
+    columns = ["step ms", "of the first", "kept MiB", "optimiser MiB", "peak RSS MiB", "trainable"]
+    return markdown([f"a step of {result['batch']} rows", *columns], lines)
+
+
+def report(found: dict, parts: Sequence[str]) -> str:
+    """The tables of these parts."""
+    tables = {
+        "quality": lambda one: [quality_table(one), seed_table(one), aims(one), width_table(one)],
+        "speed": lambda one: [speed_table(one), speed_aims(one)],
+        "training": lambda one: [training_table(one)],
+    }
+    texts = {part: [text for text in tables[part](found[part]) if text] for part in parts if part in found}
+    return "\n\n".join(f"{part}\n\n" + "\n\n".join(lines) for part, lines in texts.items())
+
+
+def plots(found: dict, parts: Sequence[str], folder: Path) -> list[Path]:
+    """PNG files of what these parts have to show; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    if "quality" not in found or "quality" not in parts:
+        return []
+    paths = [_perplexity_plot(found["quality"], folder / "pruning_perplexity.png")]
+    if any(row["method"] == DEFAULT for row in found["quality"]["rows"]):
+        paths.append(_width_plot(found["quality"], folder / "pruning_widths.png"))
+    return paths
+
+
+def _perplexity_plot(result: dict, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(2, len(KINDS), figsize=(13, 8), sharex=True, sharey=True)
+    rows = [row for row in result["rows"] if row["seed"] == 0 and "recovered" in row]
+    for every, what, pick in (
+        (grid[0], "pruned", lambda row: row),
+        (grid[1], "recovered", lambda row: row["recovered"]),
+    ):
+        for axes, (kind, title) in zip(every, KINDS.items(), strict=True):
+            dense = result["dense"]["perplexity"][kind]
+            for method in (name for name in METHODS if any(row["method"] == name for row in rows)):
+                points = sorted((r["keep"], pick(r)["perplexity"][kind] / dense) for r in rows if r["method"] == method)
+                style, width = "--" if METHODS[method].baseline else "-", 2.5 if method == DEFAULT else 1.2
+                axes.plot(
+                    *zip(*points, strict=True), style, marker="o", markersize=4, linewidth=width, label=LABELS[method]
+                )
+            # What is far off would press the others into one line.
+            axes.set(ylim=(0.97, 2), title=f"{title}, {what}")
+            axes.grid(alpha=0.3)
+        every[0].set_ylabel("held-out perplexity / dense")
+    for axes in grid[1]:
+        axes.set_xlabel("part of the blocks' matrices kept")
+    grid[0][-1].legend(fontsize=7)
+    return save_figure(figure, path)
+
+
+def _width_plot(result: dict, path: Path) -> Path:
+    """Part of each selection that stays, by layer."""
+    import matplotlib.pyplot as plt
+
+    rows = _ordered([row for row in result["rows"] if row["method"] == DEFAULT and row["seed"] == 0])
+    figure, every = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False, layout="constrained")
+    for axes, row in zip(every[0], rows, strict=True):
+        full = [max(column) for column in zip(*result["full_widths"], strict=True)]
+        grid = [[layer[i] / full[i] for layer in row["widths"]] for i in range(len(SELECTIONS))]
+        for x, layer in enumerate(row["widths"]):
+            for y, width in enumerate(layer):
+                colour = "white" if width > full[y] / 2 else "black"
+                axes.text(x, y, str(width), ha="center", va="center", fontsize=7, color=colour)
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis_r", aspect="auto")
+        axes.set(title=f"keep {row['keep']:g}: channels", xlabel="layer", xticks=range(len(row["widths"])))
+        axes.set_yticks(range(len(SELECTIONS)), SELECTIONS)
+    figure.colorbar(image, ax=every[0].tolist(), label="part of the selection kept")
+    return save_figure(figure, path)

@@ -1,0 +1,163 @@
+"""What the side-tuning benchmark prints and draws."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from benchmarks.common.measure import save_figure
+
+MIB = 2**20
+
+
+def paired_ratio(times: dict[str, list[float | None]], slow: str, fast: str) -> float | None:
+    """Median over the rounds of slow / fast: the two ran next to each other in each round, so drift cancels."""
+    pairs = zip(times.get(slow, ()), times.get(fast, ()), strict=False)
+    ratios = [a / b for a, b in pairs if a is not None and b is not None]
+    return median(ratios) if ratios else None
+
+
+def targets(shape: str, result: dict) -> list[dict]:
+    """What this project set out to reach, and what was reached: [{what, target, reached, met}]."""
+    times, rows = result["times"], result["rows"]
+    found = []
+
+    def add(what: str, sense: str, target: float, reached: float | None) -> None:
+        met = None if reached is None else (reached >= target if sense == ">=" else reached <= target)
+        found.append({"what": what, "target": f"{sense} {target:g}", "reached": reached, "met": met})
+
+    def saved(which: str) -> float | None:
+        values = [rows.get(name, {}).get(which, {}) for name in ("qlora-ckpt", "qst")]
+        return values[0]["peak"] / values[1]["peak"] if all("peak" in value for value in values) else None
+
+    add("step time, QLoRA / QST", ">=", 2.0, paired_ratio(times, "qlora", "qst"))
+    add("step time, checkpointed QLoRA / QST", ">=", 3.0, paired_ratio(times, "qlora-ckpt", "qst"))
+    add("step time, QST / floor", "<=", 1.15, paired_ratio(times, "qst", "floor"))
+    add("saved bytes with the loss head, checkpointed QLoRA / QST", ">=", 8.0, saved("saved_with_head"))
+    add("saved bytes without the loss head, checkpointed QLoRA / QST", ">=", 2.0, saved("saved_without_head"))
+    if shape == "100m":
+        found = [row for row in found if "with the loss head" not in row["what"]]
+    if shape == "100m-128k":
+        found = [row for row in found if "saved" in row["what"]]
+    if shape == "demo":  # too small for its speed to say anything about larger models
+        found.clear()
+    if "losses" in result:
+        equal = next((v for k, v in result["losses"]["at_equal_seconds"].items() if k.startswith("as qlora")), {})
+        for name, label in (("qst-r2", "the demo's QST (r=2, principal)"), ("qst", "QST as it is by default")):
+            both = equal.get(name), equal.get("qlora")
+            reached = both[0] / both[1] if None not in both else None
+            add(f"held-out loss at equal seconds, {label} / QLoRA", "<=", 1.02, reached)
+    return found
+
+
+def _mib(value: int | None) -> str:
+    return "-" if value is None else f"{value / MIB:.1f}"
+
+
+def _table(columns: list[str], lines: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
+
+    def row(cells: list[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]])
+
+    text = [row(line) for line in [columns, *lines]]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def table(result: dict) -> str:
+    """The whole result as plain text."""
+    rows, arguments = result["rows"], result["arguments"]
+    on_gpu = any("device_bytes" in row for row in rows.values())
+    columns = ["method", "step ms", "of floor", "tokens/s", "kept MiB", "kept MiB, no head"]
+    columns += ["device MiB" if on_gpu else "peak RSS MiB", "trainable", "file MiB"]
+    has_losses = "losses" in result
+    if has_losses:
+        columns += ["loss, steps", "loss, seconds"]
+        equal = next((v for k, v in result["losses"]["at_equal_seconds"].items() if k.startswith("as qlora")), {})
+    lines = []
+    for name, row in rows.items():
+        if "error" in row:
+            lines.append([row["label"], "failed", *[""] * (len(columns) - 2)])
+            continue
+        line = [
+            row["label"],
+            f"{row['step_seconds'] * 1e3:.0f}" if "step_seconds" in row else "-",
+            f"{row['of_floor']:.2f}" if row.get("of_floor") else "-",
+            f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else "-",
+            _mib(row.get("saved_with_head", {}).get("peak")),
+            _mib(row.get("saved_without_head", {}).get("peak")),
+            _mib(row.get("device_bytes" if on_gpu else "rss_bytes")),
+            f"{row['trainable']:,}" if "trainable" in row else "-",
+            _mib(row.get("file_bytes")),
+        ]
+        if has_losses:
+            losses = result["losses"]["at_equal_steps"].get(name), equal.get(name)
+            line += ["-" if loss is None else f"{loss:.4f}" for loss in losses]
+        lines.append(line)
+    machine = result["machine"]
+    heading = (
+        f"{arguments['shape']}: {result['parameters']:,} parameters, batch {arguments['batch']} x {arguments['seq']} "
+        f"tokens, {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, 4-bit kernel: {result['kernel']}"
+    )
+    notes = [f"{row['label']} did not run: {row['error']}" for row in rows.values() if "error" in row]
+    notes += [
+        f"step: median of {arguments['repeats']} rounds (variants: half of them), one step of each method in turn; "
+        "of floor: median of the ratios within a round.",
+        "kept: most bytes saved for backward at any time of a step, recomputation included; no head: backward from the "
+        "decoder's output.",
+        "peak RSS / device: above the loaded base, optimiser state included, in a process of its own on CPU.",
+    ]
+    if has_losses:
+        losses = result["losses"]
+        start, seconds = losses["start"].get("qst", float("nan")), equal.get("seconds", float("nan"))
+        notes.append(
+            f"loss: held-out nats per token, {start:.4f} at the start; after {losses['steps']} steps, and at the "
+            f"{seconds:.0f} s QLoRA takes for them (checkpointed QLoRA: QLoRA's numbers, later)."
+        )
+    goals = [
+        [t["what"], t["target"], "-" if t["reached"] is None else f"{t['reached']:.3f}",
+         "-" if t["met"] is None else ("yes" if t["met"] else "no")]
+        for t in result["targets"]
+    ]  # fmt: skip
+    parts = [heading, "", _table(columns, lines), *notes]
+    if goals:
+        parts += ["", _table(["to reach", "target", "reached", "met"], goals)]
+    return "\n".join(parts)
+
+
+def plots(result: dict, stem) -> list:
+    """PNG files beside `stem`: memory bars, and the loss curves if there are any. Returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = {name: row for name, row in result["rows"].items() if "saved_with_head" in row}
+    paths = []
+    if rows:
+        labels = [row["label"] for row in rows.values()]
+        figure, axes = plt.subplots(figsize=(8, 0.45 * len(labels) + 1.2))
+        places = range(len(labels))
+        kinds = ((-0.2, "saved_with_head", "with the loss head"), (0.2, "saved_without_head", "decoder alone"))
+        for offset, key, label in kinds:
+            values = [row[key]["peak"] / MIB for row in rows.values()]
+            bars = axes.barh([p + offset for p in places], values, height=0.38, label=label)
+            axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+        axes.set_yticks(list(places), labels)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel("MiB kept for the backward pass (log scale)")
+        axes.legend()
+        paths.append(stem.with_name(f"{stem.name}_memory.png"))
+        save_figure(figure, paths[-1])
+    if "losses" in result:
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for name, points in result["losses"]["points"].items():
+            axes.plot([p[1] for p in points], [p[2] for p in points], marker=".", label=result["rows"][name]["label"])
+        axes.set_xlabel("training seconds")
+        axes.set_ylabel("held-out loss, nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        paths.append(stem.with_name(f"{stem.name}_loss.png"))
+        save_figure(figure, paths[-1])
+    return paths

@@ -1,0 +1,180 @@
+"""The compression benchmark on a tiny model: its rows, the parameters behind them, its file, its tables."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.compression import __main__ as compression
+from benchmarks.compression import layers as compression_layers
+from benchmarks.compression import llama_7b as compression_7b
+from benchmarks.compression import methods as compression_methods
+from benchmarks.compression import report as compression_report
+from benchmarks.compression.speed import _break_even, random_factors, ratio, with_ranks
+from benchmarks.compression.vit import interval, summary
+from benchmarks.side_tuning.bases import SHAPES
+from examples.compress_llm import BASE
+from hf_qst.mixed_rank import LowRankLinear
+
+CPU = torch.device("cpu")
+
+
+def tiny_llama(vocabulary=512):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
+
+
+def batches(count=4, vocabulary=512):
+    return [{"input_ids": part} for part in torch.randint(vocabulary, (8 * count, 32)).split(8)]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """(result file, printed text, folder) of one run of all parts with `--quick`."""
+    folder = tmp_path_factory.mktemp("compression")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
+        compression.main(["--quick", "--model", str(folder / "model"), "--output", str(folder)])
+    return json.loads((folder / "compression.json").read_text()), "\n".join(printed), folder
+
+
+def test_every_part_is_written_with_its_machine_and_arguments(quick):
+    found, printed, folder = quick
+    assert list(found) == list(compression.PARTS)
+    for part in found.values():
+        assert {"versions", "commit", "machine", "arguments", "result"} <= set(part)
+    results = {part: found[part]["result"] for part in found}
+    assert compression_report.report(results, compression.PARTS) in printed
+    for name in ("perplexity", "ranks", "errors_llm", "errors_vit"):
+        assert (folder / f"compression_{name}.png").stat().st_size > 5000
+
+
+def test_all_methods_have_the_same_number_of_parameters(quick):
+    result = quick[0]["llm"]["result"]
+    assert len(result["rows"]) == len(compression.QUICK["methods"])
+    for row in result["rows"]:
+        assert 0 <= row["below_budget"] < compression_methods.TOLERANCE, row["method"]
+        # What the ranks say is what the tensors hold.
+        saved = sum(
+            math.prod(shape) - row["ranks"][name] * sum(shape)
+            for name, shape in result["dense"]["shapes"].items()
+            if name in row["ranks"]
+        )
+        assert row["parameters"] == result["dense"]["parameters"] - saved
+        assert all(math.isfinite(value) for value in row["perplexity"].values())
+    for one in quick[0]["vit"]["result"]["seeds"]:
+        assert all(0 <= row["below_budget"] < compression_methods.TOLERANCE for row in one["rows"])
+
+
+def test_reported_errors_obey_the_optimum_and_the_floor(quick):
+    for result in quick[0]["layers"]["result"].values():
+        assert result["by_itself"]
+        for row in result["by_itself"]:
+            assert row["calibration"] >= row["calibration_optimum"] * (1 - 1e-4)
+            assert row["held"] >= row["floor"] * (1 - 1e-4)
+            assert row["held_plain"] >= row["floor"] * (1 - 1e-4)
+        for errors in result["in_the_model"].values():
+            assert all(0 <= error < 2 for error in errors.values())
+
+
+def test_a_second_run_makes_nothing_again_and_other_arguments_do(quick):
+    found, _, folder = quick
+    path = folder / "compression.json"
+    arguments = ["--quick", "--model", str(folder / "model"), "--output", str(folder), "--parts", "llm"]
+    before = path.stat().st_mtime_ns
+    compression.main(arguments)
+    assert path.stat().st_mtime_ns == before
+    args = compression.arguments(arguments)
+    bench, results = compression.Bench(args), compression.results_of(args)
+    assert results.begun("llm", bench.used("llm")) == found["llm"]["result"]
+    args.held_blocks = 4
+    assert results.begun("llm", bench.used("llm")) == {}
+
+
+def test_costs_are_counted_for_every_method(quick):
+    result = quick[0]["cost"]["result"]
+    assert [row["method"] for row in result["rows"]] == compression.QUICK["methods"]
+    assert result["tokens"] == 4 * 512 and all(row["seconds"] > 0 for row in result["rows"])
+
+
+def test_impossible_arguments_are_refused(capsys):
+    for wrong in (["--keep", "1.5"], ["--seeds", "0"]):
+        with pytest.raises(SystemExit):
+            compression.arguments(wrong)
+        assert wrong[0] in capsys.readouterr().err
+
+
+def test_a_compressed_copy_leaves_the_dense_model_alone():
+    dense, data = tiny_llama(), batches()
+    before = copy.deepcopy(dense.state_dict())
+    small, facts = compression_methods.compressed(dense, "mix", 0.5, data, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert facts["parameters"] == sum(p.numel() for p in small.parameters()) < compression_methods.parameters(dense)
+    assert facts["seconds"] > 0 and facts["ranks"]
+
+
+def test_errors_in_the_model_are_those_of_whole_forwards():
+    dense, data = tiny_llama(), batches(1)
+    result = compression_layers.in_the_model(dense, data, data, 0.5)
+    small, _ = compression_methods.compressed(dense, "mix", 0.5, data, progress=False)
+    name = "model.layers.1.mlp.down_proj"
+    outputs = []
+    for model in (dense, small):
+        handle = model.get_submodule(name).register_forward_hook(lambda m, a, output: outputs.append(output))
+        with torch.no_grad():
+            model(**data[0])
+        handle.remove()
+    expected = ((outputs[1] - outputs[0]).square().sum() / outputs[0].square().sum()).item()
+    assert result["mix"][name] == pytest.approx(expected, rel=1e-4)
+
+
+def test_models_of_random_factors_have_the_ranks_asked_for():
+    name = "model.layers.0.self_attn.q_proj"
+    small = with_ranks(tiny_llama(), {name: 5})
+    assert isinstance(small.get_submodule(name), LowRankLinear) and small.get_submodule(name).rank == 5
+    assert torch.isfinite(small(input_ids=torch.arange(4)[None]).logits).all()
+    assert random_factors(nn.Linear(8, 4), 2)(torch.randn(3, 8)).shape == (3, 4)
+
+
+def test_break_even_lies_on_the_line_between_measured_parts():
+    assert _break_even([(0.2, 0.5), (0.6, 0.9), (1.0, 1.1)]) == pytest.approx(0.8)
+    assert _break_even([(0.2, 0.5), (0.6, 0.9)]) is None
+    assert ratio({"a": [2.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2.0
+
+
+def test_intervals_are_students():
+    middle, width = interval([1.0, 2.0, 3.0])
+    assert middle == 2.0 and width == pytest.approx(4.303 / math.sqrt(3))
+    assert interval([1.0]) == (1.0, None)
+    rows = [{"keep": 0.4, "method": "mix", "parameters": 1, "accuracy": a, "drop": 0.0} for a in (90, 92)]
+    found = summary({"seeds": [{"rows": [row]} for row in rows]})
+    assert len(found) == 1 and found[0]["accuracy"][0] == 91 and found[0]["accuracy"][1] == pytest.approx(12.706)
+
+
+def test_arithmetic_of_the_large_model_is_that_of_its_shapes():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES["llama-2-7b"].config))
+    linear = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    counted = compression_7b.arithmetic(compression_7b.Plan(tokens=1000))
+    assert counted["target_weights"] == sum(module.weight.numel() for module in linear)
+    assert counted["eigenproblems"] == len(linear)
+    assert counted["weights_bytes_bf16"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=1e-4)
+    # One product a weight and token: what a forward pass costs but for attention itself.
+    assert counted["forward_operations"] == counted["forward_passes"] * 2 * counted["target_weights"] * 1000

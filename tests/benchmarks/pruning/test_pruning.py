@@ -1,0 +1,185 @@
+"""The pruning benchmark on a tiny model: its rows, the parameters behind them, slicing, its file, its tables."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.compression.methods import parameters
+from benchmarks.pruning import __main__ as pruning
+from benchmarks.pruning import cost as pruning_cost
+from benchmarks.pruning import methods as pruning_methods
+from benchmarks.pruning import report as pruning_report
+from benchmarks.pruning import slicing as pruning_slicing
+from examples.prune import BASE
+from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.pruning.layout import PruningLayout
+
+
+def tiny_llama(vocabulary=96, **changes):
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **{**shape, **changes})).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def batches(count=3, vocabulary=96):
+    return [{"input_ids": torch.randint(vocabulary, (8, 20))} for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """(result file, printed text, folder, arguments) of one run of all parts with `--quick`."""
+    folder = tmp_path_factory.mktemp("pruning")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tiny_llama(len(tokenizer), hidden_size=128, intermediate_size=256).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    given = ["--quick", "--model", str(folder / "model"), "--output", str(folder)]
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
+        pruning.main(given)
+    return json.loads((folder / "pruning.json").read_text()), "\n".join(printed), folder, given
+
+
+def test_every_part_is_written_with_its_machine_and_arguments(quick):
+    found, printed, folder, _ = quick
+    assert list(found) == list(pruning.PARTS)
+    for part in found.values():
+        assert {"versions", "commit", "machine", "arguments", "result"} <= set(part)
+    assert pruning_report.report({part: found[part]["result"] for part in found}, pruning.PARTS) in printed
+    for name in ("perplexity", "widths"):
+        assert (folder / f"pruning_{name}.png").stat().st_size > 5000
+
+
+def test_all_models_have_the_parameters_of_the_budget_and_no_more(quick):
+    result = quick[0]["quality"]["result"]
+    rows = {(row["method"], row["seed"]): row for row in result["rows"]}
+    first = {(method, 0) for method in ("random", "flap", "slicegpt", "disp", "disp-64")}
+    assert set(rows) == first | {("random", 1), ("disp", 1)}
+    for (method, _), row in rows.items():
+        assert row["parameters"] < result["dense"]["parameters"]
+        # A channel of the residual of all layers, or 64 of one selection, is much of so small a model.
+        assert 0 <= row["below_budget"] < {"slicegpt": 0.02, "disp-64": 0.2}.get(method, 0.002), method
+        assert ("recovered" in row) == (method != "disp-64")
+        for one in (row, row.get("recovered", row)):
+            assert all(math.isfinite(value) for value in one["perplexity"].values())
+    assert rows["random", 0]["losses"] != rows["random", 1]["losses"]
+    assert all(width % 64 == 0 for layer in rows["disp-64", 0]["widths"] for width in layer)
+
+
+def test_a_second_run_makes_nothing_again_and_more_seeds_only_what_is_missing(quick):
+    found, _, folder, given = quick
+    before = (folder / "pruning.json").stat().st_mtime_ns
+    pruning.main(given)
+    assert (folder / "pruning.json").stat().st_mtime_ns == before
+    args = pruning.arguments(given)
+    rows = found["quality"]["result"]["rows"]
+    assert pruning.wanted(args, rows) == []
+    args.seeds = 3
+    assert pruning.wanted(args, rows) == [(0.6, "random", 2), (0.6, "disp", 2)]
+    # What was learned in fewer steps is learned again, what was not learned stays.
+    args.seeds, args.steps = 1, 5
+    assert pruning.wanted(args, rows) == [(0.6, "disp", 0)]
+    args.held_blocks = 3
+    assert pruning.results_of(args).begun("quality", pruning.used(args, "quality")) == {}
+
+
+def test_speed_is_measured_at_the_learned_widths(quick):
+    found = quick[0]
+    learned = next(row for row in found["quality"]["result"]["rows"] if row["method"] == "disp")
+    dense, small, rounded = found["speed"]["result"]["base"]
+    assert dense["prefill_speedup"] == dense["prefill_floor"] == 1
+    assert small["widths"] == learned["widths"] and small["weights_bytes"] < dense["weights_bytes"]
+    assert small["prefill_floor"] > 1 and rounded["decode_floor"] > 1
+    methods = {row["method"]: row for row in found["training"]["result"]["rows"]}
+    assert list(methods) == ["floor", "disp", "full"] and methods["floor"]["trainable"] == 0
+
+
+def test_floors_count_operations_and_weights():
+    model = tiny_llama()
+    layout = PruningLayout.of(find_decoder_stack(model))
+    half = [[width // 2 for width in row] for row in layout.full_widths]
+    # By hand: 2 layers of 64 x (64 + 32 + 32 + 64) and 3 x 64 x 128; middle and residual both halved leave a quarter.
+    full, small = 2 * (64 * 192 + 3 * 64 * 128), 2 * (32 * 192 + 3 * 32 * 64)
+    assert layout.total == full and layout.count(half) == small
+    head, attention = 96 * 64, 2 * 2 * 64 * 10 * 10 // 2
+    found = pruning_cost.floors(layout, half, 96, 10)
+    assert found["prefill"] == pytest.approx((full * 10 + attention + head) / (small * 10 + attention + head))
+    assert found["decode"] == pytest.approx((full + head) / (small + head))
+
+
+def test_widths_are_carried_over_in_the_same_parts():
+    source = PruningLayout.of(find_decoder_stack(tiny_llama()))
+    target = PruningLayout.of(
+        find_decoder_stack(tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=4))
+    )
+    found = pruning_cost.scaled([[64, 32, 16, 32, 64], [1, 64, 64, 128, 64]], source, target, 1)
+    assert found == [[128, 64, 32, 128, 128]] * 2 + [[2, 128, 128, 512, 128]] * 2
+    rounded = pruning_cost.scaled([[64, 30, 16, 32, 64], [1, 64, 64, 128, 64]], source, target, 64)
+    assert rounded[0] == [128, 64, 64, 128, 128] and rounded[3][0] == 64
+    small = pruning_cost.at_widths(tiny_llama(), [[64, 32, 16, 32, 64], [1, 64, 64, 128, 64]])
+    assert parameters(small) - parameters(tiny_llama()) == source.count(
+        [[64, 32, 16, 32, 64], [1, 64, 64, 128, 64]]
+    ) - (source.total)
+
+
+def test_slicing_with_all_channels_is_the_models_own_function():
+    model, data = tiny_llama(), batches()
+    bases = pruning_slicing.rotations(model, data)
+    for basis in bases:
+        torch.testing.assert_close(basis.T @ basis, torch.eye(64, dtype=basis.dtype), rtol=0, atol=1e-10)
+    ids = data[0]["input_ids"]
+    expected = model(input_ids=ids).logits
+    whole = pruning_slicing.sliced(model, bases, 64)
+    torch.testing.assert_close(whole(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+    # What is cut first is what matters least.
+    gaps = [
+        (pruning_slicing.sliced(model, bases, width)(input_ids=ids).logits - expected).norm() for width in (60, 40, 20)
+    ]
+    assert 0 < gaps[0] < gaps[1] < gaps[2]
+
+
+def test_slicing_fills_the_budget_with_what_the_tensors_hold():
+    model, data = tiny_llama(), batches()
+    bases = pruning_slicing.rotations(model, data)
+    before = copy.deepcopy(model.state_dict())
+    for width in (10, 33, 64):
+        small = pruning_slicing.sliced(model, bases, width)
+        assert parameters(small) == pruning_slicing.sliced_parameters(model, width)
+    width = pruning_slicing.width_on_budget(model, 60_000)
+    counts = [pruning_slicing.sliced_parameters(model, w) for w in (width, width + 1)]
+    assert counts[0] <= 60_000 < counts[1]
+    with pytest.raises(ValueError, match="allowed must be at least"):
+        pruning_slicing.width_on_budget(model, 100)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_impossible_arguments_are_refused(capsys):
+    for wrong in (["--keep", "1.5"], ["--seeds", "0"]):
+        with pytest.raises(SystemExit):
+            pruning.arguments(wrong)
+        assert wrong[0] in capsys.readouterr().err
+
+
+def test_speed_without_learned_widths_says_what_to_run(tmp_path):
+    with pytest.raises(SystemExit, match="run it first"):
+        pruning.main(["--parts", "speed", "--output", str(tmp_path)])
+
+
+def test_every_label_belongs_to_a_row():
+    assert set(pruning_methods.METHODS) < set(pruning_methods.LABELS)
+    assert pruning_methods.DEFAULT not in pruning_methods.BASELINES
