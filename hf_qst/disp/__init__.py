@@ -6,9 +6,9 @@ from hf_qst.disp.methods import PRUNING_METHODS, prune_model, register_pruning_m
 from hf_qst.disp.model import DISPModel
 from hf_qst.disp.report import PruningReport
 from hf_qst.pruning.branch import PrunedBranch, prune_blocks
-from hf_qst.tuner.registration import HfQstPeftType, register_method
+from hf_qst.tuner.registration import register_method
 
-register_method(HfQstPeftType.DISP, DISPConfig, DISPModel)
+register_method(DISPConfig, DISPModel)
 
 __all__ = [
     "PRUNING_METHODS",

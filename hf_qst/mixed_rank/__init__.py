@@ -8,9 +8,9 @@ from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDense
 from hf_qst.mixed_rank.model import MixedRankModel
 from hf_qst.mixed_rank.report import rank_report
 from hf_qst.reshaped_models import register_kind
-from hf_qst.tuner.registration import HfQstPeftType, register_method
+from hf_qst.tuner.registration import register_method
 
-register_method(HfQstPeftType.MIXED_RANK, MixedRankConfig, MixedRankModel)
+register_method(MixedRankConfig, MixedRankModel)
 register_kind(KIND, LowRankLinear.from_description)
 
 __all__ = [

@@ -12,7 +12,6 @@ from hf_qst.mixed_rank.decomposition import METRICS
 from hf_qst.mixed_rank.quantization import SCHEMES
 from hf_qst.mixed_rank.sensitivity import LAYER_WEIGHTS
 from hf_qst.tuner.config import BUDGET_SCOPES, MethodConfig, is_count, is_number
-from hf_qst.tuner.registration import HfQstPeftType
 
 MODES = ("replace", "residual")
 
@@ -138,6 +137,7 @@ class MixedRankConfig(MethodConfig):
     statistics: dict[str, Any] = field(default_factory=dict, metadata={"help": "Error and shrinkage by layer."})
     allocation: dict | None = field(default=None, metadata={"help": "What allocator 'auto' compared and chose."})
 
+    method: ClassVar[str] = "MIXED_RANK"
     card_remark: ClassVar[str] = (
         "It holds the low-rank factors that stand in the place of the base model's weights, or beside them. The base model "
         "is needed to load it; where factors replace weights, `model.merge_and_unload()` gives the smaller model, which "
@@ -147,7 +147,6 @@ class MixedRankConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = HfQstPeftType.MIXED_RANK
         self._require("keep_ratio", is_number(self.keep_ratio) and 0 < self.keep_ratio <= 1, "in (0, 1]")
         for name, accepted in (
             ("mode", MODES),

@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 
 from hf_qst.saved import manifest
 from hf_qst.saved.whole_files import whole_files
-from hf_qst.tuner.registration import write_saved_name
+from hf_qst.tuner.registration import HfQstPeftType, write_saved_name
 
 BUDGET_SCOPES = ("targets", "model")
 """What a `keep_ratio` is a part of: the weights a method may change, or all parameters of the model."""
@@ -45,6 +45,8 @@ class MethodConfig(PeftConfig):
         metadata={"help": "What the saved weights must be; written by save_pretrained, checked when they are loaded."},
     )
 
+    method: ClassVar[str]
+    """Name of the method's PEFT type."""
     not_saved: ClassVar[tuple[str, ...]] = ()
     """Fields with data or models, of use while the adapter is made."""
     card_remark: ClassVar[str] = ""
@@ -52,6 +54,7 @@ class MethodConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.peft_type = HfQstPeftType(self.method)
         self._require("init_weights", isinstance(self.init_weights, bool), "True or False")
 
     def _require(self, name: str, holds: bool, accepted: str) -> None:
