@@ -215,8 +215,9 @@ class MixedRankModel(ManifestTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_ranks(config.rank_pattern, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return tensors
 
 
 def _check_ranks(ranks: dict[str, int], state_dict: dict[str, torch.Tensor]) -> None:
