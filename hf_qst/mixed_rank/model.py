@@ -111,7 +111,7 @@ class MixedRankModel(ManifestTuner):
                     f"MixedRankConfig.keep_ratio={config.keep_ratio} leaves all {len(found.dense)} targets dense: "
                     "there is nothing to compress"
                 )
-            self._factors = found.factors
+            self._factors, config.manifest = found.factors, None
             if not config.init_weights:
                 self._factors = {n: self._random(layer, config) for n, layer in found.factors.items()}
             config.rank_pattern, config.dense_modules = found.ranks, found.dense
@@ -214,10 +214,9 @@ class MixedRankModel(ManifestTuner):
         return finished(super()._unload_and_optionally_merge(merge=merge, safe_merge=safe_merge, **kwargs))
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+    def _check_configuration(cls, model, config, adapter_name, state_dict, tensors) -> None:
         _check_ranks(config.rank_pattern, state_dict)
-        return tensors
+        super()._check_configuration(model, config, adapter_name, state_dict, tensors)
 
 
 def _check_ranks(ranks: dict[str, int], state_dict: dict[str, torch.Tensor]) -> None:

@@ -173,16 +173,41 @@ class ManifestTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        if config.manifest is not None:
+        # The manifest is of the file that the adapter was made from. Trainer loads later checkpoints into it as well.
+        layers = [m for m in model.modules() if isinstance(m, cls.tuner_layer_cls) and adapter_name in m.unchecked]
+        if layers:
             manifest.check(config.manifest, state_dict, container=cls._container())
-            for layer in model.modules():
-                if isinstance(layer, cls.tuner_layer_cls):
-                    layer.unchecked.pop(adapter_name, None)
+        for layer in layers:
+            del layer.unchecked[adapter_name]
         # PEFT has entered a trained module's tensors under this adapter's name; files of version 0.1 may hold them a
         # second time, under the name of the adapter that was saved, which may be another one of this model.
         own = f".modules_to_save.{adapter_name}."
         state_dict = {k: tensor for k, tensor in state_dict.items() if own in k or ".modules_to_save." not in k}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        cls._check_configuration(model, config, adapter_name, state_dict, tensors)
+        return tensors
+
+    @classmethod
+    def _check_configuration(cls, model, config, adapter_name: str, state_dict: dict, tensors: dict) -> None:
+        """Check that the tensors of a file are those of the modules that the configuration made.
+
+        Args:
+            state_dict: the tensors by their names in the file.
+            tensors: the same by the names of the model's parameters.
+
+        Raises:
+            CheckpointError: naming the first tensor of another shape.
+        """
+        if config.manifest is None:
+            return
+        inside = f".{cls._container()}.{adapter_name}."
+        for name, parameter in model.named_parameters():
+            found = None if name not in tensors else list(tensors[name].shape)
+            if inside in name and found != list(parameter.shape):
+                raise manifest.CheckpointError(
+                    f"{manifest.WEIGHTS_NAME}: tensor {name.replace(inside, inside[: -len(adapter_name) - 1])!r} has shape "
+                    f"{found}, the configuration asks for {list(parameter.shape)}"
+                )
 
 
 def with_head(model: nn.Module) -> nn.Module:

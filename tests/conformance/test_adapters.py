@@ -219,7 +219,7 @@ def test_on_adapters_of_another_method_it_is_refused(line, way):
     else:
         base.add_adapter(lora, adapter_name="lora")
     before = str(base)
-    with pytest.raises(ValueError, match="adapters of type .*: merge or unload them first"):
+    with pytest.raises(ValueError, match=r"adapters of type .*: merge or unload them first"):
         get_peft_model(base, line.config())
     assert str(base) == before
 

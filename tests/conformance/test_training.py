@@ -47,6 +47,19 @@ def test_resumed_training_gives_the_weights_of_an_uninterrupted_run(line, tmp_pa
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_a_loaded_adapter_trains_on_and_resumes(line, tmp_path):
+    """Its configuration knows the weights it was loaded with, which are not those of the checkpoint."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    line.model().save_pretrained(tmp_path / "first")
+    runs = []
+    for resume in (None, str(tmp_path / "run" / "checkpoint-2")):
+        model = PeftModel.from_pretrained(small(), tmp_path / "first", is_trainable=True)
+        plain_trainer(model, tmp_path / "run", **settings).train(resume_from_checkpoint=resume)
+        runs.append(line.own(model))
+    for name, parameter in runs[0].items():
+        torch.testing.assert_close(runs[1][name], parameter, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(line, use_reentrant):
     expected = loss_and_gradients(line.random())
