@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_qst.base_model.budget import BudgetError
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.offloading import require_in_place, require_weights
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing
 from hf_qst.disp.layer import DISPLayer
-from hf_qst.disp.report import PruningReport, other_parameters
+from hf_qst.disp.report import PruningReport
 from hf_qst.disp.selection import SelectionNetwork
 from hf_qst.pruning.branch import find_prunable_stack, prune_blocks
 from hf_qst.pruning.layout import PruningLayout
-from hf_qst.pruning.widths import SelectionMap, rounded_width
+from hf_qst.pruning.options import parameter_budget
 from hf_qst.reshaped_models import ReshapedModel, to_dense
 from hf_qst.tuner.stack_tuner import StackTuner
 
@@ -42,10 +41,11 @@ class DISPModel(StackTuner):
                 "backward, as it does at a model's first forward in evaluation mode on this processor: load the base "
                 "again and wrap it before it runs"
             )
-        parameter_budget(self.model, stack, peft_config)
+        parameter_budget(self.model, stack, peft_config, f"{type(peft_config).__name__}.")
 
     def _make_network(self, peft_config, stack: DecoderStack) -> SelectionNetwork:
-        return SelectionNetwork(peft_config, PruningLayout.of(stack), parameter_budget(self.model, stack, peft_config))
+        budget = parameter_budget(self.model, stack, peft_config, f"{type(peft_config).__name__}.")
+        return SelectionNetwork(peft_config, PruningLayout.of(stack), budget)
 
     def _make_layer(self, target: nn.Module, stack: DecoderStack) -> DISPLayer:
         forbid_packing(target)  # the gates' gradients go through the base
@@ -102,25 +102,3 @@ class DISPModel(StackTuner):
                 raise ValueError("no DISP adapter is active: call set_adapter(name)")
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         return model if masks is None else prune_blocks(model, masks)
-
-
-def parameter_budget(model: nn.Module, stack: DecoderStack, config) -> int:
-    """Weights of the blocks' matrices to keep.
-
-    Raises:
-        BudgetError: even the least widths are more than `keep_ratio`; the message names the smallest ratio.
-    """
-    layout = PruningLayout.of(stack)
-    plan = SelectionMap.of(layout, config.selections, config.constraint)
-    least = plan.parameters([rounded_width(0, n, config.width_multiple, config.min_width) for n in plan.sizes])
-    others = other_parameters(model, stack) if config.budget_scope == "model" else 0
-    budget = int(config.keep_ratio * (layout.total + others)) - others
-    if budget < least:
-        total = layout.total + others
-        raise BudgetError(
-            f"{type(config).__name__}.keep_ratio={config.keep_ratio} of the {config.budget_scope}'s {total} parameters "
-            f"cannot be met: {least + others} remain at the least widths, so keep_ratio must be at least "
-            f"{(least + others) / total:.4f}",
-            least + others,
-        )
-    return budget

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from peft import get_peft_model
 
-from hf_qst import DISPConfig, MixedRankConfig, NoDenseWeightsError, QSTConfig, SideNetworkMergeError
+from hf_qst import DISPConfig, MixedRankConfig, QSTConfig
+from hf_qst.errors import NoDenseWeightsError, SideNetworkMergeError
 from hf_qst.tuner.registration import METHODS
 from tests.architectures import tiny, token_batch
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from hf_qst import CheckpointError
+from hf_qst.errors import CheckpointError
 from tests.architectures import tiny
 from tests.conformance.methods import IDS, LINES, disturb, logits, small
 
