@@ -166,7 +166,7 @@ class MixedRankModel(ManifestTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.expect(adapter_name, peft_config, current_key)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-        factors.train(target.training)
+        layer.train(target.training)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Factors beside dense weights follow PEFT's rule; in their place they are the model's and keep its dtype."""

@@ -61,9 +61,13 @@ class Line:
         model.add_adapter(adapter_name, self.config(init_weights=False))
 
     @property
+    def layer_class(self) -> type:
+        return METHODS[self.config_class.method][1].tuner_layer_cls
+
+    @property
     def container(self) -> str:
         """Name of the modules that hold the method's own tensors."""
-        return METHODS[self.config_class.method][1].tuner_layer_cls.adapter_layer_names[0]
+        return self.layer_class.adapter_layer_names[0]
 
     def own(self, model) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in model.named_parameters() if self.container in name.split(".")}

@@ -124,6 +124,8 @@ def test_inference_mode_computes_the_same_and_training_goes_on(line):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_new_adapter_has_the_mode_of_its_base(line, training):
     model = line.model(small().train(training))
+    if "second" not in line.refuses:
+        model.add_adapter("second", line.config())
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     networks = [net for layer in layers for net in layer.networks.values()]
     assert networks and all(net.training == training for net in networks)
