@@ -7,7 +7,7 @@ from hf_qst.base_model.packed_weights import keep_packed_weights
 from hf_qst.qst.calibrate import fit_principal
 from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
-from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
+from hf_qst.qst.layer import QSTLayer
 from hf_qst.qst.side_network import SideNetwork
 from hf_qst.tuner.stack_tuner import StackTuner
 
@@ -54,6 +54,3 @@ class QSTModel(StackTuner):
                 part.mean.data.copy_(fitted.mean)
         elif peft_config.manifest is None:  # otherwise they are about to be loaded
             fit_principal(self.model, layer, network, peft_config.calibration_data)
-
-    def _check_merge_allowed(self):
-        raise SideNetworkMergeError()

@@ -84,10 +84,13 @@ class StackLayer(ManifestLayer):
         return kwargs
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(f"{self.method} cannot be merged in place")
+        raise NotImplementedError(
+            f"{self.method} cannot be merged into the base's weights. Keep it as an adapter (save_pretrained), or take the "
+            "base back with unload()."
+        )
 
     def unmerge(self) -> None:
-        raise NotImplementedError(f"{self.method} cannot be unmerged")
+        self.merge()  # which says why there is nothing to undo
 
     def __getattr__(self, name: str):
         try:
@@ -229,7 +232,7 @@ class StackTuner(ManifestTuner):
 
     def _unload_and_optionally_merge(self, merge=True, **kwargs):
         if merge:
-            self._check_merge_allowed()
+            self.stack_layer.merge()
         for layer in self._layers().values():
             layer.remove_hooks()
         return super()._unload_and_optionally_merge(merge=False, **kwargs)

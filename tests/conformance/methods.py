@@ -30,7 +30,7 @@ class Line:
         tolerance: absolute and relative difference of such an adapter; 0 where it is the base to the last bit.
         refuses: operations that are refused, with the error: "second", "disable", "delete", "unload", "merge_and_unload",
             "merge_adapter".
-        edit: changes a setting of a saved configuration on which the shapes of the tensors depend.
+        edit: changes a setting of a saved configuration on which the shapes of the tensors depend, if there is one.
         dtype_of_base: whether the weights always have the base's dtype, because they stand in its weights' place.
     """
 
@@ -39,7 +39,7 @@ class Line:
     identity: dict = field(default_factory=dict)
     tolerance: float = 0.0
     refuses: dict[str, type[Exception]] = field(default_factory=dict)
-    edit: Callable[[dict], object] = dict
+    edit: Callable[[dict], object] | None = None
     dtype_of_base: bool = False
 
     def config(self, **changes):
