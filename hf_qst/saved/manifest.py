@@ -15,28 +15,10 @@ import re
 from collections.abc import Mapping
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hf_qst.saved.whole_files import write_text
-
 WEIGHTS_NAME = "adapter_model.safetensors"
-CARD_MARK = "<!-- hf_qst usage -->"
-CARD_TEXT = f"""
-{CARD_MARK}
-## How to load
-
-This adapter is of the `hf_qst` package, which registers its methods with PEFT when it is imported:
-
-```python
-import hf_qst  # noqa: F401  (without it PEFT raises a KeyError)
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
-```
-
-{{remark}}
-"""
 
 
 class CheckpointError(ValueError):
@@ -46,6 +28,19 @@ class CheckpointError(ValueError):
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
+
+
+def read_tensors(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file; the operating system reads their content when it is looked at.
+
+    Raises:
+        CheckpointError: the file is not whole.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def describe(tensor: torch.Tensor) -> dict:
@@ -195,20 +190,7 @@ def for_directory(config, directory: str) -> dict | None:
     known = config.manifest if pending is None else pending
     path = os.path.join(directory, WEIGHTS_NAME)
     if known is not None and os.path.exists(path):
-        with safe_open(path, framework="pt") as file:
-            found = {tensor_name(key): describe(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+        found = {tensor_name(key): describe(tensor) for key, tensor in read_tensors(path).items()}
         if all(found.get(tensor_name(key)) == entry for key, entry in known["tensors"].items()):
             return {**known, "tensors": dict(sorted(found.items()))}
     return None if pending is None else {**pending, "partial": True}
-
-
-def complete_model_card(directory: str, remark: str) -> None:
-    """Say in the folder's README how to load the adapter beside it, once; `remark` is of its method."""
-    path = os.path.join(directory, "README.md")
-    text = ""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    if CARD_MARK in text:
-        return
-    write_text(path, text + CARD_TEXT.format(remark=remark))
