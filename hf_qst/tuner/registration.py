@@ -1,7 +1,7 @@
 """Registers the project's methods with PEFT.
 
 PEFT has no plugin mechanism for a third party's method. Its tuners are looked up in three dictionaries whose keys are
-members of the `PeftType` enum, a `str` enum, so a string of the same value serves as a key and the `"QST"` of an
+members of the `PeftType` enum, a `str` enum, so a string of the same value serves as a key and the one of an
 `adapter_config.json` finds it. `PeftType` itself is left alone: adding a member to it would break unpickling in processes
 that have not imported this package.
 

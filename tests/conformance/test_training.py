@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tests.conformance.methods import IDS, logits, small
 from tests.trainers import plain_trainer
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 
 def loss_and_gradients(model, seed: int = 0):
     """Loss of one step in training mode, and gradients by name."""
@@ -157,6 +159,7 @@ def test_a_model_moves_to_meta_and_casts_with_its_adapter(line):
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 def test_a_model_moves_to_the_gpu_and_back(line):
     model = line.random()
     expected = logits(model)
@@ -170,6 +173,7 @@ def test_a_model_moves_to_the_gpu_and_back(line):
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 def test_an_adapter_loads_onto_a_base_on_the_gpu(line, tmp_path):
     model = line.random()
     model.save_pretrained(tmp_path)
