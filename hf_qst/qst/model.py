@@ -75,13 +75,12 @@ class QSTModel(StackTuner):
             fit_principal(self.model, layer.base_layer, stack.blocks, downsamplers, data)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's rule: an adapter is float32, or with `autocast_adapter_dtype=False` of the base's dtype."""
+        """As in PEFT: an adapter is float32, or has the base's dtype with `autocast_adapter_dtype=False`."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             layer = next(module for module in self.model.modules() if isinstance(module, QSTLayer))
-            layer.qst_net[adapter_name].cast(
-                next(p.dtype for p in layer.base_layer.parameters() if p.is_floating_point())
-            )
+            dtype = next(p.dtype for p in layer.base_layer.parameters() if p.is_floating_point())
+            layer.qst_net[adapter_name].cast(dtype)
 
     def _check_merge_allowed(self):
         raise SideNetworkMergeError()
