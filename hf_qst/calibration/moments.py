@@ -112,10 +112,10 @@ class MeanInput:
     def add(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
         """rows: [n, d]; positions: [n], each row's place in its sample."""
         self.count += rows.shape[0]
-        missing = int(positions.max()) + 1 - len(self.counts) if len(positions) else 0
-        if missing > 0:
-            self.sums = nn.functional.pad(self.sums, (0, 0, 0, missing))
-            self.counts = nn.functional.pad(self.counts, (0, missing))
+        new_positions = int(positions.max()) + 1 - len(self.counts) if len(positions) else 0
+        if new_positions > 0:
+            self.sums = nn.functional.pad(self.sums, (0, 0, 0, new_positions))
+            self.counts = nn.functional.pad(self.counts, (0, new_positions))
         self.sums.index_add_(0, positions, rows.double())
         self.counts.index_add_(0, positions, torch.ones_like(positions, dtype=torch.float64))
 

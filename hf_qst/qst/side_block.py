@@ -210,8 +210,8 @@ class SideMLP(nn.Module):
 class _Recomputed(torch.autograd.Function):
     """`function(x)`, of which only x is kept: backward runs it again. For functions without randomness.
 
-    `torch.utils.checkpoint` does the same for any function, at a cost that is a good part of such a small one's time.
-    `parameters` are those the function uses, given so that their gradients come out where autograd expects them.
+    `torch.utils.checkpoint` does the same for any function, but its overhead is large for a function this small.
+    `parameters` are those that the function uses; they are arguments so that autograd gets their gradients.
     """
 
     @staticmethod
@@ -255,7 +255,7 @@ class SideBlock(nn.Module):
     def forward(
         self, hidden: torch.Tensor, context: BlockContext, cache=None, layer_idx: int = 0, recompute_mlp: bool = False
     ) -> torch.Tensor:
-        """[batch, seq, d_s] -> [batch, seq, d_s]; with `recompute_mlp` the MLP half keeps its input alone."""
+        """[batch, seq, d_s] -> [batch, seq, d_s]; with `recompute_mlp` the MLP half keeps only its input."""
         if fused_block.fuses(self, hidden):
             return self._fused(hidden, context, cache, layer_idx, recompute_mlp)
         normed = self.attention_norm(hidden)
@@ -267,18 +267,18 @@ class SideBlock(nn.Module):
 
     @property
     def fused_parts(self) -> list[nn.Module]:
-        """The modules whose own forward `_fused` passes by."""
+        """The modules whose forward `_fused` does not call."""
         a, m = self.attention, self.mlp
         parts = (a, m, a.q_proj, a.k_proj, a.v_proj, a.o_proj, self.attention_norm, self.mlp_norm)
         return [part for part in (*parts, m.gate_proj, m.up_proj, m.down_proj) if part is not None]
 
     def _fused(self, hidden, context: BlockContext, cache, layer_idx: int, recompute_mlp: bool) -> torch.Tensor:
-        """The same function in three autograd nodes beside the attention's own."""
+        """The same function in three autograd nodes and the attention."""
         a, spec, tables = self.attention, self.attention.spec, None
         layers = [a.q_proj, a.k_proj, a.v_proj]
         if spec.rotary_dim:
             tables = context.rotary(spec.rotary_dim, hidden.device, fused_block.product_dtype(hidden))
-        # A norm of each head stands between its projection and its rotation.
+        # A norm per head lies between projection and rotation.
         inside = None if spec.qk_norm else tables
         query, key, value = fused_block.heads(hidden, self.attention_norm, layers, spec.head_dim, inside)
         if spec.qk_norm:

@@ -29,20 +29,20 @@ def checked_generate_kwargs(given: Mapping | None) -> dict:
     """
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"generate_kwargs must be a mapping of arguments of generate, got {type(given).__name__}")
-    given = dict(given or {})
+    arguments = dict(given or {})
     for name, instead in NOT_OURS.items():
-        value = given.pop(name, None)
+        value = arguments.pop(name, None)
         if value is not None and value is not False:
             raise ValueError(f"generate_kwargs must not hold {name!r}, got {value!r}: {instead}")
-    config = given.pop("generation_config", None)
+    config = arguments.pop("generation_config", None)
     if config is not None:
         known = vars(GenerationConfig()).keys() - NOT_OURS.keys() - {"transformers_version"}
         values = {name: value for name, value in config.to_dict().items() if value is not None and name in known}
-        given = {**{name: value for name, value in values.items() if not name.startswith("_")}, **given}
-    length = given.pop("max_length", None)
-    if length is not None and "max_new_tokens" not in given:
+        arguments = {**{name: value for name, value in values.items() if not name.startswith("_")}, **arguments}
+    length = arguments.pop("max_length", None)
+    if length is not None and "max_new_tokens" not in arguments:
         raise ValueError(f"generate_kwargs must give the length as max_new_tokens, got max_length={length!r}")
-    kwargs = {**GENERATE_DEFAULTS, **given}
+    kwargs = {**GENERATE_DEFAULTS, **arguments}
     new = kwargs["max_new_tokens"]
     if isinstance(new, bool) or not isinstance(new, int) or new < 1:
         raise ValueError(f"generate_kwargs['max_new_tokens'] must be a whole number of at least 1, got {new!r}")
