@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers import LogitsProcessor
 
+from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.policies import BlockStart, Temperature, TemperaturePolicy, positive
 from hf_qst_plugins.adaptive_temperature.token_automaton import DeviceCopies
 from hf_qst_plugins.adaptive_temperature.vocabulary import TokenKind, VocabularyTable
@@ -100,9 +101,7 @@ class AdaptiveTemperatureLogitsProcessor(LogitsProcessor):
         rule: Rule | None = None,
         max_batch_size: int | None = None,
     ):
-        if max_batch_size is not None and (
-            isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1
-        ):
+        if max_batch_size is not None and not is_count(max_batch_size):
             raise ValueError(f"max_batch_size must be an integer >= 1 or None, got {max_batch_size!r}")
         self.max_batch_size = max_batch_size
         settings = {

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.rules import TokenRule
 from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
 
@@ -57,7 +58,7 @@ class TokenAutomaton:
     """
 
     def __init__(self, table: VocabularyTable, rule: TokenRule, window: int):
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1 or window & (window - 1):
+        if not is_count(window) or window & (window - 1):
             raise ValueError(f"window must be a power of two, got {window!r}")
         self.window = window
         self.state_values, transitions = _tabulate(table, rule)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hf_qst.saved.whole_files import write_text
+from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.token_text import (
     WHITESPACE,
     adds_leading_space,
@@ -93,7 +94,7 @@ class VocabularyTable:
     ):
         if language not in LANGUAGES:
             raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}")
-        if isinstance(tab_width, bool) or not isinstance(tab_width, int) or tab_width < 1:
+        if not is_count(tab_width):
             raise ValueError(f"tab_width must be an integer >= 1, got {tab_width!r}")
         self.texts = list(texts)
         self.language = language

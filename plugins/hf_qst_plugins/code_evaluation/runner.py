@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from hf_qst.tuner.config import is_count
+
 from .problems import Problem
 from .report import Report
 from .run_settings import canonical, described, digest, model_settings
@@ -83,8 +85,7 @@ def evaluate(
     """
     sandbox = Sandbox(allow_execution=allow_execution, limits=limits, isolation=isolation)
     for name, value in (("samples", samples), ("batch_size", batch_size), ("workers", workers)):
-        optional = name != "samples" and value is None
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if not is_count(value) and (name == "samples" or value is not None):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if not problems:
         raise ValueError("problems is empty; give at least one")

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from hf_qst.disp import DISPLayer, PruningReport
+from hf_qst.tuner.config import is_count, is_number
 from hf_qst.tuner.stack_tuner import with_head
 from hf_qst_plugins.pruning.plots import plot_widths, require_matplotlib
 
@@ -66,9 +67,9 @@ class DISPCallback(TrainerCallback):
         freeze_at: float = 1.0,
         progress: bool = True,
     ):
-        if isinstance(plot_steps, bool) or not isinstance(plot_steps, int) or plot_steps < 1:
+        if not is_count(plot_steps):
             raise ValueError(f"plot_steps must be an integer of at least 1, got {plot_steps!r}")
-        if not isinstance(freeze_at, (int, float)) or isinstance(freeze_at, bool) or not 0 < freeze_at <= 1:
+        if not is_number(freeze_at) or not 0 < freeze_at <= 1:
             raise ValueError(f"freeze_at must be in (0, 1], got {freeze_at!r}")
         if schedule is not None and not callable(schedule):
             raise ValueError(f"schedule must be a function of the done part of the training, got {schedule!r}")

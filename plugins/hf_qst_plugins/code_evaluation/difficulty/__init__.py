@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from hf_qst.saved.whole_files import whole_file, write_text
+from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.rules import TokenRule, block_rule, line_rule
 from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
 
@@ -193,7 +194,7 @@ def measure_difficulty(
         raise ValueError(f"tokenizer={type(tokenizer).__name__} has no character offsets; give a fast tokenizer")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
     context = min(positions, 1024) if context is None else context
-    if isinstance(context, bool) or not isinstance(context, int) or not 4 <= context <= positions:
+    if not is_count(context, 4) or context > positions:
         raise ValueError(f"context must be a whole number from 4 to the model's {positions} positions, got {context!r}")
     if start_token is None:
         start_token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
+from hf_qst.tuner.config import is_count
+
 from ..problems import Problem
 from .completion import MODULE_STOPS, WHITESPACE, truncate
 from .generated_text import GeneratedText
@@ -44,7 +46,7 @@ def checked_generate_kwargs(given: Mapping | None) -> dict:
         raise ValueError(f"generate_kwargs must give the length as max_new_tokens, got max_length={length!r}")
     kwargs = {**GENERATE_DEFAULTS, **arguments}
     new = kwargs["max_new_tokens"]
-    if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+    if not is_count(new):
         raise ValueError(f"generate_kwargs['max_new_tokens'] must be a whole number of at least 1, got {new!r}")
     return kwargs
 

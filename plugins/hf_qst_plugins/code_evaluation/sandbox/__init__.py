@@ -32,6 +32,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_qst.tuner.config import is_count
+
 from .run_folder import remove_leftovers, run_folder
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class Limits:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"Limits.{name} must be a whole number of at least 1, got {value!r}")
 
 
@@ -207,7 +209,7 @@ class Sandbox:
 
     def run_all(self, sources: Iterable[str], workers: int | None = None) -> Iterator[Outcome]:
         """Outcomes in the order of the programs; `workers` run at a time (default: one per processor)."""
-        if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        if workers is not None and not is_count(workers):
             raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}")
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             yield from pool.map(self.run, sources)
