@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from hf_qst.base_model.decoder_stack import DecoderStack
+from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.base_model.packed_weights import keep_packed_weights
-from hf_qst.qst.calibrate import fit_principal
 from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
 from hf_qst.qst.layer import QSTLayer
+from hf_qst.qst.principal_directions import fit_principal
 from hf_qst.qst.side_network import SideNetwork
 from hf_qst.tuner.stack_tuner import StackTuner
 
 
 class QSTModel(StackTuner):
-    """Puts a side network beside a frozen base, as `get_peft_model(model, QSTConfig(...))` does.
+    """Adds a side network to a frozen base; made by `get_peft_model(model, QSTConfig(...))`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the base, in any floating dtype or quantised.
@@ -53,4 +53,5 @@ class QSTModel(StackTuner):
                 part.directions.data.copy_(fitted.directions)
                 part.mean.data.copy_(fitted.mean)
         elif peft_config.manifest is None:  # otherwise they are about to be loaded
-            fit_principal(self.model, layer, network, peft_config.calibration_data)
+            blocks, data = find_decoder_stack(self.model).blocks, peft_config.calibration_data
+            fit_principal(self.model, layer.base_layer, blocks, network.downsample, data)
