@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -20,14 +21,17 @@ logger = logging.getLogger(__name__)
 class _Statistics:
     """Takes the place of a layer's recorder: collects what each downsampler reads instead of running it."""
 
-    def __init__(self, run: CalibrationRun):
-        self.run = run
+    def __init__(self, run: CalibrationRun, places: Sequence[int]):
+        self.run, self.places = run, places
         self.moments: dict[int, SecondMoment] = {}
 
     def record(self, index, entering, leaving, context) -> None:
-        for state in (entering, leaving) if index == 0 else (leaving,):
+        # The first downsampler reads the embedding too.
+        read = [(self.places[0], entering)] if index == 0 else []
+        read += [(index, leaving)] if index in self.places else []
+        for place, state in read:
             rows = self.run.rows("decoder stack", state)[0]
-            moment = self.moments.setdefault(index, SecondMoment(rows.shape[-1], rows.device))
+            moment = self.moments.setdefault(place, SecondMoment(rows.shape[-1], rows.device))
             moment.add(rows)
 
 
@@ -56,11 +60,11 @@ def fit_principal(model: nn.Module, layer, network, batches) -> None:
         require_weights(model, "QSTConfig.downsample='principal'")
     batches = as_batches(batches, argument="QSTConfig.calibration_data", model=model)
     run = CalibrationRun(model)
-    statistics = _Statistics(run)
+    statistics = _Statistics(run, network.places)
     taken = inspect.signature(layer.base_layer.forward).parameters
     with layer.tape.using(statistics), calibration_mode(model):
         for batch in tqdm(batches, desc="principal directions", unit="batch"):
             inputs = {key: value for key, value in run.enter(batch).items() if key in taken}
             layer.base_layer(**{**inputs, "use_cache": False})
-    for index, part in enumerate(parts):
+    for index, part in zip(network.places, parts, strict=True):
         part.fit(*statistics.moments[index].mean_and_covariance())

@@ -66,14 +66,16 @@ class Downsample(nn.Module):
 
 
 class LinearDownsample(Downsample):
-    """D(h) = h W, W [d, d_s]."""
+    """D(h) = h W, W [d, d_s]; with `input_norm` of h divided by its root mean square."""
 
-    def __init__(self, hidden_size: int, side_size: int, storage: str, **shared):
+    def __init__(self, hidden_size: int, side_size: int, storage: str, input_norm: bool, **shared):
         super().__init__(side_size, **shared)
-        self.storage = storage
+        self.storage, self.input_norm = storage, input_norm
         self.down = nn.Linear(hidden_size, side_size, bias=False)
 
     def tap(self, hidden):
+        if self.input_norm:
+            hidden = F.rms_norm(hidden, hidden.shape[-1:])
         return hf_qst_kernels.tap_linear(hidden, self.down.weight, storage=self.storage)
 
 
@@ -146,13 +148,12 @@ class PrincipalDownsample(Downsample):
 def make_downsample(config, hidden_size: int, side_size: int) -> Downsample:
     """The downsampler a `QSTConfig` asks for."""
     shared = {"layernorm": config.downsample_layernorm, "dropout": config.downsample_dropout}
-    kind, rank, storage = config.downsample, config.downsample_rank, config.tap_storage
+    kind, rank = config.downsample, config.downsample_rank
+    trained = {"storage": config.tap_storage, "input_norm": config.downsample_input_norm, **shared}
     if kind == "linear":
-        return LinearDownsample(hidden_size, side_size, storage=storage, **shared)
+        return LinearDownsample(hidden_size, side_size, **trained)
     if kind in ("lora", "adapter"):
-        return FactoredDownsample(
-            hidden_size, side_size, rank=rank, activation=kind == "adapter", storage=storage, **shared
-        )
+        return FactoredDownsample(hidden_size, side_size, rank=rank, activation=kind == "adapter", **trained)
     if kind == "principal":
         return PrincipalDownsample(hidden_size, side_size, **shared)
     return PoolDownsample(side_size, kind, **shared)

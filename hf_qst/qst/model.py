@@ -10,6 +10,7 @@ from hf_qst.qst.calibrate import fit_principal
 from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
+from hf_qst.qst.side_block import reduction
 from hf_qst.qst.side_network import SideNetwork
 from hf_qst.tuner.stack_tuner import StackTuner
 
@@ -25,6 +26,12 @@ class QSTModel(StackTuner):
 
     prefix = "qst_"
     tuner_layer_cls = QSTLayer
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if peft_config.r is None:
+            peft_config.r = reduction(find_decoder_stack(self.model).spec, peft_config.side_heads)
+        return peft_config
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
         inside = [name for name, _ in stack.module.named_modules()]
