@@ -90,10 +90,11 @@ def token_batch(rows: int = 2, length: int = 12, seed: int = 0, low: int = 3) ->
 
 
 def side_tuned(name: str = "llama", *, task_type: str = "CAUSAL_LM", model=None, awake: bool = False, **settings):
-    """A PEFT model with a side network a quarter as wide on a tiny base (or on `model`)."""
+    """A PEFT model with a side network a quarter as wide on a tiny base (or on `model`), a side block for each block."""
     if model is None:
         model = tiny(name, classifier=task_type == "SEQ_CLS")
-    tuned = get_peft_model(model, QSTConfig(**{"task_type": task_type, "r": 4, "downsample_rank": 4, **settings}))
+    small = {"r": 4, "downsample_rank": 4, "side_every": 1, "readout_rank": 2, "readout_every": 2}
+    tuned = get_peft_model(model, QSTConfig(**{"task_type": task_type, **small, **settings}))
     return wake(tuned) if awake else tuned
 
 
@@ -106,6 +107,9 @@ def wake(model, seed: int = 1, scale: float = 0.3):
                 weight = network.upsample.weight
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
                 network.mix.alpha.value.sub_(0.4)
+                if network.readout is not None:
+                    weight = network.readout.up.weight
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
                 for gate in network.gates:
                     gate.value.add_(torch.randn(gate.value.shape, generator=generator) * 0.5)
     return model

@@ -68,7 +68,7 @@ def with_side_layers(cache: Cache | None, config, num_layers: int, places: Seque
     if filled and (len(cache.layers) != num_layers + len(places) or not _is_filled(cache.layers[num_layers])):
         raise ValueError(
             "past_key_values was filled while this QST adapter was disabled or by another model: it holds no keys and "
-            "values of this side network. Start from an empty cache."
+            "values of the side network. Start from an empty cache."
         )
     # A DynamicCache made without a config has no layers yet and grows by itself, past the base's too.
     if missing and cache.layers:

@@ -15,6 +15,11 @@ from torch import nn
 import hf_qst_kernels
 
 
+def rms(hidden: torch.Tensor) -> torch.Tensor:
+    """`hidden` [..., d] divided by the root mean square of its channels."""
+    return F.rms_norm(hidden, hidden.shape[-1:])
+
+
 class Downsample(nn.Module):
     """Base class: the affine layer norm and dropout all kinds share.
 
@@ -32,6 +37,10 @@ class Downsample(nn.Module):
     def tap(self, hidden: torch.Tensor) -> torch.Tensor:
         """[batch, seq, d], without gradient -> what is kept of it."""
         raise NotImplementedError
+
+    def tap_with(self, hidden: torch.Tensor, weight: torch.Tensor, storage: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`tap`, and rms(hidden) @ weight.T for a readout of the same state; `weight` [rank, d]."""
+        return self.tap(hidden), hf_qst_kernels.tap_linear(rms(hidden), weight, storage=storage)
 
     def expand(self, tapped: torch.Tensor) -> torch.Tensor:
         """What `tap` returned -> [batch, seq, d_s]."""
@@ -75,8 +84,15 @@ class LinearDownsample(Downsample):
 
     def tap(self, hidden):
         if self.input_norm:
-            hidden = F.rms_norm(hidden, hidden.shape[-1:])
+            hidden = rms(hidden)
         return hf_qst_kernels.tap_linear(hidden, self.down.weight, storage=self.storage)
+
+    def tap_with(self, hidden, weight, storage):
+        if not self.input_norm or weight.dtype != self.down.weight.dtype or storage != self.storage:
+            return super().tap_with(hidden, weight, storage)
+        # Both read the same, so one copy is kept for both gradients.
+        both = hf_qst_kernels.tap_linear(rms(hidden), torch.cat((self.down.weight, weight)), storage=storage)
+        return tuple(both.split([self.down.out_features, len(weight)], dim=-1))
 
 
 class FactoredDownsample(LinearDownsample):

@@ -16,12 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_qst.base_model.decoder_stack import DecoderStack
-from hf_qst.qst.downsample import make_downsample
+from hf_qst.qst.downsample import make_downsample, rms
 from hf_qst.qst.side_block import BlockContext, SideBlock, make_norm, side_spec
 from hf_qst_kernels import dispatch, tap_linear
 
@@ -47,6 +46,10 @@ class Readout(nn.Module):
         self.up = nn.Linear(rank * len(places), output_size, bias=False)
         if zero:
             nn.init.zeros_(self.up.weight)
+
+    def weight(self, index: int) -> torch.Tensor | None:
+        """A_i [rank, hidden_size] of block `index`, None if its output is not read."""
+        return self.down[str(index)].weight if str(index) in self.down else None
 
     def forward(self, taps: list[torch.Tensor]) -> torch.Tensor:
         """A_i rms(h_i) [batch, seq, rank] in the order of the blocks -> [batch, seq, output_size]."""
@@ -221,13 +224,18 @@ class SideNetwork(nn.Module):
         if index == 0:
             # Under a device map the first state may still be on the device before the block's.
             taps.embedding = self.downsample[0].tap(entering.to(self.gates[0].value.device))
+        reads = None if self.readout is None else self.readout.weight(index)
         if index in self.places:
-            taps.side.append(self.downsample[self.places.index(index)].tap(leaving))
+            downsample = self.downsample[self.places.index(index)]
             taps.contexts.append(context)
-        if self.readout is not None and str(index) in self.readout.down:
-            normed = F.rms_norm(leaving, leaving.shape[-1:])
-            weight = self.readout.down[str(index)].weight
-            taps.readout.append(tap_linear(normed, weight, storage=self.readout.storage))
+            if reads is None:
+                taps.side.append(downsample.tap(leaving))
+            else:
+                side, read = downsample.tap_with(leaving, reads, self.readout.storage)
+                taps.side.append(side)
+                taps.readout.append(read)
+        elif reads is not None:
+            taps.readout.append(tap_linear(rms(leaving), reads, storage=self.readout.storage))
 
     def forward(self, taps: Taps, cache=None, first_layer: int = 0) -> torch.Tensor:
         """Run the side network over the taps of one base forward.
