@@ -1,8 +1,8 @@
 """English prose that no model here was tuned on: the Debian Administrator's Handbook, from a Debian package.
 
-    apt-get download debian-handbook && dpkg -x debian-handbook_*.deb ~/.cache/hf_qst/debian-handbook    # once
+apt-get download debian-handbook && dpkg -x debian-handbook_*.deb ~/.cache/hf_qst/debian-handbook    # once
 
-    files, held = split(handbook_files())           # as the other corpora of `examples.corpus`
+files, held = split(handbook_files())           # as the other corpora of `examples.corpus`
 """
 
 from __future__ import annotations

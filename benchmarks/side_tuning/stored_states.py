@@ -86,7 +86,9 @@ class StoredBase:
 
     def __init__(self, base):
         # Any adapter will do: it is the hooks around the blocks that are wanted.
-        self.model = get_peft_model(copy.deepcopy(base), QSTConfig(task_type="CAUSAL_LM", r=base.config.hidden_size // 32))
+        self.model = get_peft_model(
+            copy.deepcopy(base), QSTConfig(task_type="CAUSAL_LM", r=base.config.hidden_size // 32)
+        )
         self.layer = self.model.base_model.model.model
         self.head = self.model.get_output_embeddings().weight.detach()
         self.last_context = None

@@ -5,10 +5,10 @@
     g_i = B_i(u_i)                                                            i in S
     h_out = mix(N_f(h_L), U(N_g(g_L)) + R concat_i(A_i rms(h_i)))             i in T
 
-with h_0 the state entering the base's first block, h_i the raw output of its block i and N_f its final norm (paper,
-section 3 and figure 2). The embedding shares the first downsampler. In the paper S is every block and T is empty. By
-default S is every fifth block, with side blocks that are wider in turn, and the readout A, R adds a low-rank function of
-every third state to the output: it learns in the first steps, when the side network is still a random one.
+h_0 is the input of the base's first block, h_i the output of its block i, and N_f its final norm (paper, section 3 and
+figure 2). h_0 shares the first downsampler. In the paper S is every block and T is empty. By default S is every fifth
+block, with wider side blocks in turn. The readout (A, R) adds a low-rank function of every third state to the output: it
+learns in the first steps, when the side network is still a random one.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class Taps:
 
 
 class Float32Parameter(nn.Module):
-    """A small learned tensor that stays float32 whatever the model is cast to.
+    """A small learned tensor that stays float32 when the model is cast.
 
-    A gate at 0.5 or 1 does not move in 16 bits: a step of 2e-4 rounds back to where it was. `module.bfloat16()` and the
-    like go through `_apply`; code that casts `param.data` itself is undone by `restore`, which training mode calls.
-    With `is_pinned=False` it is cast like any other, for who asks for that.
+    In 16 bits a gate at 0.5 or 1 would not move, because a step of 2e-4 rounds to nothing. `module.bfloat16()` and the
+    like call `_apply`. `restore`, called on entering training mode, undoes casts of `param.data`. With `is_pinned=False`
+    the tensor is cast like any other.
     """
 
     is_pinned = True
@@ -91,7 +91,7 @@ class Float32Parameter(nn.Module):
         exact = self.value.detach()
         super()._apply(fn, recurse)
         if self.value.dtype != torch.float32:
-            # Not through the 16 bits it was cast to.
+            # From the exact values, not from the rounded ones.
             self.value.data = exact.to(self.value.device, torch.float32)
         self.restore()
         return self
@@ -106,9 +106,9 @@ class Float32Parameter(nn.Module):
 
 
 class _Mix(torch.autograd.Function):
-    """alpha * base + weight * side in float32, in base's dtype; keeps base (and side, if needed) but no float32 copy.
+    """`alpha * base + weight * side`, computed in float32 and returned in base's dtype; keeps no float32 copies.
 
-    `side_weight` is 1 for the residual mix and 1 - alpha for the paper's. Base has no gradient.
+    `weight` is 1, or with `convex` 1 - alpha. `base` has no gradient.
     """
 
     @staticmethod
@@ -134,19 +134,19 @@ class _Mix(torch.autograd.Function):
 
 
 class OutputMix(nn.Module):
-    """Joins the base's normalised output with the side network's, [batch, seq, d_out] both.
+    """Mixes the base's normalised output with the side network's, both [batch, seq, d_out].
 
     Args:
         kind: "residual", "paper" or "sigmoid", see `QSTConfig.mix`.
         size: 1 or d_out.
-        lr_scale: alpha is start + lr_scale * parameter, which under Adam multiplies its learning rate.
+        lr_scale: alpha is start + lr_scale * parameter, so with Adam this multiplies alpha's learning rate.
     """
 
     def __init__(self, kind: str, size: int, lr_scale: float):
         super().__init__()
         self.kind = kind
         self.lr_scale = lr_scale
-        # Stored as the distance from its start, 1.
+        # The parameter is the difference from the start, 1.
         self.alpha = Float32Parameter(size, 0.0)
 
     def forward(self, base: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ class SideNetwork(nn.Module):
 
     Args:
         config ([`QSTConfig`])
-        stack: the base's decoder stack, for its shapes and devices; no reference to it is kept.
+        stack: the base's decoder stack; only its shapes and devices are used.
     """
 
     def __init__(self, config, stack: DecoderStack):
@@ -193,8 +193,8 @@ class SideNetwork(nn.Module):
         if not config.init_weights:
             nn.init.normal_(self.mix.alpha.value, std=0.1)  # mix="paper" starts where the side network has no weight
         elif config.mix == "residual":
-            # The side network starts silent, as a LoRA's second factor does: the first step moves this layer, and
-            # through it every other from the second step on.
+            # The side network's output starts at zero, as that of LoRA's second factor: the first step changes only this
+            # layer, later steps all layers.
             nn.init.zeros_(self.upsample.weight)
             nn.init.zeros_(self.upsample.bias)
         self.place(stack)
@@ -213,7 +213,7 @@ class SideNetwork(nn.Module):
             _move(self.readout.up, devices[-1])
 
     def cast(self, dtype: torch.dtype) -> None:
-        """All parameters in this dtype, also those that otherwise stay float32."""
+        """Cast all parameters, also those that otherwise stay float32."""
         for module in self.modules():
             if isinstance(module, Float32Parameter):
                 module.is_pinned = False
@@ -253,7 +253,7 @@ class SideNetwork(nn.Module):
         for context in taps.contexts:
             context.side_tables = tables
         for i, (tapped, context) in enumerate(zip(taps.side, taps.contexts, strict=True)):
-            # Asked here and not in the step: a recomputed step must keep the tensors that it kept the first time.
+            # Decided here, because a recomputed step must save the same tensors as the first time.
             fused = self._fuses(i, side)
             if recompute is True:
                 random = self._has_dropout(i)
@@ -281,12 +281,12 @@ class SideNetwork(nn.Module):
         return self.blocks[i](mixed, context, cache, layer_idx, recompute_mlp)
 
     def _fuses(self, i: int, side: torch.Tensor) -> bool:
-        """Whether step `i` begins with one kernel: where that was measured to win and no dropout lies in between."""
+        """Whether step `i` begins with one fused kernel: no dropout is active and the kernel was measured to be faster."""
         dropout = self.downsample[i].dropout
-        # Without sizes the rule costs nothing, and says no on a CPU and to a compiler, which fuses the ops as they are.
+        # Without sizes the check is cheap; it fails on a CPU and under a compiler, which fuses the ops itself.
         if (dropout.training and dropout.p > 0) or not dispatch.runs_triton("norm_gate", side):
             return False
-        from hf_qst_kernels.gated_norm import table_sizes  # registers operators, which takes its time
+        from hf_qst_kernels.gated_norm import table_sizes  # imported late, because it registers operators
 
         return dispatch.runs_triton("norm_gate", side, table_sizes(side))
 

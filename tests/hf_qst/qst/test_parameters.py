@@ -43,7 +43,9 @@ BASES = {
 def test_trainable_parameters_follow_the_formula(base, shape, kind):
     make, heads = BASES[base]
     model = make()
-    tuned = side_tuned(model=model, r=2, downsample=kind, downsample_rank=8, gate_shape=shape, mix_shape=shape, readout_rank=0)
+    tuned = side_tuned(
+        model=model, r=2, downsample=kind, downsample_rank=8, gate_shape=shape, mix_shape=shape, readout_rank=0
+    )
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     assert trainable == expected(model, 2, kind, 8, shape, shape, *heads)
 
@@ -64,7 +66,9 @@ def test_fewer_side_blocks_and_the_readout_follow_the_formula():
     few = side_tuned(model=model, r=2, side_every=2, readout_rank=5, readout_every=3)
     count = lambda tuned: sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     network = side_network(whole)
-    a_block = sum(p.numel() for part in (network.blocks, network.downsample, network.gates) for p in part[0].parameters())
+    a_block = sum(
+        p.numel() for part in (network.blocks, network.downsample, network.gates) for p in part[0].parameters()
+    )
     assert count(few) == count(whole) - 2 * a_block + 2 * 5 * 64 + 2 * 5 * 64
     assert side_network(few).places == [1, 3] and list(side_network(few).readout.down) == ["0", "3"]
 
