@@ -30,9 +30,7 @@ class _Prose(HTMLParser):
         self.skipped = 0
 
     def handle_starttag(self, tag, attrs):
-        if tag in _SKIPPED or ("class", "docnav") in attrs:
-            self.skipped += 1
-        elif self.skipped and tag in ("ul", "div"):
+        if tag in _SKIPPED or ("class", "docnav") in attrs or (self.skipped and tag in ("ul", "div")):
             self.skipped += 1
         if tag in _BREAKS:
             self.parts.append("\n")
