@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "torch", "naive")
 VARIABLE = "HF_QST_KERNELS"
+# The sizes of an op whose kernel wins everywhere.
+NO_TABLE: Mapping[str, int] = {}
 
 
 def _from_environment() -> str:
@@ -74,7 +76,7 @@ def runs_naive() -> bool:
     return _forced == "naive"
 
 
-def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None = None) -> bool:
+def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None = NO_TABLE) -> bool:
     """
     Whether `op` shall run its Triton kernel for `tensor`.
 
@@ -87,7 +89,8 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
         op (`str`): the op's name, or that with `_backward`; for messages and as the table's key.
         tensor (`torch.Tensor`): the op's main input. float64 always takes the torch path: the kernels compute in
             float32.
-        sizes (`Mapping[str, int]`, *optional*): what the kernel's time depends on; without it no table is asked.
+        sizes (`Mapping[str, int]`, *optional*): of this call, by `hf_qst_kernels.decisions`; `None` where no kernel can
+            compute it. Without the argument no table is asked.
 
     Raises:
         RuntimeError: under `use_backend("triton")` where Triton cannot run: not installed, or a CPU tensor without the
@@ -96,7 +99,12 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
     """
     if torch.compiler.is_compiling():  # first of all, so that nothing below is compiled
         return False
-    if _forced in ("torch", "naive") or tensor.dtype == torch.float64 or _forced_configurations.get(op, True) is None:
+    if (
+        sizes is None
+        or _forced in ("torch", "naive")
+        or tensor.dtype == torch.float64
+        or _forced_configurations.get(op, True) is None
+    ):
         return False
     if every_operation_counts():
         return False
@@ -114,7 +122,7 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
     if not _triton_importable():
         _say_fallback_once()
         return False
-    if sizes is None:
+    if sizes is NO_TABLE:
         return True
     measured = break_even.nearest(op, tensor, sizes)
     if measured is None:

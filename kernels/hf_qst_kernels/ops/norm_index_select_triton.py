@@ -1,13 +1,11 @@
 """Triton path of `norm_index_select`: a few rows a program, read once from memory and again from the cache."""
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from .dispatch import configuration
-from .norm_select import table_sizes
+from hf_qst_kernels.decisions import norm_index_select_sizes
+from hf_qst_kernels.dispatch import configuration
 
 # Wide rows first: what the launch takes by default, then what tuning tries beside it.
 CONFIGURATIONS = {
@@ -193,21 +191,4 @@ def norm_select_backward(grad, hidden, weight, index, grad_hidden, eps: float, k
 
 
 def _options(decision, hidden, index) -> dict:
-    return dict(configuration(decision, hidden, table_sizes(hidden, index), CONFIGURATIONS[decision][0]))
-
-
-def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
-    """Name, kernel, argument types and options of every specialisation worth compiling without a device."""
-    sizes = {"row_stride": "i64:16", "rows": "i32", "dim": "i32:16", "width": "i32", "eps": "fp32"}
-    for dtype in ("bf16", "fp32"):
-        tensors = dict.fromkeys(("hidden", "weight", "bias", "out", "grad", "grad_hidden"), f"*{dtype}")
-        types = {**tensors, **sizes, "index": "*i64", "place": "*i32"}
-        for layer in (False, True):
-            flags = {"LAYER": layer, "BIAS": layer}
-            for decision, kernel in (
-                ("norm_index_select", norm_select_rows),
-                ("norm_index_select_backward", norm_select_backward_rows),
-            ):
-                for options in CONFIGURATIONS[decision]:
-                    name = f"{decision} {'layer' if layer else 'rms'} {dtype}"
-                    yield name, kernel, {**types, **flags}, options
+    return dict(configuration(decision, hidden, norm_index_select_sizes(hidden, index), CONFIGURATIONS[decision][0]))

@@ -1,7 +1,5 @@
 """Triton path of `linear_cross_entropy`: all that lies between its two GEMMs, one program a row."""
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -127,15 +125,3 @@ def cross_entropy_chunk(
             GRAD=compute_grad,
             **launch_options(vocab),
         )
-
-
-def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
-    """Name, kernel, argument types and options of every specialisation worth compiling without a device."""
-    floats = {"labels": "*i64", "losses": "*fp32", "ignore_index": "i32", "smoothing": "fp32", "softcap": "fp32"}
-    for dtype, vocab in (("bf16", 131072), ("fp16", 4097), ("fp32", 100), ("bf16", 1)):
-        # Triton makes a constexpr of an integer argument that is 1
-        sizes = {"row_stride": "i64", "vocab": "i32"} if vocab > 1 else {"row_stride": 1, "vocab": 1}
-        for everything in (True, False):
-            flags = {"SOFTCAP": everything, "SMOOTH": everything, "GRAD": everything}
-            name = f"linear_cross_entropy {'all options' if everything else 'loss only'} vocab {vocab} {dtype}"
-            yield name, cross_entropy_rows, {"logits": f"*{dtype}", **sizes, **floats, **flags}, launch_options(vocab)

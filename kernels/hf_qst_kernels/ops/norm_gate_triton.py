@@ -1,13 +1,13 @@
 """Triton path of `norm_gate`: a program holds whole rows, so that statistics, norm and mix are of one reading."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 
-from .dispatch import configuration
-from .gated_norm import MAX_WIDTH, table_sizes
+from hf_qst_kernels.decisions import norm_gate_sizes
+from hf_qst_kernels.dispatch import configuration
 
 # TILE: entries of a program's tile, as many rows as fill it. PROGRAMS: at most so many share the rows in backward; each
 # writes sums over its own.
@@ -157,7 +157,7 @@ def mix_rows(down, side, gate, weight, bias, out, eps: float) -> None:
 
     Args:
         down, side (`torch.Tensor`): `[rows, width]`, entries of a row side by side; float32, bfloat16 or float16, width
-            at most `MAX_WIDTH`.
+            at most `NORM_GATE_WIDTH`.
         gate (`torch.Tensor`): `[1]` or `[width]`.
         weight, bias (`torch.Tensor`): `[width]`, or `None`.
         out (`torch.Tensor`): `[rows, width]`, contiguous.
@@ -227,7 +227,7 @@ def _configured(decision: str, *rows: torch.Tensor) -> Mapping[str, int]:
     side = rows[-1]
     if side.shape[1] % 16 or any(tensor.stride(0) % 16 for tensor in rows):
         return UNALIGNED
-    return configuration(decision, side, table_sizes(side), CONFIGURATIONS[decision][0])
+    return configuration(decision, side, norm_gate_sizes(side), CONFIGURATIONS[decision][0])
 
 
 def _vectors(gate, weight, bias):
@@ -237,23 +237,3 @@ def _vectors(gate, weight, bias):
 
 def _flags(gate, weight, bias) -> dict[str, bool]:
     return {"NORM": weight is not None, "BIAS": bias is not None, "VECTOR": gate.shape[0] > 1}
-
-
-def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
-    """Name, kernel, argument types and options of every specialisation worth compiling without a device."""
-    sizes = dict.fromkeys(("down_stride", "side_stride", "grad_stride"), "i64:16")
-    sizes |= {"rows": "i32", "width": "i32:16", "turns": "i32", "eps": "fp32"}
-    odd = {**dict.fromkeys(("down_stride", "side_stride", "grad_stride"), "i64"), "width": "i32"}
-    vectors = dict.fromkeys(("gate", "sums"), "*fp32")
-    for decision, kernel in (("norm_gate", norm_gate_rows), ("norm_gate_backward", norm_gate_backward_rows)):
-        for dtype in ("bf16", "fp32"):
-            tensors = ("down", "side", "weight", "bias", "out", "grad", "grad_down", "grad_side")
-            types = {**dict.fromkeys(tensors, f"*{dtype}"), **vectors, **sizes}
-            full = {**types, "NORM": True, "BIAS": True, "VECTOR": True}
-            for width in (64, 256, MAX_WIDTH):
-                for choice in CONFIGURATIONS[decision]:
-                    yield f"{decision} width {width} {dtype}", kernel, full, launch_options(choice, width)
-                unaligned = launch_options(UNALIGNED, width)
-                yield f"{decision} width {width} unaligned {dtype}", kernel, {**full, **odd}, unaligned
-            plain = {**types, "NORM": False, "BIAS": False, "VECTOR": False}
-            yield f"{decision} no norm {dtype}", kernel, plain, launch_options(CONFIGURATIONS[decision][0], 256)

@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 import torch
 
-from .arguments import check_floats, check_shape
-from .dispatch import autocast_dtype, runs_naive, runs_triton
-from .nf4_weight import (
+from hf_qst_kernels.arguments import check_floats, check_shape
+from hf_qst_kernels.dispatch import autocast_dtype, runs_naive, runs_triton
+from hf_qst_kernels.nf4_weight import (
     BLOCK,
     NF4Weight,
     check_blocks,
@@ -32,7 +32,7 @@ from .nf4_weight import (
     some_rows,
     with_plain_scales,
 )
-from .operators import operator
+from hf_qst_kernels.operators import operator
 
 # float32 bytes of one chunk's logits. Larger chunks make better GEMMs, smaller ones take less memory.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
@@ -440,6 +440,8 @@ def _torch_block(logits, labels, losses, ignore_index, label_smoothing, softcap,
 
 
 def _triton_chunk(logits, labels, losses, ignore_index, label_smoothing, softcap, compute_grad) -> None:
-    from .cross_entropy_triton import cross_entropy_chunk
+    from hf_qst_kernels.ops import linear_cross_entropy_triton
 
-    cross_entropy_chunk(logits, labels, losses, ignore_index, label_smoothing, softcap, compute_grad)
+    linear_cross_entropy_triton.cross_entropy_chunk(
+        logits, labels, losses, ignore_index, label_smoothing, softcap, compute_grad
+    )

@@ -1,0 +1,1 @@
+"""One op a file, named after it, with its Triton kernels beside it. Importing a file registers its operators."""
