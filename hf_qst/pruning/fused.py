@@ -115,28 +115,13 @@ def _fused_class(plain: type[nn.Module]) -> type[nn.Module]:
         plain_class = plain
 
         @functools.wraps(plain.forward)  # others read its signature and its source
-        def forward(
-            self,
-            hidden_states,
-            attention_mask=None,
-            position_ids=None,
-            past_key_values=None,
-            use_cache=False,
-            position_embeddings=None,
-            **kwargs,
-        ):
-            kwargs |= {
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                "past_key_values": past_key_values,
-                "use_cache": use_cache,
-                "position_embeddings": position_embeddings,
-            }
-            if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
-                return super().forward(hidden_states, **kwargs)
+        def forward(self, hidden_states, *args, **kwargs):
+            if args or torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
+                return super().forward(hidden_states, *args, **kwargs)
             attention, mlp = _halves(self, row, hidden_states)
             if not (attention.fuses or mlp.fuses):
                 return super().forward(hidden_states, **kwargs)
+            kwargs.setdefault("attention_mask", None)  # which an attention takes without a default
             between = _through(attention, hidden_states, lambda m, h: m(hidden_states=h, **kwargs), inplace=False)
             # Nothing else refers to the state between the two additions, unless a hook on the norm kept it.
             return _through(mlp, between, lambda m, h: m(h), inplace=is_bare(mlp.norm))

@@ -1,4 +1,4 @@
-"""What every op asks before it runs: the one rule that chooses its implementation, and autocast's dtype."""
+"""The one rule that chooses an op's implementation, and autocast's dtype."""
 
 import contextlib
 import functools
@@ -37,9 +37,9 @@ def use_backend(backend: str) -> Iterator[None]:
     """
     Force every op onto one implementation inside a `with` block, for tests, debugging and benchmarks.
 
-    The choice is process-wide. It is read when an op runs (a compiled graph follows it too, `"naive"` aside, which it
-    has traced), so a backward that runs outside the block follows the rule that holds there. The environment variable
-    `HF_QST_KERNELS`, read once at import, sets what holds outside all blocks.
+    The choice is process-wide and read when an op runs, also in a compiled graph (which has traced `"naive"`); a backward
+    outside the block follows the rule there. The environment variable `HF_QST_KERNELS`, read once at import, sets what
+    holds outside all blocks.
 
     Args:
         backend (`str`): `"auto"` (the rule of `runs_triton`), `"torch"` (the library path), `"triton"`, which refuses
@@ -80,10 +80,10 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
     """
     Whether `op` shall run its Triton kernel for `tensor`.
 
-    By default it does on a CUDA device if Triton imports and, for an op that names `sizes`, a table for this chip says
-    that the kernel was faster than the library there. Never where each operation of torch has to be seen: while
-    `torch.compile` or a trace is made, under `torch.func`'s transforms and forward-mode differentiation. (Inside an
-    operator, which a compiled graph holds as one node, it is asked when the graph runs.)
+    By default it does on a CUDA device if Triton imports and, with `sizes`, if a table for this chip says that the kernel
+    was faster than the library. Never where each operation of torch has to be seen: while `torch.compile` or a trace is
+    made, under `torch.func`'s transforms and forward-mode differentiation. (A compiled graph holds an op as one operator,
+    inside which this is asked when the graph runs.)
 
     Args:
         op (`str`): the op's name, or that with `_backward`; for messages and as the table's key.
@@ -162,14 +162,6 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
-
-
-def autocast_all(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The operands of a GEMM in the dtype autocast prescribes; as they are where it is off. `None` stays."""
-    dtype = autocast_dtype(tensors[0].device.type)
-    if dtype is None:
-        return tensors
-    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def every_operation_counts() -> bool:

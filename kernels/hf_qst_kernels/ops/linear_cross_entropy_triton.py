@@ -99,13 +99,9 @@ def cross_entropy_chunk(
     softcap: float | None,
     compute_grad: bool,
 ) -> None:
-    """
-    Fill `losses` and, if asked for, turn `logits` into their gradient in place.
+    """Fill `losses [rows]`, float32, and with `compute_grad` turn `logits [rows, vocab]` into their gradient in place.
 
-    Args:
-        logits (`torch.Tensor`): `[rows, vocab]`, rows contiguous; float32, bfloat16 or float16.
-        labels (`torch.Tensor`): `[rows]`, integers. An ignored row gets loss and gradient 0, a label out of range NaN.
-        losses (`torch.Tensor`): `[rows]`, float32, contiguous.
+    An ignored row gets loss and gradient 0, a label out of range NaN.
     """
     rows, vocab = logits.shape
     if rows == 0:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from hf_qst_kernels.arguments import as_rows, check_floats, check_index, check_same_dtype, check_shape
 from hf_qst_kernels.decisions import linear_index_add_sizes
-from hf_qst_kernels.dispatch import autocast_all, runs_naive, runs_triton
+from hf_qst_kernels.dispatch import autocast_dtype, runs_naive, runs_triton
 from hf_qst_kernels.operators import Operator
 
 
@@ -29,7 +29,7 @@ def linear_index_add(
     """
     `residual` with `x @ weight.T + bias` added to its channels `index`.
 
-    No atomics and no split sums: repeated runs are equal bit by bit. Channels outside `index` keep their bits.
+    Repeated runs are equal bit by bit. Channels outside `index` keep their bits.
 
     Args:
         x (`torch.Tensor`): `[..., inputs]`.
@@ -65,7 +65,9 @@ def linear_index_add(
     if runs_naive():
         out = naive_linear_index_add(x, weight, bias, index, residual)
         return residual.copy_(out) if inplace else out
-    x, weight, bias = autocast_all(x, weight, bias)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        x, weight, bias = (tensor if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
     check_same_dtype(x=x, weight=weight, bias=bias)
     if not inplace:
         return _linear_index_add(x, weight, bias, index, residual)

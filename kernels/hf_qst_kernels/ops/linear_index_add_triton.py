@@ -93,16 +93,7 @@ def default_configuration(rows: int, dtype: torch.dtype) -> dict:
 
 
 def add_linear(x, weight, bias, index, residual) -> None:
-    """
-    Add to `residual` in place.
-
-    Args:
-        x (`torch.Tensor`): `[rows, inputs]`, entries of a row side by side; float32, bfloat16 or float16.
-        weight (`torch.Tensor`): `[width, inputs]`, likewise, in `x`'s dtype.
-        bias (`torch.Tensor`): `[width]`, or `None`.
-        index (`torch.Tensor`): `[width]`, distinct; int32 or int64.
-        residual (`torch.Tensor`): `[rows, dim]`, entries of a row side by side.
-    """
+    """Add to `residual [rows, dim]` in place; entries of its rows, `x`'s and `weight`'s lie side by side."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
     options = UNALIGNED

@@ -152,15 +152,9 @@ def launch_options(options: Mapping[str, int], width: int) -> dict[str, int]:
 
 
 def mix_rows(down, side, gate, weight, bias, out, eps: float) -> None:
-    """
-    Fill `out`.
+    """Fill `out [rows, width]`, contiguous, from `down` and `side` of that shape, entries of a row side by side.
 
-    Args:
-        down, side (`torch.Tensor`): `[rows, width]`, entries of a row side by side; float32, bfloat16 or float16, width
-            at most `NORM_GATE_WIDTH`.
-        gate (`torch.Tensor`): `[1]` or `[width]`.
-        weight, bias (`torch.Tensor`): `[width]`, or `None`.
-        out (`torch.Tensor`): `[rows, width]`, contiguous.
+    `gate` is `[1]` or `[width]`; `weight` and `bias [width]` may be `None`.
     """
     rows, width = down.shape
     options = launch_options(_configured("norm_gate", down, side), width)
@@ -182,13 +176,7 @@ def mix_rows(down, side, gate, weight, bias, out, eps: float) -> None:
 
 
 def mix_rows_backward(grad, down, side, gate, weight, bias, grad_down, grad_side, eps: float) -> torch.Tensor:
-    """
-    Fill `grad_down` and `grad_side`.
-
-    Args:
-        grad, down, side (`torch.Tensor`): `[rows, width]`, as in `mix_rows`.
-        gate, weight, bias (`torch.Tensor`): as in `mix_rows`.
-        grad_down, grad_side (`torch.Tensor`): `[rows, width]`, contiguous.
+    """Fill `grad_down` and `grad_side [rows, width]`, contiguous; the other arguments are as in `mix_rows`.
 
     Returns:
         `torch.Tensor`: float32 `[3, width]`: the gradients in a gate for each channel, in `weight` and in `bias`.

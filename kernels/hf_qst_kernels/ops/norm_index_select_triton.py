@@ -126,15 +126,7 @@ def norm_select_backward_rows(
 
 
 def norm_select(hidden, weight, bias, index, out, eps: float, kind: str) -> None:
-    """
-    Fill `out`.
-
-    Args:
-        hidden (`torch.Tensor`): `[rows, dim]`, entries of a row side by side; float32, bfloat16 or float16.
-        weight, bias (`torch.Tensor`): `[dim]`; the bias may be `None`.
-        index (`torch.Tensor`): `[width]`, int32 or int64.
-        out (`torch.Tensor`): `[rows, width]`, contiguous.
-    """
+    """Fill `out [rows, width]`, contiguous, from `hidden [rows, dim]`, entries of a row side by side; `bias` may be `None`."""
     rows, dim = hidden.shape
     options = _options("norm_index_select", hidden, index)
     with torch.cuda.device_of(hidden):
@@ -157,16 +149,7 @@ def norm_select(hidden, weight, bias, index, out, eps: float, kind: str) -> None
 
 
 def norm_select_backward(grad, hidden, weight, index, grad_hidden, eps: float, kind: str) -> None:
-    """
-    Fill `grad_hidden`.
-
-    Args:
-        grad (`torch.Tensor`): `[rows, width]`, contiguous.
-        hidden (`torch.Tensor`): `[rows, dim]`, entries of a row side by side.
-        weight (`torch.Tensor`): `[dim]`.
-        index (`torch.Tensor`): `[width]`, distinct.
-        grad_hidden (`torch.Tensor`): `[rows, dim]`, contiguous.
-    """
+    """Fill `grad_hidden [rows, dim]` from `grad [rows, width]`, both contiguous; `hidden` as in `norm_select`."""
     rows, dim = hidden.shape
     place = torch.full((dim,), -1, dtype=torch.int32, device=hidden.device)
     place[index.long()] = torch.arange(index.shape[0], dtype=torch.int32, device=hidden.device)

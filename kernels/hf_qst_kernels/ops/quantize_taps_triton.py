@@ -81,14 +81,9 @@ def launch_options(block: int) -> dict:
 
 
 def quantize_rows(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, block: int, tiny: float) -> None:
-    """
-    Fill `q` and `scales`.
+    """Fill int8 `q [rows, dim]` and float32 `scales [rows, ceil(dim / block)]`, contiguous.
 
-    Args:
-        x (`torch.Tensor`): `[rows, dim]`; float32, bfloat16 or float16.
-        q (`torch.Tensor`): int8 `[rows, dim]`, contiguous.
-        scales (`torch.Tensor`): float32 `[rows, ceil(dim / block)]`, contiguous.
-        tiny (`float`): blocks whose largest magnitude is below this become zeros.
+    Blocks whose largest magnitude is below `tiny` become zeros.
     """
     if x.numel() == 0:
         return
@@ -101,14 +96,7 @@ def quantize_rows(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, block:
 
 
 def dequantize_rows(q: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, block: int) -> None:
-    """
-    Fill `out` with `q * scales`.
-
-    Args:
-        q (`torch.Tensor`): int8 `[rows, dim]`.
-        scales (`torch.Tensor`): float32 `[rows, ceil(dim / block)]`.
-        out (`torch.Tensor`): `[rows, dim]`, contiguous; float32, bfloat16 or float16.
-    """
+    """Fill `out [rows, dim]`, contiguous, with `q * scales`."""
     if q.numel() == 0:
         return
     options = launch_options(block)

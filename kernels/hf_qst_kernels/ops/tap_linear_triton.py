@@ -68,17 +68,10 @@ def tap_rows(
 
 
 def project_and_quantize(x, weight, center, y, q, scales, block: int, tiny: float, sizes: dict[str, int]) -> None:
-    """
-    Fill `y` with `(x - center) @ weight.T`, and `q` and `scales` as `quantize_rows` does, in one pass over `x`.
+    """Fill `y` with `(x - center) @ weight.T`, and `q` and `scales` as `quantize_rows` does, in one pass over `x`.
 
-    Args:
-        x (`torch.Tensor`): `[rows, dim]`, entries of a row side by side; float32, bfloat16 or float16.
-        weight (`torch.Tensor`): `[outputs, dim]`, likewise; its dtype is that of the product.
-        center (`torch.Tensor`): `[dim]`, or `None`.
-        y (`torch.Tensor`): `[rows, outputs]`, contiguous.
-        q (`torch.Tensor`): int8 `[rows, dim]`, contiguous, or `None` for no int8 copy.
-        scales (`torch.Tensor`): float32 `[rows, ceil(dim / block)]`, contiguous; `block` is a power of 2. `None` as `q`.
-        sizes (`dict`): what the table was asked with.
+    Entries of the rows of `x [rows, dim]` and `weight [outputs, dim]` lie side by side; the product has `weight`'s dtype.
+    `center` may be `None`, as may `q` and `scales`; `block` is a power of 2, and `sizes` are those of the lookup.
     """
     (rows, dim), outputs = x.shape, weight.shape[0]
     options = SMALL
