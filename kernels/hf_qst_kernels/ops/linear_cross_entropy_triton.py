@@ -15,19 +15,9 @@ def _tanh(x):
 
 @triton.jit
 def cross_entropy_rows(
-    logits,
-    row_stride,
-    labels,
-    losses,
-    vocab,
-    ignore_index,
-    smoothing,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, row_stride, labels, losses, vocab, ignore_index, smoothing, softcap,
+    SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`losses[row]`, and with `GRAD` the gradient in `logits[row]`'s place, all arithmetic in float32."""
     row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2^31 at 16k rows of a 131k vocabulary
     logits += row * row_stride
@@ -90,15 +80,7 @@ def launch_options(vocab: int) -> dict:
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 512)), "enable_fp_fusion": True}
 
 
-def cross_entropy_chunk(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    losses: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    compute_grad: bool,
-) -> None:
+def cross_entropy_chunk(logits, labels, losses, ignore_index, label_smoothing, softcap, compute_grad) -> None:
     """Fill `losses [rows]`, float32, and with `compute_grad` turn `logits [rows, vocab]` into their gradient in place.
 
     An ignored row gets loss and gradient 0, a label out of range NaN.
@@ -107,17 +89,7 @@ def cross_entropy_chunk(
     if rows == 0:
         return
     with torch.cuda.device_of(logits):
-        cross_entropy_rows[(rows,)](
-            logits,
-            logits.stride(0),
-            labels.contiguous(),
-            losses,
-            vocab,
-            ignore_index,
-            label_smoothing,
-            1.0 if softcap is None else softcap,
-            SOFTCAP=softcap is not None,
-            SMOOTH=label_smoothing > 0,
-            GRAD=compute_grad,
-            **launch_options(vocab),
-        )
+        numbers = vocab, ignore_index, label_smoothing, 1.0 if softcap is None else softcap
+        flags = {"SOFTCAP": softcap is not None, "SMOOTH": label_smoothing > 0, "GRAD": compute_grad}
+        operands = logits, logits.stride(0), labels.contiguous(), losses, *numbers
+        cross_entropy_rows[(rows,)](*operands, **flags, **launch_options(vocab))

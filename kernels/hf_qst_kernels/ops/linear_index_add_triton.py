@@ -29,24 +29,9 @@ STRIP = tl.constexpr(8)
 
 @triton.jit
 def add_linear_tiles(
-    x,
-    x_stride,
-    weight,
-    weight_stride,
-    bias,
-    index,
-    residual,
-    residual_stride,
-    rows,
-    inputs,
-    outputs,
-    dim,
-    BIAS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x, x_stride, weight, weight_stride, bias, index, residual, residual_stride, rows, inputs, outputs, dim,
+    BIAS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """`residual[row, index[j]] += x[row] . weight[j] + bias[j]`; each entry belongs to one program."""
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -102,21 +87,8 @@ def add_linear(x, weight, bias, index, residual) -> None:
         options = configuration("linear_index_add", x, sizes, default)
     grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(outputs, options["BLOCK_N"]),)
     with torch.cuda.device_of(x):
-        add_linear_tiles[grid](
-            x,
-            x.stride(0),
-            weight,
-            weight.stride(0),
-            weight if bias is None else bias.contiguous(),
-            index.contiguous(),
-            residual,
-            residual.stride(0),
-            rows,
-            inputs,
-            outputs,
-            residual.shape[1],
-            BIAS=bias is not None,
-            UPCAST=interpreted() and x.dtype == torch.bfloat16,
-            enable_fp_fusion=True,
-            **options,
-        )
+        vectors = weight if bias is None else bias.contiguous(), index.contiguous()
+        operands = x, x.stride(0), weight, weight.stride(0), *vectors, residual, residual.stride(0)
+        flags = {"BIAS": bias is not None, "UPCAST": interpreted() and x.dtype == torch.bfloat16}
+        flags["enable_fp_fusion"] = True
+        add_linear_tiles[grid](*operands, rows, inputs, outputs, residual.shape[1], **flags, **options)

@@ -53,23 +53,9 @@ def _normalised(d, mask, width, eps):
 
 @triton.jit
 def norm_gate_rows(
-    down,
-    down_stride,
-    side,
-    side_stride,
-    gate,
-    weight,
-    bias,
-    out,
-    rows,
-    width,
-    eps,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    down, down_stride, side, side_stride, gate, weight, bias, out, rows, width, eps,
+    NORM: tl.constexpr, BIAS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """`ROWS` rows of `out`; `WIDTH` is `width` rounded up to a power of 2, `VECTOR` a gate for each channel."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -88,28 +74,10 @@ def norm_gate_rows(
 
 @triton.jit
 def norm_gate_backward_rows(
-    grad,
-    grad_stride,
-    down,
-    down_stride,
-    side,
-    side_stride,
-    gate,
-    weight,
-    bias,
-    grad_down,
-    grad_side,
-    sums,
-    rows,
-    width,
-    turns,
-    eps,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    grad, grad_stride, down, down_stride, side, side_stride, gate, weight, bias, grad_down, grad_side, sums, rows,
+    width, turns, eps,
+    NORM: tl.constexpr, BIAS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Gradients of rows, `turns` tiles a program, and into `sums[program]` what they add to gate, weight and bias."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -159,20 +127,9 @@ def mix_rows(down, side, gate, weight, bias, out, eps: float) -> None:
     rows, width = down.shape
     options = launch_options(_configured("norm_gate", down, side), width)
     with torch.cuda.device_of(down):
-        norm_gate_rows[(triton.cdiv(rows, options["ROWS"]),)](
-            down,
-            down.stride(0),
-            side,
-            side.stride(0),
-            *_vectors(gate, weight, bias),
-            out,
-            rows,
-            width,
-            eps,
-            **_flags(gate, weight, bias),
-            enable_fp_fusion=True,
-            **options,
-        )
+        operands = down, down.stride(0), side, side.stride(0), *_vectors(gate, weight, bias), out, rows, width, eps
+        grid = (triton.cdiv(rows, options["ROWS"]),)
+        norm_gate_rows[grid](*operands, **_flags(gate, weight, bias), enable_fp_fusion=True, **options)
 
 
 def mix_rows_backward(grad, down, side, gate, weight, bias, grad_down, grad_side, eps: float) -> torch.Tensor:
@@ -189,25 +146,9 @@ def mix_rows_backward(grad, down, side, gate, weight, bias, grad_down, grad_side
     programs = triton.cdiv(tiles, turns)
     sums = torch.empty(programs, 3, width, dtype=torch.float32, device=down.device)
     with torch.cuda.device_of(down):
-        norm_gate_backward_rows[(programs,)](
-            grad,
-            grad.stride(0),
-            down,
-            down.stride(0),
-            side,
-            side.stride(0),
-            *_vectors(gate, weight, bias),
-            grad_down,
-            grad_side,
-            sums,
-            rows,
-            width,
-            turns,
-            eps,
-            **_flags(gate, weight, bias),
-            enable_fp_fusion=True,
-            **options,
-        )
+        inputs = grad, grad.stride(0), down, down.stride(0), side, side.stride(0), *_vectors(gate, weight, bias)
+        operands = *inputs, grad_down, grad_side, sums, rows, width, turns, eps
+        norm_gate_backward_rows[(programs,)](*operands, **_flags(gate, weight, bias), enable_fp_fusion=True, **options)
     return sums.sum(0)
 
 

@@ -41,21 +41,9 @@ def _statistics(base, inside, dim, eps, LAYER: tl.constexpr, ROWS: tl.constexpr,
 
 @triton.jit
 def norm_select_rows(
-    hidden,
-    row_stride,
-    weight,
-    bias,
-    index,
-    out,
-    rows,
-    dim,
-    width,
-    eps,
-    LAYER: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    hidden, row_stride, weight, bias, index, out, rows, dim, width, eps,
+    LAYER: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`out[row, j] = norm(hidden[row])[index[j]]`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -77,21 +65,9 @@ def norm_select_rows(
 
 @triton.jit
 def norm_select_backward_rows(
-    grad,
-    hidden,
-    row_stride,
-    weight,
-    index,
-    place,
-    grad_hidden,
-    rows,
-    dim,
-    width,
-    eps,
-    LAYER: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad, hidden, row_stride, weight, index, place, grad_hidden, rows, dim, width, eps,
+    LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The gradient in `hidden`; `place[c]` is where channel c stands in `index`, -1 where it does not: no atomics."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -130,22 +106,10 @@ def norm_select(hidden, weight, bias, index, out, eps: float, kind: str) -> None
     rows, dim = hidden.shape
     options = _options("norm_index_select", hidden, index)
     with torch.cuda.device_of(hidden):
-        norm_select_rows[(triton.cdiv(rows, options["ROWS"]),)](
-            hidden,
-            hidden.stride(0),
-            weight.contiguous(),
-            weight if bias is None else bias.contiguous(),
-            index.contiguous(),
-            out,
-            rows,
-            dim,
-            index.shape[0],
-            eps,
-            LAYER=kind == "layer",
-            BIAS=bias is not None,
-            enable_fp_fusion=True,
-            **options,
-        )
+        parameters = weight.contiguous(), weight if bias is None else bias.contiguous(), index.contiguous()
+        operands = hidden, hidden.stride(0), *parameters, out, rows, dim, index.shape[0], eps
+        flags = {"LAYER": kind == "layer", "BIAS": bias is not None, "enable_fp_fusion": True}
+        norm_select_rows[(triton.cdiv(rows, options["ROWS"]),)](*operands, **flags, **options)
 
 
 def norm_select_backward(grad, hidden, weight, index, grad_hidden, eps: float, kind: str) -> None:
@@ -155,22 +119,10 @@ def norm_select_backward(grad, hidden, weight, index, grad_hidden, eps: float, k
     place[index.long()] = torch.arange(index.shape[0], dtype=torch.int32, device=hidden.device)
     options = _options("norm_index_select_backward", hidden, index)
     with torch.cuda.device_of(hidden):
-        norm_select_backward_rows[(triton.cdiv(rows, options["ROWS"]),)](
-            grad,
-            hidden,
-            hidden.stride(0),
-            weight.contiguous(),
-            index.contiguous(),
-            place,
-            grad_hidden,
-            rows,
-            dim,
-            index.shape[0],
-            eps,
-            LAYER=kind == "layer",
-            enable_fp_fusion=True,
-            **options,
-        )
+        inputs = grad, hidden, hidden.stride(0), weight.contiguous(), index.contiguous(), place
+        operands = *inputs, grad_hidden, rows, dim, index.shape[0], eps
+        flags = {"LAYER": kind == "layer", "enable_fp_fusion": True}
+        norm_select_backward_rows[(triton.cdiv(rows, options["ROWS"]),)](*operands, **flags, **options)
 
 
 def _options(decision, hidden, index) -> dict:

@@ -25,18 +25,9 @@ def quantized(values, tiny):
 
 @triton.jit
 def quantize_blocks(
-    x,
-    x_stride,
-    q,
-    scales,
-    blocks,
-    blocks_per_row,
-    dim,
-    tiny,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    x, x_stride, q, scales, blocks, blocks_per_row, dim, tiny,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """`BLOCKS` blocks of `BLOCK` channels each; `WIDTH` is `BLOCK` rounded up to a power of 2."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     row = block // blocks_per_row
@@ -52,16 +43,9 @@ def quantize_blocks(
 
 @triton.jit
 def dequantize_blocks(
-    q,
-    scales,
-    out,
-    blocks,
-    blocks_per_row,
-    dim,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    q, scales, out, blocks, blocks_per_row, dim,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """The same tiles the other way."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     row = block // blocks_per_row

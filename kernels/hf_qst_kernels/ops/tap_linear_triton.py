@@ -20,25 +20,10 @@ SMALL = {"BLOCK_M": 16, "num_warps": 16, "num_stages": 1}
 
 @triton.jit
 def tap_rows(
-    x,
-    x_stride,
-    weight,
-    weight_stride,
-    center,
-    y,
-    q,
-    scales,
-    rows,
-    dim,
-    outputs,
-    tiny,
-    CENTER: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    UPCAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, x_stride, weight, weight_stride, center, y, q, scales, rows, dim, outputs, tiny,
+    CENTER: tl.constexpr, QUANTIZE: tl.constexpr, UPCAST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     """`y = (x - c) W^T` and, from the same tiles, x in int8. `WIDTH` is `outputs` rounded up to a power of 2."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     output = tl.arange(0, WIDTH).to(tl.int64)
@@ -78,24 +63,16 @@ def project_and_quantize(x, weight, center, y, q, scales, block: int, tiny: floa
     if weight.dtype != torch.float32 and not (dim % 16 or x.stride(0) % 16 or weight.stride(0) % 16):
         options = configuration("tap_linear", x, sizes, CONFIGURATIONS["tap_linear"][0])
     with torch.cuda.device_of(x):
+        kept = (y, y) if q is None else (q, scales)
+        center = None if center is None else center.to(torch.float32).contiguous()
+        inputs = x, x.stride(0), weight, weight.stride(0), x if center is None else center
         tap_rows[(triton.cdiv(rows, options["BLOCK_M"]),)](
-            x,
-            x.stride(0),
-            weight,
-            weight.stride(0),
-            x if center is None else center.to(torch.float32).contiguous(),
-            y,
-            y if q is None else q,
-            y if q is None else scales,
-            rows,
-            dim,
-            outputs,
-            tiny,
+            *(*inputs, y, *kept, rows, dim, outputs, tiny),
             CENTER=center is not None,
             QUANTIZE=q is not None,
             UPCAST=interpreted() and weight.dtype == torch.bfloat16,
             WIDTH=max(16, triton.next_power_of_2(outputs)),
             BLOCK=block,
-            enable_fp_fusion=False,  # ties round as in the quantiser above
+            enable_fp_fusion=False,  # ties round as in the quantiser
             **options,
         )
