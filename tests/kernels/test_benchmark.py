@@ -88,6 +88,20 @@ def test_rows_of_other_kernels_stay(tmp_path):
     assert again["linear_index_add"] == first["linear_index_add"] and again["norm_gate"] != first["norm_gate"]
 
 
+def test_rows_of_ops_left_out_stay_and_say_of_which_commit_they_are(tmp_path):
+    ops, output = [op for op in OPS if op.name in ("linear_index_add", "norm_gate")], tmp_path / "rows.json"
+    first = measure(output, ops)
+    others = [row for row in first["rows"] if row["op"] == "norm_gate"]
+    kept = {**json.loads(output.read_text()), "commit": "before", "sources": {"dispatch.py": "another"}}
+    output.write_text(json.dumps(kept))
+    for _ in range(2):
+        again = measure(output, [op for op in ops if op.name == "linear_index_add"])
+        assert [row for row in again["rows"] if row["op"] == "norm_gate"] == others
+        assert len(again["rows"]) == len(first["rows"]) and again["earlier"] == {"norm_gate": "before"}
+    again = measure(output, ops)
+    assert again["earlier"] == {} and [row for row in again["rows"] if row["op"] == "norm_gate"] != others
+
+
 def test_rows_of_ops_that_are_no_more_go(tmp_path):
     ops, output = [op for op in OPS if op.name == "norm_index_select"], tmp_path / "rows.json"
     kept = measure(output, ops)
@@ -249,6 +263,12 @@ def test_table_is_taken_up_where_it_stopped_and_forgets_kernels_that_changed(tmp
     assert not fresh.known("linear_index_add", torch.bfloat16, ENTRY["sizes"])
     kept = json.loads(path.read_text())
     path.write_text(json.dumps({**kept, "sources": {**kept["sources"], "ops/linear_index_add_triton.py": "another"}}))
+    assert kernels_tune.Table(path, "chip", CPU, resume=True).decisions == {}
+    for _ in range(2):  # tuning another op leaves them, and says of which commit they are
+        table = kernels_tune.Table(path, "chip", CPU, True, [op for op in OPS if op.name == "norm_gate"])
+        assert table.decisions["linear_index_add"] == [ENTRY, impossible]
+        assert table.earlier == {"linear_index_add": kept["commit"]}
+        table.write()
     assert kernels_tune.Table(path, "chip", CPU, resume=True).decisions == {}
 
 
