@@ -1,4 +1,4 @@
-"""When a kernel may stand in for modules: where calling them runs their `forward` and nothing besides.
+"""When a kernel may stand in for modules: where calling them runs their `forward` and nothing else.
 
 A module's hooks, a `forward` of its own that accelerate or a kernel library gave it, autocast, a compiler and a trace all
 see less, or something else, once a kernel is called in the module's place. Where there is one, the modules are called.
@@ -19,7 +19,7 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 
 def kernel_replaces(op: str, sizes: Mapping[str, int] | None, hidden: torch.Tensor, *modules: nn.Module) -> bool:
     """
-    Whether a kernel is to compute what calling `modules` would: it wins, and the calls would do nothing besides.
+    Whether a kernel is to compute what calling `modules` would: it wins, and the calls would do nothing else.
 
     Args:
         op (`str`): name of the op of `hf_qst_kernels`.

@@ -286,7 +286,7 @@ def _check_masks(stack: DecoderStack, masks: Sequence[Mapping[str, torch.Tensor]
         for name in SELECTIONS:
             mask = chosen.get(name)
             if mask is None or mask.dtype != torch.bool or mask.shape != (layout.size(name),):
-                found = None if mask is None else (mask.dtype, list(mask.shape))
-                raise ValueError(f"masks[{i}][{name!r}] must be bool [{layout.size(name)}], got {found}")
+                got = None if mask is None else (mask.dtype, list(mask.shape))
+                raise ValueError(f"masks[{i}][{name!r}] must be bool [{layout.size(name)}], got {got}")
             if not mask.any():
                 raise ValueError(f"masks[{i}][{name!r}] must keep at least one channel, it keeps none")

@@ -27,9 +27,9 @@ REACH = 2.0
 class KernelTableError(ValueError):
     """A file of kernel measurements that is not what `python -m benchmarks.kernels --tune` writes."""
 
-    def __init__(self, path: Path, found: str):
+    def __init__(self, path: Path, problem: str):
         super().__init__(
-            f"{path} is no table of kernel measurements: {found}. Delete it, or write it again with "
+            f"{path} is no table of kernel measurements: {problem}. Delete it, or write it again with "
             "`python -m benchmarks.kernels --device cuda --tune`"
         )
 
@@ -130,8 +130,8 @@ def read_table(path: Path, chip: str) -> dict[str, tuple[Measurement, ...]]:
     except (OSError, ValueError) as error:
         raise KernelTableError(path, str(error)) from error
     if not isinstance(table, dict) or table.get("format") != FORMAT:
-        found = table.get("format") if isinstance(table, dict) else type(table).__name__
-        raise KernelTableError(path, f"format must be {FORMAT}, got {found!r}")
+        got = table.get("format") if isinstance(table, dict) else type(table).__name__
+        raise KernelTableError(path, f"format must be {FORMAT}, got {got!r}")
     if table.get("chip") != chip:
         raise KernelTableError(path, f"chip must be {chip!r}, got {table.get('chip')!r}")
     decisions = table.get("decisions")

@@ -148,7 +148,7 @@ def other_conditions():
     yield "vmap", [furthest(ours, twin), launched, none]
     model = pruned("qwen2", blocks=1)
     settings = {"r": 2, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    in_kernels(lambda: logits(model))  # its projections can be put off from here on
+    in_kernels(lambda: logits(model))  # its projections can be deferred from here on
     tuned = get_peft_model(model, LoraConfig(**settings)).eval()
     twin, (ours, launched) = logits(tuned), in_kernels(lambda: logits(tuned))
     attentions = sum(block.self_attn.output_index is not None for block in model.model.layers)

@@ -72,7 +72,7 @@ def test_each_kernel_runs_without_the_other(results):
         "LoRA",
     ],
 )
-def test_kernels_run_where_nobody_would_notice(results, condition):
+def test_kernels_run_where_no_hook_or_transform_would_notice(results, condition):
     """And the results, with what hooks see, are those of the blocks without them."""
     error, launched, expected = results[condition]
     assert error < 1e-5 and launched == expected
@@ -199,8 +199,8 @@ def test_projection_is_deferred_in_one_thread_only():
         thread.join()
         return layer(x)
 
-    found, deferred = fused._without(layer, run)
-    assert found is x and deferred
+    output, deferred = fused._without(layer, run)
+    assert output is x and deferred
     assert torch.equal(products[0], expected) and torch.equal(layer(x), expected)
     assert copy.deepcopy(layer)(x).equal(expected)
 
