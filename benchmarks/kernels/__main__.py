@@ -34,6 +34,7 @@ from benchmarks.common.measure import synchronize, write_json
 from benchmarks.kernels.compiled import main as compile_kernels
 from benchmarks.kernels.liger import main as compare_with_liger
 from benchmarks.kernels.reads import READINGS
+from benchmarks.kernels.registry import MODELS, OPS
 from benchmarks.kernels.rows import measure_all, plot_roofline, table
 from benchmarks.kernels.stages import STAGES, Plan, run_all
 from benchmarks.kernels.timing import about, peak_bytes, run_once
@@ -46,7 +47,6 @@ from hf_qst_kernels import (
     quantize_taps,
     tap_linear,
 )
-from hf_qst_kernels.registry import MODELS, OPS
 
 RESULTS = Path(__file__).parents[1] / "results"
 

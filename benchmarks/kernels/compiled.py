@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
@@ -86,10 +85,10 @@ def compiled(kernel, types: dict, options: dict, target: str) -> dict[str, int]:
 
 def cases(ops: list[str] | None) -> Iterator[tuple[str, object, dict, dict]]:
     """Every specialisation of every op, or of those named."""
-    from hf_qst_kernels.registry import OPS
+    from benchmarks.kernels.compiled_cases import CASES  # imports Triton
 
-    for module in dict.fromkeys(op.triton for op in OPS):
-        for name, *rest in import_module(f"hf_qst_kernels.{module}").compiled_cases():
+    for every in CASES.values():
+        for name, *rest in every():
             if ops is None or name.split()[0].removesuffix("_backward") in ops:
                 yield name, *rest
 
@@ -98,8 +97,9 @@ def sources(pattern: str = "*_triton.py") -> dict[str, str]:
     """SHA-256 of the package's files of this name, by which a record shows whether it is of them."""
     import hf_qst_kernels
 
-    files = sorted(Path(hf_qst_kernels.__file__).parent.glob(pattern))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    folder = Path(hf_qst_kernels.__file__).parent
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob(pattern))}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def compile_all(targets: list[str], ops: list[str] | None, each_once: bool = False) -> list[dict]:

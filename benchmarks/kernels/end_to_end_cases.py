@@ -265,8 +265,8 @@ def pruned_decoding(config: dict, device: torch.device, dtype: torch.dtype, size
 
 def _pruned(config: dict, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, float]:
     """The dense model, one with half of its weights in the blocks, and the share that was kept."""
-    from hf_qst import prune_blocks
     from hf_qst.base_model.decoder_stack import find_decoder_stack
+    from hf_qst.pruning import prune_blocks, use_kernels
     from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 
     dense = dense_llama(config, device, dtype)
@@ -287,7 +287,7 @@ def _pruned(config: dict, device: torch.device, dtype: torch.dtype) -> tuple[nn.
 
     masks = [{name: mask(name) for name in SELECTIONS} for _ in range(layout.num_layers)]
     kept = layout.count([list(widths.values())] * layout.num_layers) / layout.total
-    return dense, prune_blocks(copy.deepcopy(dense), masks).eval(), kept
+    return dense, use_kernels(prune_blocks(copy.deepcopy(dense), masks)).eval(), kept
 
 
 CASES = {

@@ -77,7 +77,8 @@ def compare(shape: tuple[int, int, int], options: dict) -> list[dict]:
     import liger_kernel.ops.fused_linear_cross_entropy as liger
 
     from benchmarks.kernels.peers import liger_cross_entropy
-    from hf_qst_kernels import cross_entropy, linear_cross_entropy, use_backend
+    from hf_qst_kernels import linear_cross_entropy, use_backend
+    from hf_qst_kernels.ops import linear_cross_entropy as cross_entropy
 
     # the rules of a CUDA device, on this one
     rule = cross_entropy.default_chunk_rows
@@ -135,7 +136,7 @@ def interpreted(cases: list[dict]) -> list[dict]:
 
 def counted(models, tokens: int) -> list[dict]:
     """At the widths of real models, in bfloat16: bytes by count, not measured."""
-    from hf_qst_kernels import cross_entropy
+    from hf_qst_kernels.ops import linear_cross_entropy as cross_entropy
 
     rows = []
     for model in models:
@@ -175,9 +176,9 @@ def table(rows: list[dict]) -> str:
 
 def main(output: Path | None = None) -> dict:
     """Measure, write and print; the report."""
-    from hf_qst_kernels.registry import MODELS
+    from benchmarks.kernels.registry import MODELS
 
-    report = {**about(torch.device("cpu")), "dtype": "float32", "sources": sources("cross_entropy*.py")}
+    report = {**about(torch.device("cpu")), "dtype": "float32", "sources": sources("linear_cross_entropy*.py")}
     rows = report["rows"] = []
     for shape in SHAPES:
         rows += interpreted([{"shape": shape, "options": {}}])

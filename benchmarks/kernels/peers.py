@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from hf_qst_kernels.registry import Op
+from benchmarks.kernels.registry import Op
 
 
 def _dense(weight, dtype):

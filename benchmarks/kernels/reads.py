@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kernels.registry import ModelShape, Workload
 from hf_qst_kernels import tap_linear, use_backend
-from hf_qst_kernels.registry import ModelShape, Workload
 
 WINDOW = 16
 RANK = 16

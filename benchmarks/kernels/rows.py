@@ -16,6 +16,7 @@ from benchmarks.common.measure import save_figure, write_json
 from benchmarks.kernels.compiled import sources
 from benchmarks.kernels.peers import MissingPeerError, peers
 from benchmarks.kernels.reads import READINGS, Reading
+from benchmarks.kernels.registry import OPS, ModelShape, Op, Workload
 from benchmarks.kernels.timing import (
     Begun,
     DeviceLostError,
@@ -29,7 +30,6 @@ from benchmarks.kernels.timing import (
     message,
 )
 from hf_qst_kernels import use_backend
-from hf_qst_kernels.registry import OPS, ModelShape, Op, Workload
 
 KEY = ("op", "model", "rows", "workload", "dtype", "variant")
 # Variant of ours -> backend.
@@ -77,7 +77,8 @@ def changed_ops(before: dict[str, str], now: dict[str, str]) -> set[str]:
     Args:
         before, now: file of the kernels' package -> hash.
     """
-    files = {op.name: {f"{op.triton}.py", f"{op.function.__module__.rpartition('.')[2]}.py"} for op in OPS}
+    files = {op.name: {*op.files} for op in OPS}
+    files["tap_linear"] |= files["quantize_taps"]  # whose kernels it runs as well
     files |= {reading.name: files["tap_linear"] for reading in READINGS}
     changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
     if changed - set().union(*files.values()):
@@ -197,6 +198,9 @@ def measure_all(
     """
     Measure and write `output` every few seconds and at the end; rows that it holds of kernels that did not change stay.
 
+    So do rows of ops that are not among `ops`. Where their kernels changed, `earlier` in the report names the commit at
+    which they were measured.
+
     Args:
         compiled: measure `torch.compile` as well.
         rows: only these numbers of rows; `None`: those of each op.
@@ -217,9 +221,12 @@ def measure_all(
         before = json.loads(output.read_text())
         if comparable(before, report, ("dtype",)):
             report |= {name: before[name] for name in ("ceilings",) if name in before}
-            stale = changed_ops(before.get("sources", {}), report["sources"])
-            kept = {op.name for op in (*OPS, *READINGS)} - stale
+            earlier = before.get("earlier", {})
+            stale = changed_ops(before.get("sources", {}), report["sources"]) | {*earlier}
+            kept = {op.name for op in (*OPS, *READINGS)} - (stale & {op.name for op in ops})
             report["rows"] = [row for row in before["rows"] if row["op"] in kept]
+            left_out = {row["op"] for row in report["rows"]} & stale
+            report["earlier"] = {op: earlier.get(op, before.get("commit", "unknown")) for op in sorted(left_out)}
     if "ceilings" not in report:
         report["ceilings"] = ceilings(device, dtype)
     # model after model: where the time ends, those that come first have all of their ops

@@ -68,8 +68,8 @@ def errors_in(output: str) -> int | None:
 
 def run_op(name: str, device: str) -> int:
     """An op's examples through its Triton kernels, forward and backward; how many there were."""
+    from benchmarks.kernels.registry import OPS
     from hf_qst_kernels import use_backend
-    from hf_qst_kernels.registry import OPS
     from tests.kernels.compared import results
 
     op = next(op for op in OPS if op.name == name)
@@ -266,7 +266,7 @@ def hashes_of(paths, root: Path) -> dict[str, str]:
 
 def sanitize(output: Path, until: float = float("inf"), ops: list[str] | None = None) -> dict:
     """Every op under every tool; `left` lists those there was no time for."""
-    from hf_qst_kernels.registry import OPS
+    from benchmarks.kernels.registry import OPS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sanitizer = find_sanitizer()

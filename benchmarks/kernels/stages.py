@@ -30,9 +30,9 @@ from benchmarks.kernels import tune as kernels_tune
 from benchmarks.kernels.aims import aims, never_wins
 from benchmarks.kernels.aims import table as aims_table
 from benchmarks.kernels.reads import READINGS
+from benchmarks.kernels.registry import MODELS, OPS, ModelShape
 from benchmarks.kernels.timing import DeviceLostError, about, message
 from hf_qst_kernels import break_even
-from hf_qst_kernels.registry import MODELS, OPS, ModelShape
 
 TINY = ModelShape("tiny", 64, 128, 50)
 # Measured before the others, and alone with torch.compile, which takes ten minutes a model.
