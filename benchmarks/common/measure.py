@@ -1,10 +1,9 @@
-"""What the benchmarks measure with: peak memory, the machine, files written whole."""
+"""Peak memory, the machine a benchmark ran on, and its files."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import io
 import json
 import os
 import platform
@@ -16,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from hf_qst.saved import whole_file, write_text
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-# --- memory of the process and the device ----------------------------------------------------------------------------
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def _status(field: str) -> int | None:
@@ -52,10 +51,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- where and with what it ran --------------------------------------------------------------------------------------
-
-
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -81,7 +77,7 @@ def commit() -> str:
 
 def environment(device: torch.device) -> dict:
     """Versions, commit and machine, as they go into every result file."""
-    machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
         machine["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
@@ -90,52 +86,33 @@ def environment(device: torch.device) -> dict:
     return {"versions": {"python": platform.python_version(), **versions}, "commit": commit(), "machine": machine}
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename, so that a run cut short never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def message(error: BaseException) -> str:
+    """The reason of a failed row: the error's class and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
 
 
 def write_json(path: Path, value: object) -> None:
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+    """Write `value` to `path`, whose folder is made."""
+    text = json.dumps(value, indent=1) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def pyplot():
+    """matplotlib's pyplot, for files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def save_figure(figure, path: Path) -> Path:
     """Write a matplotlib figure as PNG, whole or not at all, and close it."""
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    write_whole(path, buffer.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    pyplot().close(figure)
     return path
-
-
-class ResultFile:
-    """A JSON file of results: parts by name, each with the machine and the arguments it was made with.
-
-    Args:
-        path: the file; what it holds is kept unless `fresh`.
-        device: what new parts are made on.
-    """
-
-    def __init__(self, path: Path, device: torch.device, fresh: bool):
-        self.path, self.device = path, device
-        self.parts: dict[str, dict] = json.loads(path.read_text()) if path.exists() and not fresh else {}
-
-    def begun(self, part: str, used: dict) -> dict:
-        """What is there of a part that was made with the same arguments."""
-        found = self.parts.get(part, {})
-        return found.get("result", {}) if found.get("arguments") == used else {}
-
-    def put(self, part: str, used: dict, result: dict) -> None:
-        self.parts[part] = {**environment(self.device), "arguments": used, "result": result}
-        write_json(self.path, self.parts)
-
-    def results(self) -> dict[str, dict]:
-        return {part: entry["result"] for part, entry in self.parts.items()}

@@ -13,13 +13,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from benchmarks.compression.methods import DEFAULT, compressed, config
-from hf_qst import MixedRankConfig
-from hf_qst.base_model.linear_layers import dense_weight
+from benchmarks.compression.methods import DEFAULT, compressed, config, target_shapes
+from hf_qst.base_model import dense_weight
 from hf_qst.calibration import CalibrationRun, calibration_mode, collect_statistics, hooks, input_groups
-from hf_qst.mixed_rank import compress, factorize, output_energies
-from hf_qst.mixed_rank.decomposition import output_error
-from hf_qst.mixed_rank.targets import find_targets
+from hf_qst.mixed_rank import compress, factorize, output_energies, output_error
 
 STREAM_METHODS = ("svd-llm", "mix", DEFAULT)
 
@@ -32,7 +29,7 @@ def against_optimum(
     `calibration_optimum` is the least on the calibration data and `floor` the least on the held-out data, which only
     factors fitted to the held-out data reach.
     """
-    found = compress(model, config("mix", keep, calibration, progress=False))
+    found = compress(model, config("mix", keep, calibration))
     names = list(found.factors)
     groups = input_groups(model, names, calibration[0])
     seen, new = (
@@ -69,12 +66,11 @@ def in_the_model(
     model: nn.Module, calibration: Sequence[Mapping], held: Sequence[Mapping], keep: float
 ) -> dict[str, dict[str, float]]:
     """By method and layer: E||y' - y||^2 / E||y||^2 of the layer's output y' in the compressed model, y in the dense one."""
-    names = find_targets(model, MixedRankConfig())
-    result = {}
-    for method in tqdm(STREAM_METHODS, desc="errors in the model", unit="method"):
-        small, _ = compressed(model, method, keep, calibration, progress=False)
-        result[method] = _output_errors(model, small, names, held)
-    return result
+    names = list(target_shapes(model))
+    return {
+        method: _output_errors(model, compressed(model, method, keep, calibration)[0], names, held)
+        for method in tqdm(STREAM_METHODS, desc="errors in the model", unit="method")
+    }
 
 
 def both(model: nn.Module, calibration: Sequence[Mapping], held: Sequence[Mapping], keep: float) -> dict:

@@ -1,7 +1,7 @@
 """Time and memory of compressing a LLaMA-2-7B-shaped model, predicted from its arithmetic and from layers really done.
 
-Operations are counted from the shapes; rates and the time of one layer's decomposition are measured on the machine at
-hand, on real sizes. On a GPU the rates are assumptions, and marked as such, until this runs on one.
+Operations are counted from the shapes. The rates and the time of one layer's decomposition are measured on this machine,
+at real sizes. The rates of a GPU are assumptions, and marked as such.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.compression.methods import processor_clock
-from hf_qst.calibration.moments import CrossMoment, SecondMoment
-from hf_qst.mixed_rank import output_energies
-from hf_qst.mixed_rank.compensation import least_squares_factors
+from benchmarks.common.timing import processor_clock
+from hf_qst.calibration import CrossMoment, SecondMoment
+from hf_qst.mixed_rank import least_squares_factors, output_energies
 
 BLOCKS, HIDDEN, INNER, HEADS_OUT = 32, 4096, 11008, 32000
 # Layers that share an input, with the number of layers of each: what has one statistic.
@@ -45,20 +44,12 @@ class Plan:
     memory_limit: int = 16 * 2**30
 
 
-def rank(d_in: int, d_out: int, keep: float) -> int:
-    return int(keep * d_in * d_out / (d_in + d_out)) // 8 * 8
-
-
-def moment_bytes() -> int:
-    """Bytes of all second moments of the model at once, in float64."""
-    return BLOCKS * sum(8 * d_in * d_in for d_in, _, _ in GROUPS.values())
-
-
 def arithmetic(plan: Plan) -> dict:
     """Operations and bytes of each stage; `passes` are those of stage 1, whose statistics fit `memory_limit` in turns."""
     weights = BLOCKS * sum(d_in * d_out * count for d_in, d_out, count in GROUPS.values())
-    passes = -(-moment_bytes() // plan.memory_limit)
-    products = BLOCKS * sum(2 * d_in * d_in for d_in, _, _ in GROUPS.values()) * plan.tokens
+    entries = BLOCKS * sum(d_in * d_in for d_in, _, _ in GROUPS.values())  # of all second moments, in float64
+    passes = -(-8 * entries // plan.memory_limit)
+    products = 2 * entries * plan.tokens
     solves = BLOCKS * sum(count * _products(d_in, d_out) for d_in, d_out, count in GROUPS.values())
     return {
         "tokens": plan.tokens,
@@ -72,7 +63,7 @@ def arithmetic(plan: Plan) -> dict:
         "weights_bytes_bf16": 2 * (weights + 2 * HEADS_OUT * HIDDEN),
         "factors_bytes_bf16": int(2 * plan.keep * weights),
         "hidden_states_bytes_bf16": 2 * 2 * plan.tokens * HIDDEN,
-        "moments_bytes": min(moment_bytes(), plan.memory_limit),
+        "moments_bytes": min(8 * entries, plan.memory_limit),
         "largest_layer_bytes": 8 * (3 * INNER**2 + 4 * INNER * HIDDEN),
     }
 
@@ -96,17 +87,16 @@ def one_layer(d_in: int, d_out: int, keep: float, rows: int) -> dict:
 
     The weight is random and its inputs decay as a power law; the time does not depend on the values.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
     scale = torch.arange(1, d_in + 1).float() ** -0.5
     inputs = torch.randn(rows, d_in, generator=generator) * scale
     weight = torch.randn(d_in, d_out, generator=generator) * d_in**-0.5
-    moments = CrossMoment(d_in, torch.device("cpu"))
-    start = processor_clock()
-    SecondMoment(d_in, torch.device("cpu")).add(inputs)
-    seconds = {"moment": processor_clock() - start}
+    moments = CrossMoment(d_in, cpu)
     moments.add_pair(inputs, inputs)
-    chosen = rank(d_in, d_out, keep)
+    chosen = int(keep * d_in * d_out / (d_in + d_out)) // 8 * 8
+    seconds = {}
     steps = {
+        "moment": lambda: SecondMoment(d_in, cpu).add(inputs),
         "energies": lambda: output_energies(weight, moments.second_moment()),
         "factors": lambda: least_squares_factors(weight, moments, chosen),
     }

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.measure import save_figure
+from benchmarks.common.measure import pyplot, save_figure
 from benchmarks.compression.methods import DEFAULT, METHODS
 from benchmarks.compression.report import KINDS
 
 
 def plots(found: dict, parts: Sequence[str], folder: Path) -> list[Path]:
     """PNG files of what these parts have to show; returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     paths = []
     if "llm" in found and "llm" in parts:
         paths += [_perplexity_plot(found["llm"], folder / "compression_perplexity.png")]
@@ -25,9 +22,7 @@ def plots(found: dict, parts: Sequence[str], folder: Path) -> list[Path]:
 
 
 def _perplexity_plot(result: dict, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, every = plt.subplots(1, len(KINDS), figsize=(13, 4), sharex=True)
+    figure, every = pyplot().subplots(1, len(KINDS), figsize=(13, 4), sharex=True)
     for axes, (kind, title) in zip(every, KINDS.items(), strict=True):
         for method in (name for name in METHODS if any(row["method"] == name for row in result["rows"])):
             rows = sorted((r["keep"], r["perplexity"][kind]) for r in result["rows"] if r["method"] == method)
@@ -41,24 +36,17 @@ def _perplexity_plot(result: dict, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _columns(names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Kinds of layer by the last part of their names, and blocks by the number in them."""
-    kinds = list(dict.fromkeys(name.rsplit(".", 1)[1] for name in names))
-    return kinds, sorted({_block(name) for name in names})
-
-
 def _block(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
 def _rank_plot(result: dict, path: Path) -> Path:
     """Each layer's part of the weights kept, by block and kind, as the default chose it."""
-    import matplotlib.pyplot as plt
-
     rows = sorted((row for row in result["rows"] if row["method"] == DEFAULT), key=lambda row: -row["keep"])
     shapes = result["dense"]["shapes"]
-    kinds, blocks = _columns(list(shapes))
-    figure, every = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 4), squeeze=False, layout="constrained")
+    kinds = list(dict.fromkeys(name.rsplit(".", 1)[1] for name in shapes))
+    blocks = sorted({_block(name) for name in shapes})
+    figure, every = pyplot().subplots(1, len(rows), figsize=(4.2 * len(rows), 4), squeeze=False, layout="constrained")
     for axes, row in zip(every[0], rows, strict=True):
         grid = [[0.0] * len(blocks) for _ in kinds]
         for name, (d_in, d_out) in shapes.items():
@@ -75,22 +63,18 @@ def _rank_plot(result: dict, path: Path) -> Path:
 
 
 def _error_plot(result: dict, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, (alone, inside) = plt.subplots(2, 1, figsize=(11, 7), layout="constrained")
+    figure, (alone, inside) = pyplot().subplots(2, 1, figsize=(11, 7), layout="constrained")
     rows = result["by_itself"]
     lines = (("held_plain", "plain SVD"), ("held", "ours"), ("floor", "least possible on this data"))
     for key, label in lines:
         alone.plot([row[key] for row in rows], marker=".", label=label)
-    alone.set_xticks(range(len(rows)), [row["name"].split("layers.")[-1] for row in rows], rotation=90, fontsize=6)
-    alone.set(ylabel="error on held-out inputs", title=f"each layer by itself, at the ranks of keep {result['keep']:g}")
+    alone.set_title(f"each layer by itself, at the ranks of keep {result['keep']:g}")
     for method, errors in result["in_the_model"].items():
         inside.plot(list(errors.values()), marker=".", label=METHODS[method].label)
-    names = list(next(iter(result["in_the_model"].values())))
-    inside.set_xticks(range(len(names)), [name.split("layers.")[-1] for name in names], rotation=90, fontsize=6)
-    inside.set(ylabel="error on held-out inputs", title="each layer in the compressed model, against the dense model's")
-    for axes in (alone, inside):
-        axes.set_yscale("log")
+    inside.set_title("each layer in the compressed model, against the dense model's")
+    for axes, names in (alone, [row["name"] for row in rows]), (inside, list(errors)):
+        axes.set_xticks(range(len(names)), [name.split("layers.")[-1] for name in names], rotation=90, fontsize=6)
+        axes.set(yscale="log", ylabel="error on held-out inputs")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return save_figure(figure, path)

@@ -1,12 +1,12 @@
-"""QST beside QLoRA, checkpointed QLoRA and ShadowPEFT, and beside the least a step can cost.
+"""QST next to QLoRA, checkpointed QLoRA and ShadowPEFT, and next to the least a step can cost.
 
     python -m benchmarks.side_tuning                             # the demo's base, ~100M parameters, a 128k vocabulary
     python -m benchmarks.side_tuning --shape demo --model NAME   # another trained base
-    python -m benchmarks.side_tuning --shape demo --sweep        # which learning rate suits each method
+    python -m benchmarks.side_tuning --shape demo --sweep        # the learning rate that suits each method
     python -m benchmarks.side_tuning --device cuda --shape llama-3-8b
 
-All methods run on the same 4-bit base, batch and steps, one step of each in turn. Prints a table and writes it with
-everything it was made from to `benchmarks/results/side_tuning_<shape>.json`, with plots beside it.
+All methods run on the same 4-bit base, batch and steps, one step of each in turn. Prints a table and writes it to
+`benchmarks/results/side_tuning_<shape>.json`, with plots.
 """
 
 from __future__ import annotations
@@ -25,25 +25,21 @@ from statistics import median
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.common.checks import require_device, require_positive
-from benchmarks.common.measure import ROOT, environment, peak_rss, settle_rss, write_json
+from benchmarks.common.command_line import as_json, parser_of, require_device, require_positive
+from benchmarks.common.measure import RESULTS, ROOT, environment, message, peak_rss, settle_rss, write_json
+from benchmarks.common.timing import paired_ratio
 from benchmarks.side_tuning import bases
 from benchmarks.side_tuning.losses import CURVES, loss_results, sweep, train_curves
 from benchmarks.side_tuning.methods import METHODS, Floor, Run
-from benchmarks.side_tuning.report import paired_ratio, plots, table, targets
+from benchmarks.side_tuning.report import plots, table, targets
 
 DEFAULT_SHAPES = ("demo", "100m", "100m-128k")
 PEAK_STEPS = 2  # the optimiser's state is there from the second on
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PACKED = "bitsandbytes' bf16 (AVX512-BF16) where the base is in eval mode, else dequantise and float32"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.side_tuning",
-        description="Compare side tuning with its peers on one 4-bit base.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_of("benchmarks.side_tuning", __doc__)
     add = parser.add_argument
     add("--shape", nargs="+", choices=bases.SHAPES, default=list(DEFAULT_SHAPES), help="bases to measure on")
     add("--model", metavar="PATH_OR_NAME", help="trained model in place of the base of --shape demo")
@@ -61,14 +57,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--packed", action="store_true", help="let bitsandbytes use its inference-only bf16 kernel on CPU where it can")
     add("--no-rss", action="store_true", help="leave out the peak RSS, which takes a process for each method")
     add("--threads", type=int, default=2, help="CPU threads")
-    add("--clock", choices=CLOCKS, default="wall",
-        help="cpu: processor time of one thread, for a machine that others use too; ratios only mean something then")  # fmt: skip
     add("--seed", type=int, default=0, help="of weights, batches and order")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    add("--out", type=Path, default=RESULTS, help="folder of the results")
     add("--rss-of", metavar="METHOD", choices=[*METHODS, "floor"], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
-        parser.error("--clock cpu needs --threads 1 and --device cpu: waiting threads would count as working")
     counts = ("batch", "seq", "repeats", "threads", "held_out_blocks", "sweep_steps", "eval_every")
     require_positive(parser, args, counts)
     require_device(parser, args)
@@ -108,10 +100,6 @@ class Bench:
         return Run(name, bases.copy_of(self.base, own), self.device, self.calibration, lr, self.args.seed)
 
 
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
 def prepare(bench: Bench) -> tuple[dict[str, Run], dict[str, dict]]:
     """Build each method and measure what needs no clock. A method that fails has its error as its row."""
     runs, rows = {}, {}
@@ -133,7 +121,7 @@ def prepare(bench: Bench) -> tuple[dict[str, Run], dict[str, dict]]:
             row["trainable"], row["file_bytes"] = run.count(), run.file_bytes()
             runs[name] = run
         except Exception as error:
-            row["error"] = _short(error)
+            row["error"] = message(error)
             logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
     return runs, rows
 
@@ -146,7 +134,6 @@ def time_steps(bench: Bench, runs: dict[str, Run]) -> dict[str, list[float | Non
     """
     floor = Floor(bases.copy_of(bench.base), bench.device)
     work = {"floor": floor.step, "forward": floor.forward, **{name: run.step for name, run in runs.items()}}
-    clock = CLOCKS[bench.args.clock]
     variants = {name for name, run in runs.items() if not run.method.main}
     if bench.memory_only:
         work = {name: step for name, step in work.items() if name not in variants}
@@ -157,9 +144,9 @@ def time_steps(bench: Bench, runs: dict[str, Run]) -> dict[str, list[float | Non
                 bar.update()
                 spent = None
                 if name not in variants or turn % 2 == 0:
-                    start = clock()
+                    start = time.perf_counter()
                     step(bench.ids)
-                    spent = clock() - start
+                    spent = time.perf_counter() - start
                 if turn >= 0:
                     times[name].append(spent)
     return times
@@ -167,11 +154,10 @@ def time_steps(bench: Bench, runs: dict[str, Run]) -> dict[str, list[float | Non
 
 def rss_above_base(bench: Bench, name: str) -> int:
     """Peak resident bytes of a few training steps above those of the loaded base."""
-    ids = bench.ids
     before = settle_rss()
     worker = Floor(bench.base, bench.device) if name == "floor" else bench.run(name)
     for _ in range(PEAK_STEPS):
-        worker.step(ids)
+        worker.step(bench.ids)
     return peak_rss() - before
 
 
@@ -195,16 +181,14 @@ def measure(bench: Bench) -> dict:
     rows = {"forward": {"label": "floor: bare forward"}, "floor": {"label": "floor: forward and head"}, **rows}
     for name, rounds in times.items():
         spent = [seconds for seconds in rounds if seconds is not None]
-        rows[name]["step_seconds"] = median(spent)
-        rows[name]["fastest_seconds"] = min(spent)
-        rows[name]["rounds"] = len(spent)
+        rows[name] |= {"step_seconds": median(spent), "fastest_seconds": min(spent), "rounds": len(spent)}
         rows[name]["tokens_per_second"] = bench.batch * bench.seq / median(spent)
         rows[name]["of_floor"] = paired_ratio(times, name, "floor")
     used = vars(args) | {"shape": bench.shape, "batch": bench.batch, "seq": bench.seq}
     used |= {"repeats": bench.repeats, "warmup": bench.warmup}
     result = {
         **environment(bench.device),
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in used.items() if k not in ("rss_of", "sweep")},
+        "arguments": as_json({k: v for k, v in used.items() if k not in ("rss_of", "sweep")}),
         "parameters": _parameters(bench.base),
         "kernel": PACKED if args.packed else "dequantise, then a product in the compute type",
         "rows": rows,
@@ -214,9 +198,7 @@ def measure(bench: Bench) -> dict:
         del runs
         gc.collect()
         names = [n for n in CURVES if n in args.methods and "error" not in rows[n]]
-        curves = train_curves(
-            [bench.run(n) for n in names], bench.text, bench.batch, args.steps, args.eval_every, CLOCKS[args.clock]
-        )
+        curves = train_curves([bench.run(n) for n in names], bench.text, bench.batch, args.steps, args.eval_every)
         result["losses"] = loss_results(curves, args.steps)
     if bench.device.type == "cpu" and not args.no_rss:
         names = ["floor", *(n for n in args.methods if METHODS[n].main and "error" not in rows[n])]

@@ -9,13 +9,12 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from benchmarks.common.measure import ROOT
-from hf_qst.base_model.packed_weights import forbid_packing
-
-DEMO_MODEL = ROOT / "examples" / "base_model"
+from examples.corpus import blocks, split, tokens, transformers_files
+from examples.demo import BASE, nf4
+from hf_qst.base_model import forbid_packing
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,11 @@ SHAPES = {
     "tiny": Shape(_llama(512, 64, 2, 4, 192), batch=2, seq=32),
     "llama-2-7b": Shape(_llama(32000, 4096, 32, 32, 11008), batch=4, seq=512, device="cuda"),
     "llama-3-8b": Shape(_llama(128256, 4096, 32, 32, 14336, 8, 500000.0), batch=4, seq=512, device="cuda"),
-    "llama-2-70b": Shape(_llama(32000, 8192, 80, 64, 28672, 8), batch=4, seq=512, device="cuda"),
 }
 
 
-def quantization(device: torch.device) -> BitsAndBytesConfig:
-    """NF4 with double quantisation; matrix products in float32 on CPU and bfloat16 on CUDA."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=base_dtype(device),
-    )
-
-
 def base_dtype(device: torch.device) -> torch.dtype:
-    """Of everything that is not in 4 bits."""
+    """Of everything that is not in 4 bits, and of the matrix products."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -86,17 +74,11 @@ def random_base(config: dict, device: torch.device, seed: int = 0) -> LlamaForCa
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
 
-    settings = quantization(device)
+    settings = nf4(dtype)
     linear = [(name, part) for name, part in model.model.named_modules() if type(part) is nn.Linear]
     for name, part in tqdm(linear, desc="random NF4 base", unit="weight", leave=False, delay=2):
         made = bnb.nn.Linear4bit(
-            part.in_features,
-            part.out_features,
-            bias=False,
-            compute_dtype=settings.bnb_4bit_compute_dtype,
-            compress_statistics=settings.bnb_4bit_use_double_quant,
-            quant_type=settings.bnb_4bit_quant_type,
-            device="meta",
+            part.in_features, part.out_features, False, dtype, compress_statistics=True, quant_type="nf4", device="meta"
         )
         weight = normal(part.out_features, part.in_features)
         # Quantised by the move, on the device the weight is already on.
@@ -130,13 +112,13 @@ def load_base(shape: str, model: str | None, device: torch.device, packed: bool,
     if config is not None and model is None:
         base = random_base(config, device, seed)
     else:
-        path = model or str(DEMO_MODEL)
-        if model is None and not (DEMO_MODEL / "config.json").exists():
-            raise FileNotFoundError(f"{DEMO_MODEL} holds no model; give --model PATH_OR_NAME")
+        path = model or str(BASE)
+        if model is None and not (BASE / "config.json").exists():
+            raise FileNotFoundError(f"{BASE} holds no model; give --model PATH_OR_NAME")
         base = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=base_dtype(device),
-            quantization_config=quantization(device),
+            quantization_config=nf4(base_dtype(device)),
             device_map={"": device} if device.type == "cuda" else None,
         )
     base.requires_grad_(False)
@@ -168,9 +150,7 @@ class Text:
 
 def demo_text(model: str | None, seq: int, held_out_blocks: int, seed: int = 0) -> Text:
     """The source of the installed transformers package, split by file, as blocks of `seq` tokens."""
-    from examples.corpus import blocks, split, tokens, transformers_files
-
-    tokenizer = AutoTokenizer.from_pretrained(model or str(DEMO_MODEL))
+    tokenizer = AutoTokenizer.from_pretrained(model or str(BASE))
     train, held_out = split(transformers_files())
     rows = blocks(tokens(train, tokenizer), seq)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""How well QST's variants learn: one base, the same batches for all, held-out loss after equal steps.
+"""The held-out loss of QST's variants after equal steps: one base, the same batches for all.
 
     python -m benchmarks.side_tuning.learning                       # the table of docs/results.md
     python -m benchmarks.side_tuning.learning --only mix --steps 60
@@ -7,7 +7,6 @@ Compares the mix's start (the default against the paper's), the downsamplers, th
 are kept; QLoRA stands beside them. Every variant runs at each learning rate of `--rates` and is listed at its best one.
 """
 
-import argparse
 import copy
 import math
 import time
@@ -19,12 +18,11 @@ from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, get_linear_schedule_with_warmup, set_seed
 
-from benchmarks.common.measure import environment, write_json
+from benchmarks.common.command_line import as_json, parser_of
+from benchmarks.common.measure import RESULTS, environment, write_json
 from examples.corpus import blocks, held_out_loss, split, tokens, transformers_files
 from examples.demo import BASE, load_base
 from hf_qst import QSTConfig
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def variants(calibration: list[dict]) -> dict[str, dict]:
@@ -66,29 +64,21 @@ def train(base, config, rate: float, data: dict, args) -> dict:
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, args.steps // 20), args.steps)
     order = torch.randperm(len(data["train"]), generator=torch.Generator().manual_seed(args.seed))
     model.train()
-    first = None
     started = time.perf_counter()
     for step in tqdm(range(args.steps), leave=False, unit="step"):
         rows = data["train"][order[step * args.batch : (step + 1) * args.batch]].to(base.device)
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-        loss.backward()
+        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        first = loss.item() if first is None else first
-    seconds = time.perf_counter() - started
-    return {
-        "rate": rate,
-        "loss": held_out_loss(model, data["held"], args.batch),
-        "first_loss": first,
-        "seconds": seconds,
-        "trainable": sum(p.numel() for p in parameters),
-    }
+    seconds, trainable = time.perf_counter() - started, sum(p.numel() for p in parameters)
+    loss = held_out_loss(model, data["held"], args.batch)
+    return {"rate": rate, "loss": loss, "seconds": seconds, "trainable": trainable}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("benchmarks.side_tuning.learning", __doc__)
     parser.add_argument("--model", default=str(BASE), help="base model: a folder or a hub name")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=8, help="blocks a step")
@@ -130,7 +120,7 @@ def main() -> None:
             )
     report = {
         "base_loss": start,
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "arguments": as_json(vars(args)),
         **environment(torch.device(args.device)),
         "rows": table,
     }

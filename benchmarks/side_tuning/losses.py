@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -25,8 +24,8 @@ SWEEP = {
 class Curve:
     """A method in training: (step, training seconds, held-out loss) as it goes. Seconds are of its own steps alone."""
 
-    def __init__(self, run: Run, clock: Callable[[], float] = time.perf_counter):
-        self.run, self.clock = run, clock
+    def __init__(self, run: Run):
+        self.run = run
         self.steps = 0
         self.seconds = 0.0
         self.points: list[tuple[int, float, float]] = []
@@ -34,10 +33,10 @@ class Curve:
     def step(self, rows: torch.Tensor, batch: int) -> None:
         start = self.steps * batch % (len(rows) - batch + 1)
         ids = rows[start : start + batch].to(self.run.device)
-        begin = self.clock()
+        begin = time.perf_counter()
         # The rate rises over the first steps and stays: a decay would tie the curve to one length.
         self.run.step(ids, min(1.0, (self.steps + 1) / WARMUP_STEPS))
-        self.seconds += self.clock() - begin
+        self.seconds += time.perf_counter() - begin
         self.steps += 1
 
     def measure(self, held_out: torch.Tensor) -> None:
@@ -54,10 +53,10 @@ def at_seconds(points: list[tuple[int, float, float]], seconds: float) -> float 
     return None
 
 
-def train_curves(runs: list[Run], text, batch: int, steps: int, every: int, clock) -> dict[str, Curve]:
+def train_curves(runs: list[Run], text, batch: int, steps: int, every: int) -> dict[str, Curve]:
     """Train every run for `steps` steps on the same batches, one step of each in turn; then those that took less time
     than the slowest go on until they have had as much."""
-    curves = {run.name: Curve(run, clock) for run in runs}
+    curves = {run.name: Curve(run) for run in runs}
     for curve in curves.values():
         curve.measure(text.held_out)
     with tqdm(total=steps * len(runs), desc="loss curves", unit="step") as bar:

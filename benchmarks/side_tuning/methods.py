@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.common.measure import synchronize
 from hf_qst import QSTConfig
-from hf_qst.planning.saved_bytes import SavedForBackward
+from hf_qst.planning import SavedForBackward
 
 # The best of `--sweep` on the demo's base and text, benchmarks/results/side_tuning_demo_sweep.json.
 QST_LR = 8e-3

@@ -1,6 +1,7 @@
 """Evaluation of code models: pass@k by execution in a sandbox, and which tokens of code are hard to predict."""
 
 from .completion import truncate
+from .generated_problems import training_pairs
 from .pass_at_k import Difference, paired_bootstrap, pass_at_k, task_pass_at_k
 from .problems import SHIPPED, Problem, ProblemFileError, read_problems
 from .report import Report, read_report
@@ -32,5 +33,6 @@ __all__ = [
     "read_report",
     "read_samples",
     "task_pass_at_k",
+    "training_pairs",
     "truncate",
 ]

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.common.timing import paired_ratio
 from benchmarks.side_tuning import __main__ as side_tuning
 from benchmarks.side_tuning.bases import SHAPES, copy_of, random_base, random_tokens
 from benchmarks.side_tuning.losses import at_seconds
 from benchmarks.side_tuning.methods import METHODS, Run
-from benchmarks.side_tuning.report import paired_ratio, table
-from hf_qst.base_model.packed_weights import forbid_packing
+from benchmarks.side_tuning.report import table
+from hf_qst.base_model import forbid_packing
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"].config
