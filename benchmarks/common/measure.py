@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import json
 import os
 import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -75,21 +78,45 @@ def commit() -> str:
         return "unknown"
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"  # installed under another name
+
+
 def environment(device: torch.device) -> dict:
-    """Versions, commit and machine, as they go into every result file."""
+    """Versions, commit, machine and driver, as they go into every result file."""
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-        machine["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    versions = {name: metadata.version(name) for name in packages}
-    return {"versions": {"python": platform.python_version(), **versions}, "commit": commit(), "machine": machine}
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger_kernel")
+    versions = {name: _version(name) for name in packages if find_spec(name)}
+    found = {"versions": {"python": platform.python_version(), **versions}, "commit": commit(), "machine": machine}
+    if device.type != "cuda":
+        return found
+    machine["gpu"] = torch.cuda.get_device_name(device)
+    machine["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {**found, "driver": driver, "cuda": torch.version.cuda}
 
 
 def message(error: BaseException) -> str:
     """The reason of a failed row: the error's class and its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+
+
+def python_path() -> str:
+    """Where this project's packages lie, before what was set."""
+    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def hashes_of(files: Iterable[Path], root: Path) -> dict[str, str]:
+    """SHA-256 of each file by its name from `root`, by which a result shows whether it is of these sources."""
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
 def write_json(path: Path, value: object) -> None:

@@ -42,11 +42,10 @@ def in_turns(
     return times
 
 
-def paired_ratio(times: Mapping[str, Sequence[float | None]], one: str, other: str) -> float | None:
-    """Median over the rounds of one / other: the two ran next to each other in each round, so drift cancels.
+def paired_ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float | None:
+    """Median of one / other over the rounds that both have: they ran next to each other, so drift cancels.
 
-    A round counts if both ran in it; None without such a round.
+    None without such a round.
     """
-    pairs = zip(times.get(one, ()), times.get(other, ()), strict=False)
-    ratios = [a / b for a, b in pairs if a is not None and b is not None]
+    ratios = [a / b for a, b in zip(times.get(one, ()), times.get(other, ()), strict=False)]
     return median(ratios) if ratios else None

@@ -18,13 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.command_line import (
-    add_part_options,
-    parser_of,
-    require_device,
-    require_parts,
-    require_positive,
-)
+from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.parts import Part, ResultFile, run_parts
 from benchmarks.compression import llama_7b, llm, speed, vit
 from benchmarks.compression.layers import both

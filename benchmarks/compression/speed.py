@@ -103,13 +103,7 @@ def large_model(device: torch.device, shape: str = "100m") -> LlamaForCausalLM:
 
 @torch.no_grad()
 def models(
-    made: Mapping[str, nn.Module],
-    prompt: int,
-    new: int,
-    repeats: int,
-    vocabulary: int,
-    device: torch.device,
-    **reading,
+    made: Mapping[str, nn.Module], prompt: int, new: int, repeats: int, vocabulary: int, device: torch.device, **reading
 ) -> list[dict]:
     """Tokens per second of each model, of a prompt read at once and of tokens written one by one; one sequence.
 

@@ -14,13 +14,7 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import AutoTokenizer, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
 
 from benchmarks.common.command_line import parser_of
 from benchmarks.common.measure import RESULTS, environment, write_json

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from benchmarks.common.tables import markdown
 from benchmarks.kernels.reads import POOL, READINGS
 
 # An op's default way may not be slower than the library's by more than this: the spread of a measurement.
@@ -109,7 +110,6 @@ def never_wins(rows: Sequence[dict]) -> list[str]:
 
 def table(found: Sequence[dict]) -> str:
     """In Markdown."""
-    lines = ["| aim | what | met | measured |", "| --- | --- | --- | --- |"]
     words = {True: "yes", False: "no", None: "not measured"}
-    lines += [f"| {aim['aim']} | {aim['what']} | {words[aim['met']]} | {aim['detail']} |" for aim in found]
-    return "\n".join(lines)
+    lines = [[aim["aim"], aim["what"], words[aim["met"]], aim["detail"]] for aim in found]
+    return markdown(["aim", "what", "met", "measured"], lines, text=4)

@@ -1,4 +1,4 @@
-"""What each op is measured against besides its own library path: plain torch under `torch.compile`, and other packages."""
+"""The peers of each op besides its own library path: plain torch, also under `torch.compile`, and other packages."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -6,36 +6,21 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
+from hf_qst_kernels.nf4_weight import naive_weight
 from hf_qst_kernels.registry import Op
 
 
 def _dense(weight, dtype):
     """A head's weight; one in 4 bits dequantised as a whole."""
-    if isinstance(weight, torch.Tensor):
-        return weight
-    from hf_qst_kernels.nf4_weight import naive_weight
-
-    return naive_weight(weight, torch.float32).to(dtype)
+    return weight if isinstance(weight, torch.Tensor) else naive_weight(weight, torch.float32).to(dtype)
 
 
-def _cross_entropy(
-    hidden,
-    weight,
-    labels,
-    bias=None,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    logit_softcap=None,
-    logit_scale=1.0,
-    reduction="mean",
-    chunk_size=None,
-):
+def _cross_entropy(hidden, weight, labels, bias=None, logit_softcap=None, logit_scale=1.0, chunk_size=None, **options):
     logits = F.linear(hidden, _dense(weight, hidden.dtype), bias).float()
     if logit_scale != 1.0:
         logits = logit_scale * logits
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
     return F.cross_entropy(logits, labels, **options)
 
 
@@ -48,11 +33,7 @@ def _linear_index_add(x, weight, bias, index, residual, inplace):
 
 
 # The op as a user would write it, its GEMMs in the inputs' dtype; an op that is not here is its naive twin.
-PLAIN = {
-    "linear_cross_entropy": _cross_entropy,
-    "tap_linear": _tap,
-    "linear_index_add": _linear_index_add,
-}
+PLAIN = {"linear_cross_entropy": _cross_entropy, "tap_linear": _tap, "linear_index_add": _linear_index_add}
 
 
 class MissingPeerError(RuntimeError):
@@ -60,17 +41,9 @@ class MissingPeerError(RuntimeError):
 
 
 def liger_cross_entropy(
-    hidden,
-    weight,
-    labels,
-    bias=None,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    logit_softcap=None,
-    logit_scale=1.0,
-    reduction="mean",
-    chunk_size=None,
-):
+    hidden, weight, labels, bias=None, ignore_index=-100, label_smoothing=0.0, logit_softcap=None, reduction="mean",
+    logit_scale=1.0
+):  # fmt: skip
     """Liger-Kernel's fused linear cross entropy, by the names of `linear_cross_entropy`; its own rule for chunks.
 
     Raises:

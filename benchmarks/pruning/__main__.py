@@ -19,13 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.common.command_line import (
-    add_part_options,
-    parser_of,
-    require_device,
-    require_parts,
-    require_positive,
-)
+from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.parts import Part, ResultFile, run_parts
 from benchmarks.compression.llm import BASE_NAME, evaluated, load_dense, load_text
 from benchmarks.compression.methods import parameters
@@ -55,7 +49,7 @@ USED = {
     "quality": ("model", "batch", "length", "recovery_steps", "recovery_rate", "training_blocks", "calibration_blocks",
                 "held_blocks", "device"),
     "speed": ("model", "repeats", "threads", "device", "quick"),
-    "training": ("model", "length", "repeats", "threads", "device"),
+    "training": ("model", "length", "repeats", "threads", "device")
 }  # fmt: skip
 
 

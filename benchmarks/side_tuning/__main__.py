@@ -17,7 +17,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from statistics import median
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.common.command_line import as_json, parser_of, require_device, require_positive
 from benchmarks.common.measure import RESULTS, ROOT, environment, message, peak_rss, settle_rss, write_json
-from benchmarks.common.timing import paired_ratio
+from benchmarks.common.timing import in_turns, paired_ratio
 from benchmarks.side_tuning import bases
 from benchmarks.side_tuning.losses import CURVES, loss_results, sweep, train_curves
 from benchmarks.side_tuning.methods import METHODS, Floor, Run
@@ -48,7 +47,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, help="sequences per step; without it, the shape's")
     add("--seq", type=int, help="tokens per sequence; without it, the shape's")
     add("--repeats", type=int, help="timed rounds; without it 10, or 2 for shapes that are there for their memory")
-    add("--warmup", type=int, help="rounds before them; without it 2, or 1 for shapes that are there for their memory")
     add("--steps", type=int, default=150, help="training steps of the loss curves (--shape demo); 0 for none")
     add("--eval-every", type=int, default=15, help="steps between two points of a loss curve")
     add("--held-out-blocks", type=int, default=32, help="sequences the held-out loss is measured on")
@@ -80,7 +78,6 @@ class Bench:
         self.batch, self.seq = args.batch or settings.batch, args.seq or settings.seq
         self.memory_only = settings.memory_only
         self.repeats = args.repeats or (2 if self.memory_only else 10)
-        self.warmup = (1 if self.memory_only else 2) if args.warmup is None else args.warmup
         self.trained = settings.config is None
         self.model = args.model if self.trained else None
         self.base = bases.load_base(shape, self.model, self.device, args.packed, args.seed)
@@ -97,7 +94,7 @@ class Bench:
     def run(self, name: str, lr: float | None = None) -> Run:
         """A fresh `Run` of a method; runs share the base's weights unless the kernel in use rewrites them."""
         own = self.args.packed and not METHODS[name].runs_base
-        return Run(name, bases.copy_of(self.base, own), self.device, self.calibration, lr, self.args.seed)
+        return Run(METHODS[name], bases.copy_of(self.base, own), self.device, self.calibration, lr, self.args.seed)
 
 
 def prepare(bench: Bench) -> tuple[dict[str, Run], dict[str, dict]]:
@@ -126,30 +123,20 @@ def prepare(bench: Bench) -> tuple[dict[str, Run], dict[str, dict]]:
     return runs, rows
 
 
-def time_steps(bench: Bench, runs: dict[str, Run]) -> dict[str, list[float | None]]:
+def time_steps(bench: Bench, runs: dict[str, Run]) -> dict[str, list[float]]:
     """Seconds of each round of each method, of the floor, and of the bare forward that is most of it.
 
-    One step of each in turn, so that drift of the machine hits all alike. Variants sit out every second round (None), and
-    all rounds of a shape that is there for its memory.
+    One step of each in turn, so that drift of the machine hits all alike. Variants take part in the first half of the
+    rounds, and in none of a shape that is there for its memory.
     """
     floor = Floor(bases.copy_of(bench.base), bench.device)
-    work = {"floor": floor.step, "forward": floor.forward, **{name: run.step for name, run in runs.items()}}
-    variants = {name for name, run in runs.items() if not run.method.main}
-    if bench.memory_only:
-        work = {name: step for name, step in work.items() if name not in variants}
-    times: dict[str, list[float | None]] = {name: [] for name in work}
-    with tqdm(total=(bench.warmup + bench.repeats) * len(work), desc="timing", unit="step") as bar:
-        for turn in range(-bench.warmup, bench.repeats):
-            for name, step in work.items():
-                bar.update()
-                spent = None
-                if name not in variants or turn % 2 == 0:
-                    start = time.perf_counter()
-                    step(bench.ids)
-                    spent = time.perf_counter() - start
-                if turn >= 0:
-                    times[name].append(spent)
-    return times
+    steps = {"floor": floor.step, "forward": floor.forward, **{name: run.step for name, run in runs.items()}}
+    calls = {name: lambda step=step: step(bench.ids) for name, step in steps.items()}
+    main = {name: call for name, call in calls.items() if name not in runs or runs[name].method.main}
+    half = 0 if bench.memory_only else -(-bench.repeats // 2)
+    first = in_turns(calls, half, bench.device) if half else {}
+    second = in_turns(main, bench.repeats - half, bench.device)
+    return {name: first.get(name, []) + second.get(name, []) for name in (first or main)}
 
 
 def rss_above_base(bench: Bench, name: str) -> int:
@@ -179,13 +166,12 @@ def measure(bench: Bench) -> dict:
     runs, rows = prepare(bench)
     times = time_steps(bench, runs)
     rows = {"forward": {"label": "floor: bare forward"}, "floor": {"label": "floor: forward and head"}, **rows}
-    for name, rounds in times.items():
-        spent = [seconds for seconds in rounds if seconds is not None]
+    for name, spent in times.items():
         rows[name] |= {"step_seconds": median(spent), "fastest_seconds": min(spent), "rounds": len(spent)}
         rows[name]["tokens_per_second"] = bench.batch * bench.seq / median(spent)
         rows[name]["of_floor"] = paired_ratio(times, name, "floor")
     used = vars(args) | {"shape": bench.shape, "batch": bench.batch, "seq": bench.seq}
-    used |= {"repeats": bench.repeats, "warmup": bench.warmup}
+    used["repeats"] = bench.repeats
     result = {
         **environment(bench.device),
         "arguments": as_json({k: v for k, v in used.items() if k not in ("rss_of", "sweep")}),
@@ -198,7 +184,9 @@ def measure(bench: Bench) -> dict:
         del runs
         gc.collect()
         names = [n for n in CURVES if n in args.methods and "error" not in rows[n]]
-        curves = train_curves([bench.run(n) for n in names], bench.text, bench.batch, args.steps, args.eval_every)
+        curves = train_curves(
+            {name: bench.run(name) for name in names}, bench.text, bench.batch, args.steps, args.eval_every
+        )
         result["losses"] = loss_results(curves, args.steps)
     if bench.device.type == "cpu" and not args.no_rss:
         names = ["floor", *(n for n in args.methods if METHODS[n].main and "error" not in rows[n])]

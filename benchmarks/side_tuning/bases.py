@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from benchmarks.common.llama import llama
 from examples.corpus import blocks, split, tokens, transformers_files
 from examples.demo import BASE, nf4
 from hf_qst.base_model import forbid_packing
@@ -31,27 +32,13 @@ class Shape:
     memory_only: bool = False
 
 
-def _llama(vocab, hidden, layers, heads, intermediate, kv_heads=None, theta=10000.0) -> dict:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads or heads,
-        "intermediate_size": intermediate,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-    }
-
-
 SHAPES = {
     "demo": Shape(None, batch=4, seq=256),
-    "100m": Shape(_llama(8192, 768, 12, 12, 2048), batch=2, seq=256),
-    "100m-128k": Shape(_llama(131072, 768, 12, 12, 2048), batch=2, seq=256, memory_only=True),
-    "tiny": Shape(_llama(512, 64, 2, 4, 192), batch=2, seq=32),
-    "llama-2-7b": Shape(_llama(32000, 4096, 32, 32, 11008), batch=4, seq=512, device="cuda"),
-    "llama-3-8b": Shape(_llama(128256, 4096, 32, 32, 14336, 8, 500000.0), batch=4, seq=512, device="cuda"),
+    "100m": Shape(llama(8192, 768, 12, 12, 2048), batch=2, seq=256),
+    "100m-128k": Shape(llama(131072, 768, 12, 12, 2048), batch=2, seq=256, memory_only=True),
+    "tiny": Shape(llama(512, 64, 2, 4, 192), batch=2, seq=32),
+    "llama-2-7b": Shape(llama(32000, 4096, 32, 32, 11008), batch=4, seq=512, device="cuda"),
+    "llama-3-8b": Shape(llama(128256, 4096, 32, 32, 14336, 8, 500000.0), batch=4, seq=512, device="cuda"),
 }
 
 

@@ -53,10 +53,10 @@ def at_seconds(points: list[tuple[int, float, float]], seconds: float) -> float 
     return None
 
 
-def train_curves(runs: list[Run], text, batch: int, steps: int, every: int) -> dict[str, Curve]:
+def train_curves(runs: dict[str, Run], text, batch: int, steps: int, every: int) -> dict[str, Curve]:
     """Train every run for `steps` steps on the same batches, one step of each in turn; then those that took less time
     than the slowest go on until they have had as much."""
-    curves = {run.name: Curve(run) for run in runs}
+    curves = {name: Curve(run) for name, run in runs.items()}
     for curve in curves.values():
         curve.measure(text.held_out)
     with tqdm(total=steps * len(runs), desc="loss curves", unit="step") as bar:

@@ -95,32 +95,34 @@ METHODS = {
 }
 
 
+def autocast(device: torch.device):
+    """bfloat16 on a GPU, as training there is done; nothing elsewhere."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
 class Run:
     """A method on a base, ready to train.
 
     Args:
-        name: key of `METHODS`.
+        method: a row of `METHODS`, or one like it.
         base: a model of its own (`copy_of`).
         device: of the batches.
         calibration: see `Method`.
         lr: in place of the method's.
     """
 
-    def __init__(self, name: str, base: nn.Module, device: torch.device, calibration: list[dict], lr=None, seed=0):
-        self.name, self.method, self.device = name, METHODS[name], device
+    def __init__(self, method: Method, base: nn.Module, device: torch.device, calibration: list[dict], lr=None, seed=0):
+        self.method, self.device = method, device
         torch.manual_seed(seed)
-        self.model = self.method.make(base, calibration).train()
+        self.model = method.make(base, calibration).train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.lr = self.method.lr if lr is None else lr
+        self.lr = method.lr if lr is None else lr
         # Trainer's default optimiser, and its clipping of gradients in `step`.
         self.optimizer = torch.optim.AdamW(self.trainable, lr=self.lr, weight_decay=0.0, fused=True)
 
-    def _autocast(self):
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Mean loss of ids [batch, seq] as their own labels."""
-        with self._autocast():
+        with autocast(self.device):
             return self.model(input_ids=ids, labels=ids, use_cache=False).loss
 
     def step(self, ids: torch.Tensor, lr_scale: float = 1.0) -> None:
@@ -136,14 +138,9 @@ class Run:
     def saved_bytes(self, ids: torch.Tensor, head: bool) -> dict[str, int]:
         """Bytes kept for backward at the end of forward and at most; `head` includes the loss head's."""
         with SavedForBackward(self.model) as saved:
-            if head:
-                output = self.loss(ids)
-                gradient = None
-            else:
-                output = self._stack_output(ids)
-                gradient = torch.randn_like(output)
+            output = self.loss(ids) if head else self._stack_output(ids)
             forward = saved.live
-            output.backward(gradient)
+            output.backward(None if head else torch.randn_like(output))
         self.optimizer.zero_grad(set_to_none=True)
         return {"forward": forward, "peak": saved.peak}
 
@@ -157,7 +154,7 @@ class Run:
 
         handle = model.get_output_embeddings().register_forward_pre_hook(catch)
         try:
-            with self._autocast():
+            with autocast(self.device):
                 model(input_ids=ids, use_cache=False)
         except _Caught:
             pass
@@ -181,7 +178,7 @@ class Run:
         total, count = 0.0, 0
         for part in rows.split(batch):
             part = part.to(self.device)
-            with self._autocast():
+            with autocast(self.device):
                 logits = self.model(input_ids=part, use_cache=False).logits
             logits, targets = logits[:, :-1].float().flatten(0, 1), part[:, 1:].flatten()
             total += nn.functional.cross_entropy(logits, targets, reduction="sum").double().item()
@@ -198,19 +195,18 @@ class Floor:
 
     def __init__(self, base: nn.Module, device: torch.device):
         self.base, self.device = base.eval(), device
-        self.autocast = Run._autocast
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The base's decoder stack alone, [batch, seq, d]."""
-        with self.autocast(self):
+        with autocast(self.device):
             hidden = self.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         synchronize(self.device)
         return hidden
 
     def step(self, ids: torch.Tensor) -> None:
         hidden = self.forward(ids).requires_grad_()
-        with self.autocast(self):
+        with autocast(self.device):
             logits = self.base.get_output_embeddings()(hidden)[:, :-1].flatten(0, 1).float()
             nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
         synchronize(self.device)
