@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from hf_qst.saved import whole_file, write_text
+from hf_qst.saved import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -124,22 +124,3 @@ def write_json(path: Path, value: object) -> None:
     text = json.dumps(value, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-
-
-def pyplot():
-    """matplotlib's pyplot, for files alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save_figure(figure, path: Path) -> Path:
-    """Write a matplotlib figure as PNG, whole or not at all, and close it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")
-    pyplot().close(figure)
-    return path

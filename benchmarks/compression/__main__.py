@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
+from benchmarks.common.llama import dense_llama
 from benchmarks.common.parts import Part, ResultFile, run_parts
 from benchmarks.compression import llama_7b, llm, speed, vit
 from benchmarks.compression.layers import both
 from benchmarks.compression.methods import DEFAULT, LLM_METHODS, METHODS
 from benchmarks.compression.plots import plots
 from benchmarks.compression.report import TABLES, report
+from benchmarks.side_tuning.bases import SHAPES
 from examples.compress_vit import calibration
 from examples.demo import BASE
 
@@ -125,7 +127,11 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
         for name in ("base", "100m"):
             if name not in done:
                 large = "tiny" if args.quick else "100m"
-                dense = llm.load_dense(args.model, device) if name == "base" else speed.large_model(device, large)
+                dense = (
+                    llm.load_dense(args.model, device)
+                    if name == "base"
+                    else dense_llama(SHAPES[large].config, device, torch.float32)
+                )
                 ranks = {f"{keep:g}": speed.uniform_ranks(dense, keep) for keep in args.keep}
                 made = {"dense": dense} | {keep: speed.with_ranks(dense, those) for keep, those in ranks.items()}
                 done[name] = speed.models(made, prompt, new, args.repeats, dense.config.vocab_size, device)

@@ -7,7 +7,6 @@ at real sizes. The rates of a GPU are assumptions, and marked as such.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -35,35 +34,29 @@ ASSUMED_GPU = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the model would be compressed: calibration tokens, part kept, bytes that statistics may take at once."""
-
-    tokens: int = 128 * 2048
-    keep: float = 0.4
-    memory_limit: int = 16 * 2**30
+# How the model would be compressed: calibration tokens, part kept, bytes that statistics may take at once.
+PLAN = {"tokens": 128 * 2048, "keep": 0.4, "memory_limit": 16 * 2**30}
 
 
-def arithmetic(plan: Plan) -> dict:
-    """Operations and bytes of each stage; `passes` are those of stage 1, whose statistics fit `memory_limit` in turns."""
+def arithmetic(tokens: int, keep: float, memory_limit: int) -> dict:
+    """Operations and bytes of each stage of a compression with these values of `PLAN`."""
     weights = BLOCKS * sum(d_in * d_out * count for d_in, d_out, count in GROUPS.values())
     entries = BLOCKS * sum(d_in * d_in for d_in, _, _ in GROUPS.values())  # of all second moments, in float64
-    passes = -(-8 * entries // plan.memory_limit)
-    products = 2 * entries * plan.tokens
-    solves = BLOCKS * sum(count * _products(d_in, d_out) for d_in, d_out, count in GROUPS.values())
+    # The first stage passes once for the statistics that fit the limit at a time.
+    passes = -(-8 * entries // memory_limit) + COMPENSATION_PASSES
     return {
-        "tokens": plan.tokens,
+        "tokens": tokens,
         "target_weights": weights,
-        "forward_passes": passes + COMPENSATION_PASSES,
-        "forward_operations": (passes + COMPENSATION_PASSES) * 2 * weights * plan.tokens,
+        "forward_passes": passes,
+        "forward_operations": passes * 2 * weights * tokens,
         # Stage 1 takes C of the dense inputs, stage 3 C and K of the compressed model's.
-        "moment_operations": 3 * products,
-        "double_operations": solves,
+        "moment_operations": 3 * 2 * entries * tokens,
+        "double_operations": BLOCKS * sum(count * _products(d_in, d_out) for d_in, d_out, count in GROUPS.values()),
         "eigenproblems": BLOCKS * sum(count for _, _, count in GROUPS.values()),
         "weights_bytes_bf16": 2 * (weights + 2 * HEADS_OUT * HIDDEN),
-        "factors_bytes_bf16": int(2 * plan.keep * weights),
-        "hidden_states_bytes_bf16": 2 * 2 * plan.tokens * HIDDEN,
-        "moments_bytes": min(8 * entries, plan.memory_limit),
+        "factors_bytes_bf16": int(2 * keep * weights),
+        "hidden_states_bytes_bf16": 2 * 2 * tokens * HIDDEN,
+        "moments_bytes": min(8 * entries, memory_limit),
         "largest_layer_bytes": 8 * (3 * INNER**2 + 4 * INNER * HIDDEN),
     }
 
@@ -107,14 +100,14 @@ def one_layer(d_in: int, d_out: int, keep: float, rows: int) -> dict:
     return {"shape": [d_in, d_out], "rank": chosen, "rows": rows, "seconds": seconds}
 
 
-def predict(plan: Plan, speeds: dict[str, float], layer_seconds: dict[str, float]) -> dict:
+def predict(speeds: dict[str, float], layer_seconds: dict[str, float]) -> dict:
     """Seconds of each part of the whole compression at these rates.
 
     Args:
         speeds: operations per second: `forward`, `products`, `double`.
         layer_seconds: of one layer's energies and compensated factors together, by group of `GROUPS`.
     """
-    counted = arithmetic(plan)
+    counted = arithmetic(**PLAN)
     parts = {
         "forward passes": counted["forward_operations"] / speeds["forward"],
         "moments": counted["moment_operations"] / speeds["products"],
@@ -146,20 +139,19 @@ def measured(size: int, widths: Sequence[int], done: dict, save: Callable[[dict]
     result = {"layers": done.get("layers", [])}
     have = {layer["shape"][1] for layer in result["layers"]}
     for d_out in [width for width in dict.fromkeys((size, *widths)) if width not in have]:
-        result["layers"].append(one_layer(size, d_out, Plan.keep, size))
+        result["layers"].append(one_layer(size, d_out, PLAN["keep"], size))
         save(result)
     speeds = done.get("rates") or rates(min(size, 2048))
     seconds = {name: _layer_seconds(shape, result["layers"], speeds["double"]) for name, shape in GROUPS.items()}
-    plan = Plan()
     return result | {
-        "plan": vars(plan),
+        "plan": PLAN,
         "rates": speeds,
-        "arithmetic": arithmetic(plan),
-        "here": {"layer_seconds": seconds, **predict(plan, speeds, seconds)},
+        "arithmetic": arithmetic(**PLAN),
+        "here": {"layer_seconds": seconds, **predict(speeds, seconds)},
         "gpu": {
             "assumed": ASSUMED_GPU,
             "layer_seconds": assumed_layer_seconds(),
-            **predict(plan, ASSUMED_GPU, assumed_layer_seconds()),
+            **predict(ASSUMED_GPU, assumed_layer_seconds()),
         },
     }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.measure import pyplot, save_figure
+from benchmarks.common.plots import heat_maps, pyplot, save_figure
 from benchmarks.compression.methods import DEFAULT, METHODS
 from benchmarks.compression.report import KINDS
 
@@ -36,30 +37,21 @@ def _perplexity_plot(result: dict, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _block(name: str) -> int:
-    return next(int(part) for part in name.split(".") if part.isdigit())
-
-
 def _rank_plot(result: dict, path: Path) -> Path:
     """Each layer's part of the weights kept, by block and kind, as the default chose it."""
-    rows = sorted((row for row in result["rows"] if row["method"] == DEFAULT), key=lambda row: -row["keep"])
     shapes = result["dense"]["shapes"]
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[1] for name in shapes))
-    blocks = sorted({_block(name) for name in shapes})
-    figure, every = pyplot().subplots(1, len(rows), figsize=(4.2 * len(rows), 4), squeeze=False, layout="constrained")
-    for axes, row in zip(every[0], rows, strict=True):
-        grid = [[0.0] * len(blocks) for _ in kinds]
-        for name, (d_in, d_out) in shapes.items():
-            y, x = kinds.index(name.rsplit(".", 1)[1]), blocks.index(_block(name))
-            rank = row["ranks"].get(name)
-            grid[y][x] = 1.0 if rank is None else rank * (d_in + d_out) / (d_in * d_out)
-            ink = "white" if grid[y][x] > 0.5 else "black"
-            axes.text(x, y, "dense" if rank is None else str(rank), ha="center", va="center", fontsize=7, color=ink)
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis_r", aspect="auto")
-        axes.set(title=f"keep {row['keep']:g}: ranks", xlabel="block", xticks=range(len(blocks)))
-        axes.set_yticks(range(len(kinds)), kinds)
-    figure.colorbar(image, ax=every[0].tolist(), label="part of the layer's weights kept")
-    return save_figure(figure, path)
+    table = [[name for name in shapes if name.endswith(f".{kind}")] for kind in kinds]  # [kinds, blocks]
+    panels = {}
+    for row in sorted((row for row in result["rows"] if row["method"] == DEFAULT), key=lambda row: -row["keep"]):
+        ranks = row["ranks"]
+        part = lambda name, ranks=ranks: (
+            ranks[name] * sum(shapes[name]) / math.prod(shapes[name]) if name in ranks else 1.0
+        )
+        values, texts = ([[cell(name) for name in names] for names in table]
+                         for cell in (part, lambda name, ranks=ranks: str(ranks.get(name, "dense"))))  # fmt: skip
+        panels[f"keep {row['keep']:g}: ranks"] = values, texts
+    return heat_maps(panels, kinds, "block", "part of the layer's weights kept", path)
 
 
 def _error_plot(result: dict, path: Path) -> Path:

@@ -10,11 +10,9 @@ from statistics import median
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common.timing import in_turns, paired_ratio, processor_clock
 from benchmarks.compression.methods import target_shapes
-from benchmarks.side_tuning.bases import SHAPES
 from hf_qst import LowRankLinear
 from hf_qst.base_model import dense_shape
 
@@ -93,12 +91,6 @@ def with_ranks(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 def uniform_ranks(model: nn.Module, keep: float) -> dict[str, int]:
     """The same part of the break-even rank for every layer in the blocks."""
     return {name: max(1, int(keep * a * b / (a + b))) for name, (a, b) in target_shapes(model).items()}
-
-
-def large_model(device: torch.device, shape: str = "100m") -> LlamaForCausalLM:
-    """A random Llama in float32 whose layers are wide enough for products to be most of the time."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPES[shape].config)).to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common.command_line import as_json, parser_of, require_positive
-from benchmarks.common.measure import RESULTS, ROOT, environment, pyplot, save_figure, write_json
+from benchmarks.common.measure import RESULTS, ROOT, environment, write_json
+from benchmarks.common.plots import pyplot, save_figure
 from benchmarks.common.tables import MOST_VALUES, interval, markdown
 from examples.corpus import split, stdlib_files, tokens
 from examples.demo import BASE
@@ -321,7 +322,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--problems", help="HumanEval- or MBPP-format JSONL; without it, the project's own problems")
     add("--limit", type=int, help="problems of the half that is reported on")
     add("--tune-limit", type=int, default=30, help="problems of the half that is tuned on")
-    add("--tune-only", action="store_true", help="stop after tuning: to share the work among processes")
     add("--families", nargs="+", help="rows; without it, all of them ('fixed temperature' is always among them)")
     add("--samples", type=int, default=15, help="completions of a problem and draw in the report")
     add("--tune-samples", type=int, default=15, help="completions of a problem while tuning")
@@ -362,8 +362,6 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"--families {unknown}: give some of {', '.join(decoders)}")
         decoders = {n: d for n, d in decoders.items() if n in args.families or n == "fixed temperature"}
     tuned = tune(bench, decoders)
-    if args.tune_only:
-        return
     rows = report(bench, decoders, tuned)
     result = {
         **environment(torch.device(args.device)),

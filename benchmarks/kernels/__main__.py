@@ -21,9 +21,7 @@ models, and runs compute-sanitizer (`--stages` chooses); call it until it says t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,24 +39,23 @@ from hf_qst_kernels import break_even
 from hf_qst_kernels.registry import MODELS, OPS
 
 
-def measure_gpu(args: argparse.Namespace, dtype: torch.dtype) -> None:
+def measure_gpu(plan: Plan, dtype: torch.dtype, output: Path | None) -> None:
     """The rows of the GPU, printed, written and plotted."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    chip = break_even.chip_of(torch.cuda.get_device_name(device))
-    output = args.output or RESULTS / f"kernels_{chip}.json"
+    output = output or plan.file("")
     report = measure_all(
-        chosen([*OPS, *READINGS], args.ops), chosen(MODELS, args.models), device, dtype, output, not args.no_compile,
-        args.rows, args.repeats
-    )  # fmt: skip
+        plan.chosen_ops,
+        plan.chosen_models,
+        plan.torch_device,
+        dtype,
+        output,
+        not plan.no_compile,
+        plan.rows,
+        plan.repeats,
+    )
     plot_roofline(report, output.with_name(f"{output.stem}_roofline.png"))
     print(table(report["rows"]))
     failed = sum("failed" in row for row in report["rows"])
     print(f"{len(report['rows'])} rows, {failed} of them failed; wrote {output} and its roofline")
-
-
-def chosen(every: Sequence, names: list[str] | None) -> list:
-    """Those with these names; all of them for None."""
-    return [one for one in every if names is None or one.name in names]
 
 
 def main() -> None:
@@ -102,14 +99,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.repeats = args.repeats or (30 if args.device == "cuda" else 9)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)}
+    plan = Plan(**{**given, "dtype": str(dtype).removeprefix("torch."), "output_dir": str(args.output_dir)})
     if args.all:
-        given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)}
-        run_all(Plan(**{**given, "dtype": str(dtype).removeprefix("torch."), "output_dir": str(args.output_dir)}))
+        run_all(plan)
     elif args.tune:
         folder = break_even.SHIPPED if args.ship else break_even.user_folder()
-        tune(chosen(OPS, args.ops), chosen(MODELS, args.models), dtype, folder, args.repeats, args.rows)
+        tune([op for op in plan.chosen_ops if op in OPS], plan.chosen_models, dtype, folder, args.repeats, args.rows)
     elif args.device == "cuda":
-        measure_gpu(args, dtype)
+        measure_gpu(plan, dtype, args.output)
     else:
         cpu.measure(dtype, args.repeats, args.output or RESULTS / "kernels_cpu.json")
 

@@ -22,7 +22,7 @@ from benchmarks.common.measure import ROOT, hashes_of, message, synchronize
 from benchmarks.common.tables import MIB, markdown
 from benchmarks.common.timing import in_turns, paired_ratio
 from benchmarks.kernels.end_to_end_cases import CASES, LLAMAS, Made, Sizes
-from benchmarks.kernels.timing import DeviceLostError, Rows, about, check_device, device_peak, spread
+from benchmarks.kernels.timing import Rows, about, check_device, device_peak, spread
 from hf_qst_kernels import break_even, use_backend
 
 KEY = ("case", "model", "detail")
@@ -31,8 +31,8 @@ NOTICE = 45.0
 
 
 def measure_case(made: Made, device: torch.device, rounds: int) -> dict:
-    """Seconds a step of each way, what it needed of memory, and how much faster than `torch` it was."""
-    found, calls = {}, {}
+    """The case's facts, and of each way the seconds a step, the memory, and how much faster than `torch` it was."""
+    found, calls, results = {}, {}, {}
 
     def with_backend(way: str) -> Callable:
         def call():
@@ -41,7 +41,6 @@ def measure_case(made: Made, device: torch.device, rounds: int) -> dict:
 
         return call
 
-    results = {}
     for way in made.calls:
         call = with_backend(way)
         try:
@@ -69,13 +68,13 @@ def measure_case(made: Made, device: torch.device, rounds: int) -> dict:
                     distance = (results[way] - results[other]).abs().max() / results[other].abs().max()
                     found[way].setdefault("difference", distance.item())
                 found[way][name] = paired_ratio(times, other, way)
-    return found
+    return {**(made.facts or {}), "ways": found}
 
 
 def fingerprint() -> dict[str, str]:
     """Hashes of the sources, and the decisions of the tables, that determine what runs here."""
-    folders = ("kernels/hf_qst_kernels", "hf_qst", "benchmarks/kernels")
-    sources = hashes_of([path for folder in folders for path in (ROOT / folder).rglob("*.py")], ROOT)
+    patterns = ("kernels/hf_qst_kernels/*.py", "hf_qst/**/*.py", "benchmarks/kernels/end_to_end*.py")
+    sources = hashes_of([path for pattern in patterns for path in ROOT.glob(pattern)], ROOT)
     tables = [*break_even.SHIPPED.glob("*.json"), *break_even.user_folder().glob("*.json")]
     # not when or with which versions a table was written
     return sources | {
@@ -93,10 +92,7 @@ def measure_all(
         until: when to stop, in seconds since the epoch.
 
     Returns:
-        The report as it is in the file, and `left`: the cases that there was no time for.
-
-    Raises:
-        DeviceLostError: this process cannot go on; the case that did it says so, and another process can.
+        The report, and `left`: the cases that there was no time for.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     report = {**about(device), "dtype": str(dtype), "sources": fingerprint(), "rows": []}
@@ -112,20 +108,7 @@ def measure_all(
                 if held.late:
                     left.append(", ".join(row.values()))
                     continue
-                if (reason := held.begin(row)) is not None:
-                    held.add({**row, "failed": reason})
-                    continue
-                try:
-                    made = make()
-                    row |= {**(made.facts or {}), "ways": measure_case(made, device, sizes.rounds)}
-                    del made
-                    held.add(row)
-                except Exception as error:
-                    held.add({**row, "failed": message(error)})
-                    held.write()
-                    if isinstance(error, DeviceLostError):
-                        raise
-                    check_device(device, error)
+                held.measure(row, {}, lambda make=make: measure_case(make(), device, sizes.rounds), device)
                 print(table(report["rows"][-1:]), flush=True)
                 held.write()
                 gc.collect()  # one model's memory must not stand in another's way

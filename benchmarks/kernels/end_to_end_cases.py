@@ -10,10 +10,9 @@ from functools import cache
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import StaticCache
 
-from benchmarks.common.llama import llama
+from benchmarks.common.llama import dense_llama, llama
 from benchmarks.pruning.cost import at_widths, layout_of
 from hf_qst import QSTConfig
 from hf_qst.base_model import forbid_packing
@@ -72,19 +71,6 @@ Cases = Iterator[tuple[str, Callable[[], Made]]]
 def ways(device: torch.device) -> dict[str, str]:
     """Way -> backend; without a GPU nothing can be forced."""
     return {name: name for name in ("torch", "auto", "triton")[: 3 if device.type == "cuda" else 2]}
-
-
-def dense_llama(config: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A random Llama, frozen, made on `device` in `dtype`."""
-    config = LlamaConfig(**config)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in model.requires_grad_(False).parameters():
-        parameter.normal_(0.0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.fill_(1.0)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-    return model.eval()
 
 
 def nf4_llama(config: dict, device: torch.device) -> nn.Module:

@@ -37,7 +37,11 @@ PLAIN = {"linear_cross_entropy": _cross_entropy, "tap_linear": _tap, "linear_ind
 
 
 class MissingPeerError(RuntimeError):
-    """A peer that is not installed here, or does not have what a workload asks for."""
+    """A peer that is not installed here, or does not have what a workload asks for; its row has these facts."""
+
+    def __init__(self, reason: str, lacking: bool = False):
+        super().__init__(reason)
+        self.facts = {"failed": reason, "lacking": lacking}
 
 
 def liger_cross_entropy(
@@ -50,7 +54,7 @@ def liger_cross_entropy(
         MissingPeerError: it is not installed, or has no such option.
     """
     if find_spec("liger_kernel") is None:
-        raise MissingPeerError("liger_kernel is not installed")
+        raise MissingPeerError("liger_kernel is not installed", lacking=True)
     if logit_scale != 1.0 or not isinstance(weight, torch.Tensor):
         raise MissingPeerError("Liger has no factor on the logits and no 4-bit head")
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction

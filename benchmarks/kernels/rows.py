@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.measure import message, pyplot, save_figure
+from benchmarks.common.measure import message
+from benchmarks.common.plots import pyplot, save_figure
 from benchmarks.common.tables import MIB, markdown
 from benchmarks.kernels.compiled import sources
-from benchmarks.kernels.peers import MissingPeerError, peers
+from benchmarks.kernels.peers import peers
 from benchmarks.kernels.reads import READINGS, Reading
 from benchmarks.kernels.timing import (
     DeviceLostError,
@@ -99,9 +100,6 @@ def measure_workload(op: Op | Reading, workload: Workload, key: dict, rows: Rows
 
     Returns:
         Whether there was time for all.
-
-    Raises:
-        DeviceLostError: a variant broke the CUDA context; its row says so.
     """
     floor = floor_us(workload.moved, workload.flops, rows.report["ceilings"])
     calls = {
@@ -119,22 +117,11 @@ def measure_workload(op: Op | Reading, workload: Workload, key: dict, rows: Rows
     for name in todo:
         if rows.late:
             return False
-        row = {**key, "workload": workload.name, "variant": name}
-        failed = rows.begin(row)
-        row |= {"floor_us": floor, "moved_bytes": workload.moved, "flops": workload.flops}
-        if failed is not None:
-            rows.add({**row, "failed": failed})
-            continue
-        try:
-            if kept is not None:
-                residual.copy_(kept)
-            row |= timed(calls[name], expected, floor, timer)
-            rows.add(row)
-        except MissingPeerError as error:
-            rows.add({**row, "failed": str(error), "lacking": "not installed" in str(error)})
-        except Exception as error:
-            rows.add({**row, "failed": message(error)})
-            check_device(timer.device, error)
+        if kept is not None:
+            residual.copy_(kept)
+        facts = {"floor_us": floor, "moved_bytes": workload.moved, "flops": workload.flops}
+        once = lambda call=calls[name]: timed(call, expected, floor, timer)
+        rows.measure({**key, "workload": workload.name, "variant": name}, facts, once, timer.device)
     return True
 
 
@@ -169,10 +156,7 @@ def measure_all(
         until: when to stop, in seconds since the epoch.
 
     Returns:
-        The report as it is in the file, and `left`: the number of shapes that there was no time for.
-
-    Raises:
-        DeviceLostError: this process cannot go on; another one can.
+        The report, and `left`: the number of shapes that there was no time for.
     """
     register_4bit()
     timer = Timer(device, repeats)

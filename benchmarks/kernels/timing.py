@@ -47,6 +47,8 @@ def check_device(device: torch.device, error: BaseException) -> None:
     Raises:
         DeviceLostError: if it does not.
     """
+    if isinstance(error, DeviceLostError):
+        raise error
     if device.type != "cuda":
         return
     # frees what the failed call held, which its traceback keeps alive
@@ -180,6 +182,22 @@ class Rows:
     def begin(self, key: dict) -> str | None:
         """Before a row is measured: why it must not be, if it ended its process before."""
         return self._begun.start(key)
+
+    def measure(self, key: dict, facts: dict, call: Callable[[], dict], device: torch.device) -> None:
+        """Add the row of `key` and `facts` with what `call` measures, or with the reason why it failed.
+
+        Raises:
+            DeviceLostError: this process cannot go on; the row says so and is written.
+        """
+        row = {**key, **facts}
+        if (reason := self.begin(key)) is not None:
+            return self.add({**row, "failed": reason})
+        try:
+            self.add({**row, **call()})
+        except Exception as error:
+            self.add({**row, "failed": message(error), **getattr(error, "facts", {})})
+            self.write()
+            check_device(device, error)
 
     def add(self, row: dict) -> None:
         self._begun.end()

@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
+from benchmarks.common.llama import dense_llama
 from benchmarks.common.parts import Part, ResultFile, run_parts
 from benchmarks.compression.llm import BASE_NAME, evaluated, load_dense, load_text
 from benchmarks.compression.methods import parameters
-from benchmarks.compression.speed import large_model
 from benchmarks.pruning import cost
 from benchmarks.pruning.methods import DEFAULT, METHODS, ROUNDED, Bench, Schedule, made, recovered
 from benchmarks.pruning.report import TABLES, plots, report
+from benchmarks.side_tuning.bases import SHAPES
 from examples.corpus import blocks, split, stdlib_files, tokens
 from examples.demo import BASE
 
@@ -153,7 +154,11 @@ def speed(args: argparse.Namespace, learned: list[dict], result: dict, save) -> 
     prompt, new = (32, 4) if args.quick else (512, 32)
     base = load_dense(args.model, device)
     for name in (name for name in ("base", "100m") if name not in result):
-        dense = base if name == "base" else large_model(device, "tiny" if args.quick else "100m")
+        dense = (
+            base
+            if name == "base"
+            else dense_llama(SHAPES["tiny" if args.quick else "100m"].config, device, torch.float32)
+        )
         source, target = cost.layout_of(base), cost.layout_of(dense)
         widths = {
             "as learned": cost.scaled(row["widths"], source, target, 1),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common.measure import pyplot, save_figure
 from benchmarks.common.parts import text_of
+from benchmarks.common.plots import heat_maps, pyplot, save_figure
 from benchmarks.common.tables import MIB, interval, markdown, pm, verdict
 from benchmarks.compression.llm import perplexity
 from benchmarks.compression.report import KINDS, perplexities
@@ -174,17 +174,10 @@ def _perplexity_plot(result: dict, path: Path) -> Path:
 
 def _width_plot(result: dict, path: Path) -> Path:
     """Part of each selection that stays, by layer."""
-    rows = _ordered([row for row in result["rows"] if row["method"] == DEFAULT and row["seed"] == 0])
-    figure, every = pyplot().subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False, layout="constrained")
-    for axes, row in zip(every[0], rows, strict=True):
-        full = [max(column) for column in zip(*result["full_widths"], strict=True)]
-        grid = [[layer[i] / full[i] for layer in row["widths"]] for i in range(len(SELECTIONS))]
-        for x, layer in enumerate(row["widths"]):
-            for y, width in enumerate(layer):
-                colour = "white" if width > full[y] / 2 else "black"
-                axes.text(x, y, str(width), ha="center", va="center", fontsize=7, color=colour)
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis_r", aspect="auto")
-        axes.set(title=f"keep {row['keep']:g}: channels", xlabel="layer", xticks=range(len(row["widths"])))
-        axes.set_yticks(range(len(SELECTIONS)), SELECTIONS)
-    figure.colorbar(image, ax=every[0].tolist(), label="part of the selection kept")
-    return save_figure(figure, path)
+    full = [max(column) for column in zip(*result["full_widths"], strict=True)]
+    panels = {}
+    for row in _ordered([row for row in result["rows"] if row["method"] == DEFAULT and row["seed"] == 0]):
+        widths = list(zip(*row["widths"], strict=True))  # [selections, layers]
+        values = [[width / most for width in line] for line, most in zip(widths, full, strict=True)]
+        panels[f"keep {row['keep']:g}: channels"] = values, [list(map(str, line)) for line in widths]
+    return heat_maps(panels, SELECTIONS, "layer", "part of the selection kept", path)

@@ -1,10 +1,9 @@
 """The held-out loss of QST's variants after equal steps: one base, the same batches for all.
 
     python -m benchmarks.side_tuning.learning --only mix peer --steps 40 --rates 4e-3 --held-blocks 32
-    python -m benchmarks.side_tuning.learning                       # all groups, at two learning rates
 
-Compares the mix's start (the default against the paper's), the downsamplers, the reduction factors and where the taps
-are kept, with QLoRA as the peer. Every variant runs at each learning rate of `--rates` and is listed at its best one.
+Compares the mix's start, the default against the paper's, with QLoRA as the peer. Every variant runs at each learning
+rate of `--rates` and is listed at its best one.
 """
 
 import math
@@ -24,39 +23,29 @@ from examples.corpus import held_out_loss
 from hf_qst import QSTConfig
 
 
-def variants(calibration: list[dict]) -> dict[str, dict]:
-    """Groups of named configurations; each differs in one thing from `side()`, the default at r=4."""
+def side(**changes) -> QSTConfig:
+    """The default at r=4, with changes."""
+    return QSTConfig(**{"task_type": "CAUSAL_LM", "r": 4, **changes})
 
-    def side(**changes):
-        return QSTConfig(**{"task_type": "CAUSAL_LM", "r": 4, **changes})
 
-    def principal(**changes):
-        return side(downsample="principal", calibration_data=calibration, **changes)
-
-    paper = {"mix": "paper", "side_heads": "keep", "tap_storage": "full"}
-    return {
-        "mix": {
-            "residual": side(),
-            "residual, vector": side(mix_shape="vector"),
-            "residual, alpha lr x10": side(mix_lr_scale=10.0),
-            "paper": side(**paper),
-            "paper, alpha lr x10": side(**paper, mix_lr_scale=10.0),
-            "authors' code": QSTConfig.reference(task_type="CAUSAL_LM", r=4),
-        },
-        "downsample": {
-            **{kind: side(downsample=kind) for kind in ("linear", "lora", "maxpool", "avgpool")},
-            "principal, fitted": principal(),
-            "principal, random": side(downsample="principal"),
-        },
-        "taps": {"full": side(tap_storage="full")},
-        "r": {**{f"r={r}": side(r=r) for r in (2, 8, 16)}, "r=2, principal": principal(r=2)},
-        "peer": {"QLoRA": LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")},
-    }
+PAPER = {"mix": "paper", "side_heads": "keep", "tap_storage": "full"}
+# Groups of named configurations; each differs in one thing from `side()`.
+GROUPS = {
+    "mix": {
+        "residual": side(),
+        "residual, vector": side(mix_shape="vector"),
+        "residual, alpha lr x10": side(mix_lr_scale=10.0),
+        "paper": side(**PAPER),
+        "paper, alpha lr x10": side(**PAPER, mix_lr_scale=10.0),
+        "authors' code": QSTConfig.reference(task_type="CAUSAL_LM", r=4),
+    },
+    "peer": {"QLoRA": LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")},
+}
 
 
 def train(base, config, rate: float, text: Text, args) -> dict:
     """One run: `args.steps` steps at a rate that rises and falls linearly, the same batches for every variant."""
-    method = Method("", lambda base, _: get_peft_model(base, config), rate, "")
+    method = Method("", lambda base, _: get_peft_model(base, config), rate)
     run = Run(method, copy_of(base), torch.device(args.device), [], seed=args.seed)
     warmup = max(1, args.steps // 20)
     started = time.perf_counter()
@@ -76,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--length", type=int, default=256, help="tokens a block")
     add("--held-blocks", type=int, default=96)
     add("--rates", type=float, nargs="+", default=[2e-3, 4e-3])
-    add("--only", nargs="+", choices=list(variants([])), help="groups to run")
+    add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to run")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=RESULTS / "side_learning.json")
@@ -86,14 +75,12 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     base = load_base("demo", args.model, device, packed=False)
     text = demo_text(args.model, args.length, args.held_blocks, args.seed)
-    calibration = [{"input_ids": rows} for rows in text.train[-32:].split(args.batch)]
     start = held_out_loss(base, text.held_out, args.batch)
     print(f"base: held-out loss {start:.4f} (perplexity {math.exp(start):.2f})")
 
-    groups = variants(calibration)
     rows = {}
-    for group in args.only or groups:
-        for name, config in groups[group].items():
+    for group in args.only:
+        for name, config in GROUPS[group].items():
             runs = [train(base, config, rate, text, args) for rate in args.rates]
             best = min(runs, key=lambda run: run["loss"])
             rows[f"{group}: {name}"] = {"best": best, "runs": runs}

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.side_tuning.methods import METHODS, Run
+from benchmarks.side_tuning.methods import Run
 
 # Checkpointed QLoRA has QLoRA's losses; the demo's setting of QST is shown beside the default.
 CURVES = ("qst", "qst-r2", "qlora", "shadow")
@@ -113,7 +113,7 @@ def sweep(make_run, names: list[str], text, batch: int, steps: int) -> dict:
     results = {}
     for name in names:
         losses = {}
-        for lr in tqdm(SWEEP[METHODS[name].family], desc=f"learning rates of {name}", unit="run"):
+        for lr in tqdm(SWEEP[name], desc=f"learning rates of {name}", unit="run"):
             curve = Curve(make_run(name, lr))
             for _ in range(steps):
                 curve.step(text.train, batch)

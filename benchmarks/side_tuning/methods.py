@@ -34,7 +34,6 @@ class Method:
         label: as printed.
         make: base -> PEFT model; `calibration` batches are for methods that look at data before they start.
         lr: learning rate of its loss curve.
-        family: which learning-rate sweep it takes part in.
         main: rows that are timed in every round and measured for peak RSS and loss; the others are variants.
         runs_base: whether the base is only run forward, in eval mode.
     """
@@ -42,7 +41,6 @@ class Method:
     label: str
     make: Callable[[nn.Module, list[dict]], nn.Module]
     lr: float
-    family: str
     main: bool = True
     runs_base: bool = False
 
@@ -76,22 +74,22 @@ def _shadow(base, calibration):
     return get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0))
 
 
-def _variant(label: str, lr: float = QST_LR, family: str = "qst", config=QSTConfig, **changes) -> Method:
-    return Method(label, _qst(config, **changes), lr, family, main=False, runs_base=True)
+def _variant(label: str, lr: float = QST_LR, config=QSTConfig, **changes) -> Method:
+    return Method(label, _qst(config, **changes), lr, main=False, runs_base=True)
 
 
 METHODS = {
-    "qst": Method("QST", _qst(), QST_LR, "qst", runs_base=True),
-    "qst-r2": _variant("QST, r=2, principal", QST_R2_LR, "qst-r2", r=2, downsample="principal"),
+    "qst": Method("QST", _qst(), QST_LR, runs_base=True),
+    "qst-r2": _variant("QST, r=2, principal", QST_R2_LR, r=2, downsample="principal"),
     "qst-principal": _variant("QST, principal", downsample="principal"),
     "qst-avgpool": _variant("QST, average pooling", downsample="avgpool"),
     "qst-full-taps": _variant("QST, full taps", tap_storage="full"),
     "qst-recompute": _variant("QST, blocks recomputed", side_checkpointing=True),
     "qst-no-recompute": _variant("QST, no recomputation", side_checkpointing=False),
     "qst-paper": _variant("QST, paper's settings", config=QSTConfig.paper),
-    "qlora": Method("QLoRA", _qlora(False), LORA_LR, "qlora"),
-    "qlora-ckpt": Method("QLoRA, checkpointed", _qlora(True), LORA_LR, "qlora"),
-    "shadow": Method("ShadowPEFT", _shadow, SHADOW_LR, "shadow"),
+    "qlora": Method("QLoRA", _qlora(False), LORA_LR),
+    "qlora-ckpt": Method("QLoRA, checkpointed", _qlora(True), LORA_LR),
+    "shadow": Method("ShadowPEFT", _shadow, SHADOW_LR),
 }
 
 

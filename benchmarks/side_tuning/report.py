@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.common.measure import pyplot, save_figure
+from benchmarks.common.plots import pyplot, save_figure
 from benchmarks.common.tables import MIB, markdown
 from benchmarks.common.timing import paired_ratio
 
@@ -85,13 +85,7 @@ def table(result: dict) -> str:
         f"tokens, {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, 4-bit kernel: {result['kernel']}"
     )
     notes = [f"{row['label']} did not run: {row['error']}" for row in rows.values() if "error" in row]
-    notes += [
-        f"step: median of {arguments['repeats']} rounds (variants: half of them), one step of each method in turn; "
-        "of floor: median of the ratios within a round.",
-        "kept: most bytes saved for backward at any time of a step, recomputation included; no head: backward from the "
-        "decoder's output.",
-        "peak RSS / device: above the loaded base, optimiser state included, in a process of its own on CPU.",
-    ]
+    notes.append(f"medians of {arguments['repeats']} rounds (variants: half of them); memory is above the loaded base")
     if has_losses:
         losses = result["losses"]
         start, seconds = losses["start"].get("qst", float("nan")), equal.get("seconds", float("nan"))

@@ -174,7 +174,7 @@ def test_arithmetic_of_the_large_model_is_that_of_its_shapes():
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES["llama-2-7b"].config))
     linear = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    counted = compression_7b.arithmetic(compression_7b.Plan(tokens=1000))
+    counted = compression_7b.arithmetic(**{**compression_7b.PLAN, "tokens": 1000})
     assert counted["target_weights"] == sum(module.weight.numel() for module in linear)
     assert counted["eigenproblems"] == len(linear)
     assert counted["weights_bytes_bf16"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=1e-4)
