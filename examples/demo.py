@@ -42,7 +42,7 @@ SIDE_R = 2
 
 @dataclass
 class Run:
-    """What one method did: curve of (seconds of training, held-out loss) and the figures of the table."""
+    """The run of one method: curve of (seconds of training, held-out loss) and the figures of the table."""
 
     name: str
     curve: list[tuple[float, float]] = field(default_factory=list)

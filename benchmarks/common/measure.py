@@ -90,9 +90,9 @@ def environment(device: torch.device) -> dict:
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger_kernel")
     versions = {name: _version(name) for name in packages if find_spec(name)}
-    found = {"versions": {"python": platform.python_version(), **versions}, "commit": commit(), "machine": machine}
+    where = {"versions": {"python": platform.python_version(), **versions}, "commit": commit(), "machine": machine}
     if device.type != "cuda":
-        return found
+        return where
     machine["gpu"] = torch.cuda.get_device_name(device)
     machine["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -100,7 +100,7 @@ def environment(device: torch.device) -> dict:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):
         driver = "unknown"
-    return {**found, "driver": driver, "cuda": torch.version.cuda}
+    return {**where, "driver": driver, "cuda": torch.version.cuda}
 
 
 def message(error: BaseException) -> str:

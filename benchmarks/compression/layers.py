@@ -29,8 +29,8 @@ def against_optimum(
     `calibration_optimum` is the least on the calibration data and `floor` the least on the held-out data, which only
     factors fitted to the held-out data reach.
     """
-    found = compress(model, config("mix", keep, calibration))
-    names = list(found.factors)
+    small = compress(model, config("mix", keep, calibration))
+    names = list(small.factors)
     groups = input_groups(model, names, calibration[0])
     seen, new = (
         collect_statistics(model, groups, data, progress=False, label=label)
@@ -40,8 +40,8 @@ def against_optimum(
     for group in groups:
         before, after = seen[group].second_moment(), new[group].second_moment()
         for name in group:
-            weight, rank = dense_weight(model.get_submodule(name)).double(), found.ranks[name]
-            missing = weight - found.factors[name].weight.T.double()
+            weight, rank = dense_weight(model.get_submodule(name)).double(), small.ranks[name]
+            lost = weight - small.factors[name].weight.T.double()
             plain = weight - torch.mm(*factorize(weight, rank))
             energies = [output_energies(weight, moment) for moment in (before, after)]
             totals = [energy.sum().item() for energy in energies]
@@ -51,10 +51,10 @@ def against_optimum(
                     "name": name,
                     "shape": list(weight.shape),
                     "rank": rank,
-                    "shrinkage": found.statistics[name]["shrinkage"],
-                    "calibration": output_error(missing, before) / totals[0],
+                    "shrinkage": small.statistics[name]["shrinkage"],
+                    "calibration": output_error(lost, before) / totals[0],
                     "calibration_optimum": least[0] / totals[0],
-                    "held": output_error(missing, after) / totals[1],
+                    "held": output_error(lost, after) / totals[1],
                     "held_plain": output_error(plain, after) / totals[1],
                     "floor": least[1] / totals[1],
                 }

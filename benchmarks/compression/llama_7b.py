@@ -63,15 +63,15 @@ def arithmetic(tokens: int, keep: float, memory_limit: int) -> dict:
 
 def rates(size: int = 2048, repeats: int = 3) -> dict[str, float]:
     """Operations per second of this machine's products as the compression uses them."""
-    found = {}
+    per_second = {}
     for name, dtype in (("forward", torch.float32), ("double", torch.float64)):
         one, other = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
         one @ other
         start = processor_clock()
         for _ in range(repeats):
             one @ other
-        found[name] = 2 * size**3 * repeats / (processor_clock() - start)
-    return found | {"products": found["double"]}  # on a CPU moments are taken in float64
+        per_second[name] = 2 * size**3 * repeats / (processor_clock() - start)
+    return per_second | {"products": per_second["double"]}  # on a CPU moments are taken in float64
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def predict(speeds: dict[str, float], layer_seconds: dict[str, float]) -> dict:
 
 
 def assumed_layer_seconds() -> dict[str, float]:
-    """Of a GPU: energies, factors, their balance and a solve as three eigenproblems of 4096, and the products beside."""
+    """Of a GPU: energies, factors, their balance and a solve as three eigenproblems of 4096, plus the products."""
     products = {name: _products(d_in, d_out) for name, (d_in, d_out, _) in GROUPS.items()}
     return {name: 3 * ASSUMED_GPU["eigh_4096"] + ops / ASSUMED_GPU["double"] for name, ops in products.items()}
 

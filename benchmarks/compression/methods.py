@@ -1,4 +1,4 @@
-"""What the compression benchmark compares: every method is a setting of one configuration, at one number of parameters."""
+"""The methods of the compression benchmark: every method is a setting of one configuration, at one number of parameters."""
 
 from __future__ import annotations
 

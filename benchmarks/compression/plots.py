@@ -1,4 +1,4 @@
-"""What the compression benchmark draws."""
+"""The plots of the compression benchmark."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from benchmarks.compression.methods import DEFAULT, METHODS
 from benchmarks.compression.report import KINDS
 
 
-def plots(found: dict, parts: Sequence[str], folder: Path) -> list[Path]:
+def plots(results: dict, parts: Sequence[str], folder: Path) -> list[Path]:
     """PNG files of what these parts have to show; returns their paths."""
     paths = []
-    if "llm" in found and "llm" in parts:
-        paths += [_perplexity_plot(found["llm"], folder / "compression_perplexity.png")]
-        paths += [_rank_plot(found["llm"], folder / "compression_ranks.png")]
-    if "layers" in found and "layers" in parts:
-        paths += [_error_plot(one, folder / f"compression_errors_{name}.png") for name, one in found["layers"].items()]
+    if "llm" in results and "llm" in parts:
+        paths += [_perplexity_plot(results["llm"], folder / "compression_perplexity.png")]
+        paths += [_rank_plot(results["llm"], folder / "compression_ranks.png")]
+    if "layers" in results and "layers" in parts:
+        paths += [
+            _error_plot(one, folder / f"compression_errors_{name}.png") for name, one in results["layers"].items()
+        ]
     return paths
 
 

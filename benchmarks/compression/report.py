@@ -1,4 +1,4 @@
-"""What the compression benchmark prints."""
+"""The tables of the compression benchmark."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def layers(
     parts: Sequence[float] = PARTS,
 ) -> list[dict]:
     """Seconds of a dense layer, and of factors at parts of the rank at which they are as large as it."""
-    found = []
+    layer_rows = []
     for d_in, d_out in tqdm(shapes, desc="layers", unit="shape"):
         dense = nn.Linear(d_in, d_out, bias=False, device=device).requires_grad_(False)
         ranks = {part: max(8, int(part * d_in * d_out / (d_in + d_out)) // 8 * 8) for part in parts}
@@ -55,7 +55,7 @@ def layers(
             often = max(repeats, min(50, int(2e9 / (d_in * d_out * count))))
             times = in_turns(calls, often, device, clock=clock_of(device))
             against = [(part, paired_ratio(times, str(part), "dense")) for part in parts]
-            found.append(
+            layer_rows.append(
                 {
                     "shape": [d_in, d_out],
                     "rows": count,
@@ -64,7 +64,7 @@ def layers(
                     "break_even": break_even(against),
                 }
             )
-    return found
+    return layer_rows
 
 
 def break_even(ratios: Sequence[tuple[float, float]]) -> float | None:

@@ -120,11 +120,11 @@ def whole_calls(table: VocabularyTable, ids: torch.Tensor, device: torch.device,
     part = scores[:4]
     calls["entropy of scores in cache"] = lambda: [entropy(part) for _ in range(16)]
     times = timed(calls, repeats, device)
-    found = {name: (statistics.median(values), p20(values)) for name, values in times.items()}
-    plain = found["TemperatureLogitsWarper"]
-    cached = found.pop("entropy of scores in cache")
-    found["floor of entropy policies: arithmetic"] = tuple(map(sum, zip(cached, plain, strict=True)))
-    found["floor of entropy policies: bytes"] = tuple(1.5 * us for us in plain)
+    by_name = {name: (statistics.median(values), p20(values)) for name, values in times.items()}
+    plain = by_name["TemperatureLogitsWarper"]
+    cached = by_name.pop("entropy of scores in cache")
+    by_name["floor of entropy policies: arithmetic"] = tuple(map(sum, zip(cached, plain, strict=True)))
+    by_name["floor of entropy policies: bytes"] = tuple(1.5 * us for us in plain)
     threads = torch.get_num_threads()
     return [
         {
@@ -135,7 +135,7 @@ def whole_calls(table: VocabularyTable, ids: torch.Tensor, device: torch.device,
             "us_p20": least,
             "against_plain_p20": least / plain[1],
         }
-        for name, (us, least) in found.items()
+        for name, (us, least) in by_name.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the kernels were to reach, and whether the rows of a GPU show it."""
+"""The aims of the kernels, and whether the rows of a GPU reach them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def aims(rows: Sequence[dict], missing: dict[str, str] | None = None) -> list[di
 
     Args:
         rows: of `benchmarks.kernels.rows.measure_all` on a GPU.
-        missing: packages that were not there, as the report has them.
+        missing: packages that are not installed, as the report has them.
     """
     missing = missing or {}
     without = lambda package, else_: f"{package} was not installed" if package in missing else else_

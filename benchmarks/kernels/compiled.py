@@ -47,11 +47,11 @@ def resources(cubin: bytes) -> dict[str, int]:
         def shown(what: str) -> str:
             return subprocess.run([tool, what, path], capture_output=True, text=True, check=True).stdout
 
-        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown("--dump-resource-usage")))
+        fields = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown("--dump-resource-usage")))
         # A stack may also be there for a call (an exact division makes one): only then it is worth to read the code.
-        has_stack = int(found["STACK"]) or int(found["LOCAL"])
+        has_stack = int(fields["STACK"]) or int(fields["LOCAL"])
         spills = len(re.findall(r"\b(?:STL|LDL)\b", shown("--dump-sass"))) if has_stack else 0
-    return {"registers": int(found["REG"]), "spills": spills}
+    return {"registers": int(fields["REG"]), "spills": spills}
 
 
 def compiled(kernel, types: dict, options: dict, target: str) -> dict[str, int]:

@@ -97,11 +97,11 @@ def measure_times(variants: dict[str, Callable], repeats: int) -> dict[str, dict
     """Milliseconds of the clock and of the process's CPU time, of a forward and backward of each."""
     calls = {name: lambda call=call: run_once(call) for name, call in variants.items()}
     both = lambda: 1e3 * np.array([time.perf_counter(), time.process_time()])
-    found = {}
+    summary = {}
     for name, times in in_turns(calls, repeats, CPU, clock=both).items():
         wall, cpu = (spread([float(t) for t in clock]) for clock in zip(*times, strict=True))
-        found[name] = {"ms": wall[0], "ms_p20_p80": wall[1], "cpu_ms": cpu[0]}
-    return found
+        summary[name] = {"ms": wall[0], "ms_p20_p80": wall[1], "cpu_ms": cpu[0]}
+    return summary
 
 
 def saved_bytes(call: Callable, fixed: list) -> int:

@@ -32,7 +32,7 @@ NOTICE = 45.0
 
 def measure_case(made: Made, device: torch.device, rounds: int) -> dict:
     """The case's facts, and of each way the seconds a step, the memory, and how much faster than `torch` it was."""
-    found, calls, results = {}, {}, {}
+    by_way, calls, results = {}, {}, {}
 
     def with_backend(way: str) -> Callable:
         def call():
@@ -50,25 +50,25 @@ def measure_case(made: Made, device: torch.device, rounds: int) -> dict:
                 results[way] = result.float().clone()
             synchronize(device)
             made.before()
-            found[way] = device_peak(call, device)
+            by_way[way] = device_peak(call, device)
             calls[way] = call
         except Exception as error:
-            found[way] = {"failed": message(error)}
+            by_way[way] = {"failed": message(error)}
             check_device(device, error)
     times = in_turns(calls, rounds, device, lambda call: made.before())
     for way in calls:
         seconds = [t / made.per_call for t in times[way]]
         middle, fifths = spread(seconds)
-        found[way] |= {"seconds": middle, "seconds_p20_p80": fifths}
+        by_way[way] |= {"seconds": middle, "seconds_p20_p80": fifths}
         # "dense" is what was pruned and computes something else
         for other, name in (("torch", "faster"), ("dense", "faster_than_dense")):
             if other in calls and way != other:
                 # logits of the same weights, in parts of the largest
                 if way in results and other in results and "dense" not in (way, other):
                     distance = (results[way] - results[other]).abs().max() / results[other].abs().max()
-                    found[way].setdefault("difference", distance.item())
-                found[way][name] = paired_ratio(times, other, way)
-    return {**(made.facts or {}), "ways": found}
+                    by_way[way].setdefault("difference", distance.item())
+                by_way[way][name] = paired_ratio(times, other, way)
+    return {**(made.facts or {}), "ways": by_way}
 
 
 def fingerprint() -> dict[str, str]:
@@ -126,15 +126,15 @@ def table(rows: list[dict]) -> str:
         if "failed" in row:
             lines.append([*start, "", row["failed"]])
             continue
-        for way, found in row["ways"].items():
-            if "failed" in found:
-                lines.append([*start, way, found["failed"]])
+        for way, one in row["ways"].items():
+            if "failed" in one:
+                lines.append([*start, way, one["failed"]])
                 continue
-            line = [*start, way, f"{1e3 * found['seconds']:.2f}"]
-            line.append("{:.2f}-{:.2f}".format(*(1e3 * seconds for seconds in found["seconds_p20_p80"])))
-            line += [f"{found[name]:.2f}" if name in found else "" for name in ("faster", "faster_than_dense")]
-            if found["peak_bytes"] is not None:
-                line += [f"{found['peak_bytes'] / 2**30:.2f}", f"{found['above_bytes'] / MIB:.0f}"]
+            line = [*start, way, f"{1e3 * one['seconds']:.2f}"]
+            line.append("{:.2f}-{:.2f}".format(*(1e3 * seconds for seconds in one["seconds_p20_p80"])))
+            line += [f"{one[name]:.2f}" if name in one else "" for name in ("faster", "faster_than_dense")]
+            if one["peak_bytes"] is not None:
+                line += [f"{one['peak_bytes'] / 2**30:.2f}", f"{one['above_bytes'] / MIB:.0f}"]
             lines.append(line)
     columns = ["case", "model", "what", "way", "ms a step", "p20-p80", "torch / this", "dense / this"]
     return markdown([*columns, "peak GiB", "above MiB"], lines, text=4)

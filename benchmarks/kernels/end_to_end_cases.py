@@ -48,7 +48,7 @@ TINY = Sizes(tokens=32, batches=(2,), cache=16, steps=2, rounds=2)
 
 @dataclass(frozen=True)
 class Made:
-    """What a case measures.
+    """The calls of a case.
 
     Args:
         calls: way -> a call; those named in `backends` run with the kernels so forced.
@@ -206,7 +206,7 @@ def decoding(
 
 
 def pruned_decoding(config: dict, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Cases:
-    """A model with half of its blocks' weights beside the dense one."""
+    """Decoding of a model with half of its blocks' weights, and of the dense one."""
     both = cache(lambda: _pruned(config, device, dtype))
 
     def models():

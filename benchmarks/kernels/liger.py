@@ -1,4 +1,4 @@
-"""Peak memory of the fused head beside Liger-Kernel's. It depends on no device, so the CPU can show it.
+"""Peak memory of the fused head and of Liger-Kernel's. It depends on no device, so the CPU can show it.
 
     python -m benchmarks.kernels --liger-memory              # a minute or two; writes results/kernels_liger_memory.json
 
@@ -47,7 +47,7 @@ def counted_bytes(tokens: int, dim: int, vocab: int, chunk: int, size: int, scal
 
     Args:
         size: bytes of an entry.
-        scaled: whether backward writes the scaled gradient beside the one that was kept.
+        scaled: whether backward writes the scaled gradient to memory of its own.
     """
     gradient = tokens * dim * size
     return gradient + max(min(chunk, tokens) * vocab * size, gradient if scaled else 0)
@@ -55,7 +55,7 @@ def counted_bytes(tokens: int, dim: int, vocab: int, chunk: int, size: int, scal
 
 def run(call: Callable, hidden: torch.Tensor, fixed: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Loss, gradient in `hidden`, most bytes above what was there before, and those kept between the two."""
-    there, kept, found = {tensor.data_ptr() for tensor in fixed}, {}, {}
+    there, kept, result = {tensor.data_ptr() for tensor in fixed}, {}, {}
 
     def note(tensor):
         if tensor.data_ptr() not in there:
@@ -66,13 +66,13 @@ def run(call: Callable, hidden: torch.Tensor, fixed: list[torch.Tensor]) -> tupl
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = call()
         gc.collect()  # the interpreter's frames hold the logits, in cycles
-        found["loss"] = loss.detach()
+        result["loss"] = loss.detach()
         return loss
 
     hidden.grad = None
     peak = peak_bytes(noted)
     grad, hidden.grad = hidden.grad, None
-    return found["loss"], grad, {"peak_bytes": peak, "kept_bytes": sum(kept.values())}
+    return result["loss"], grad, {"peak_bytes": peak, "kept_bytes": sum(kept.values())}
 
 
 def compare(shape: tuple[int, int, int], options: dict) -> list[dict]:

@@ -74,15 +74,15 @@ def peers(op: Op, compiled: bool, device_type: str = "cpu") -> dict[str, Callabl
         compiled: with those that take `torch.compile` its seconds a shape.
     """
     plain = PLAIN.get(op.name, op.naive)
-    found = {}
+    functions = {}
     if op.name == "linear_index_add":
-        found["F.linear + index_add_"] = plain
+        functions["F.linear + index_add_"] = plain
     if op.name == "linear_cross_entropy":
-        found["F.linear + F.cross_entropy"] = plain
+        functions["F.linear + F.cross_entropy"] = plain
         if device_type == "cuda":
-            found["Liger"] = liger_cross_entropy
+            functions["Liger"] = liger_cross_entropy
     if compiled:
         # after eight shapes of one function torch.compile would run it uncompiled and say nothing
         torch._dynamo.reset()
-        found["torch.compile"] = torch.compile(plain, dynamic=False)
-    return found
+        functions["torch.compile"] = torch.compile(plain, dynamic=False)
+    return functions

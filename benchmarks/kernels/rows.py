@@ -127,13 +127,13 @@ def measure_workload(op: Op | Reading, workload: Workload, key: dict, rows: Rows
 
 def timed(call: Callable, expected, floor: float, timer: Timer) -> dict:
     """The numbers of one row."""
-    found = {"difference": difference(call(), expected)}
-    if not found["difference"] <= 0.05:
-        found["failed"] = f"differs from the library path by {found['difference']:.2g} of its largest entry"
-        return found
-    found |= {"peak_bytes": device_peak(call, timer.device)["above_bytes"], **timer(call)}
-    found["percent_of_floor"] = 100 * floor / found["us"]
-    return found
+    figures = {"difference": difference(call(), expected)}
+    if not figures["difference"] <= 0.05:
+        figures["failed"] = f"differs from the library path by {figures['difference']:.2g} of its largest entry"
+        return figures
+    figures |= {"peak_bytes": device_peak(call, timer.device)["above_bytes"], **timer(call)}
+    figures["percent_of_floor"] = 100 * floor / figures["us"]
+    return figures
 
 
 def measure_all(

@@ -34,7 +34,7 @@ from hf_qst_kernels.registry import OPS
 
 TOOLS = ("memcheck", "racecheck")
 # Tests are started a few at a time: one that breaks the CUDA context fails all after it in its process. Each process
-# takes seconds to start and to compile, and none is timed, so that many run beside each other.
+# takes seconds to start and to compile, and none is timed, so that many run at once.
 TESTS = ("tests/kernels", "tests/hf_qst")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--rootdir", ".")
 PER_TEST, PER_TOOL = 200.0, 300.0
@@ -161,7 +161,7 @@ def run_tests(name: str, tests: list[str], marker: str, limit: float, root: Path
         report = Path(folder) / "report.xml"
         command = [*PYTEST, "-m", marker, "-p", "no:cacheprovider", f"--junitxml={report}"]
         try:
-            # torch.compile without a pool of processes of its own, beside the other tests
+            # torch.compile without a pool of processes of its own: other tests run at the same time
             variables = {"PYTHONPATH": python_path(), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
             done = finished([*command, *tests], variables, limit, root)
         except subprocess.TimeoutExpired:
@@ -207,14 +207,14 @@ def run_device_tests(
         for name in groups
         if held.find({"tests": name}) is None
     }
-    left = beside_each_other(todo, held, PER_TEST, "tests")
+    left = run_in_parallel(todo, held, PER_TEST, "tests")
     order = list(groups)
     report["rows"].sort(key=lambda row: order.index(row["tests"]) if row["tests"] in groups else -1)
     held.write()
     return {**report, "left": left}
 
 
-def beside_each_other(todo: dict[str, Callable[[float], dict]], held: Rows, longest: float, what: str) -> list[str]:
+def run_in_parallel(todo: dict[str, Callable[[float], dict]], held: Rows, longest: float, what: str) -> list[str]:
     """
     Add the row of each to the report and write it, `WORKERS` at a time.
 
@@ -262,7 +262,7 @@ def sanitize(output: Path, until: float = float("inf"), ops: list[str] | None = 
         for tool, name in every
         if held.find({"tool": tool, "op": name}) is None
     }
-    left = beside_each_other(todo, held, PER_TOOL, "sanitizer")
+    left = run_in_parallel(todo, held, PER_TOOL, "sanitizer")
     order = {pair: i for i, pair in enumerate(every)}
     report["rows"].sort(key=lambda row: order.get((row["tool"], row["op"]), 0))
     held.write()

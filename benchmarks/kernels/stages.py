@@ -72,7 +72,7 @@ class Plan:
         return break_even.chip_of(torch.cuda.get_device_name()) if self.device == "cuda" else "cpu"
 
     def file(self, what: str) -> Path:
-        """A file of results; those of a CPU have names of their own, beside the table of the docs."""
+        """The path of a file of results; those of a CPU have other names than the table of the docs."""
         parts = ["kernels", what, self.chip, "all" if self.device == "cpu" else ""]
         return Path(self.output_dir) / f"{'_'.join(filter(None, parts))}.json"
 
@@ -204,7 +204,7 @@ def run_isolated(name: str, plan: Plan, until: float) -> dict:
 
 
 def summary(plan: Plan, report: dict) -> str:
-    """In Markdown: stages, aims, what never wins, whole models, the sanitizer, and what is missing."""
+    """In Markdown: stages, aims, what never wins, whole models, the sanitizer, and the packages that are not installed."""
     lines = []
     for name, stage in report["stages"].items():
         text = stage.get("failed") or stage.get("skipped") or stage.get("found", "")

@@ -65,7 +65,7 @@ class Begun:
     """The current measurement, in a file of its own: if its process ends, the next one knows why.
 
     Args:
-        output: the results' file; this one lies beside it, `<name>.begun`.
+        output: the results' file; this one is `<name>.begun` in the same folder.
     """
 
     def __init__(self, output: Path):

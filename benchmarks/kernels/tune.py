@@ -115,7 +115,7 @@ class Table:
         return any(self._is(entry, dtype, sizes) for entry in self.decisions.get(decision, []))
 
     def put(self, decision: str, dtype: torch.dtype, sizes: dict, entry: dict) -> None:
-        """An entry, or `{"failed": reason}`: then one that never wins, else dispatch would go by a shape beside it."""
+        """An entry, or `{"failed": reason}`: then one that never wins, else dispatch would use a neighbouring shape."""
         if "failed" in entry:
             shape = {"dtype": str(dtype).removeprefix("torch."), "sizes": sizes}
             self.failed.append({"decision": decision, **shape, **entry})

@@ -105,7 +105,7 @@ def bench_of(args: argparse.Namespace) -> Bench:
 
 
 def wanted(args: argparse.Namespace, rows: list[dict]) -> list[tuple[float, str, int]]:
-    """(keep, method, seed) of what is missing, one seed of everything first."""
+    """(keep, method, seed) of the rows to make, one seed of everything first."""
     have = {(row["keep"], row["method"], row["seed"]) for row in current(args, rows)}
     every = [(keep, method, 0) for keep in args.keep for method in args.methods if not METHODS[method].ablation]
     every += [(keep, method, 0) for keep in args.ablation_keep for method in args.methods if METHODS[method].ablation]
@@ -121,8 +121,8 @@ def current(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
 
 def quality(args: argparse.Namespace, result: dict, save) -> dict:
     """Every method at every part kept, before and after the recovery; rows that are there are not made again."""
-    missing = wanted(args, result.get("rows", []))
-    if not missing:
+    todo = wanted(args, result.get("rows", []))
+    if not todo:
         return result
     bench = bench_of(args)
     if result:
@@ -130,7 +130,7 @@ def quality(args: argparse.Namespace, result: dict, save) -> dict:
     else:
         dense = {"parameters": parameters(bench.dense), **evaluated(bench.dense, bench.text)}
         result = {"dense": dense, "full_widths": cost.layout_of(bench.dense).full_widths, "rows": []}
-    for keep, method, seed in tqdm(missing, desc="quality", unit="model"):
+    for keep, method, seed in tqdm(todo, desc="quality", unit="model"):
         rows = []
         for row, model in made(bench, method, keep, seed):
             row |= evaluated(model, bench.text)

@@ -1,4 +1,4 @@
-"""Speed of pruned models beside the dense one, and what a step of learning the widths costs."""
+"""Speed of pruned models against the dense one, and the cost of a step of learning the widths."""
 
 from __future__ import annotations
 

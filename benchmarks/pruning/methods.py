@@ -1,4 +1,4 @@
-"""What the pruning benchmark compares: smaller models of one size, by method, and the same recovery for all of them."""
+"""The methods of the pruning benchmark: smaller models of one size, by method, and the same recovery for all of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Schedule:
 
 @dataclass
 class Bench:
-    """What every method is given: the dense model, the text, how DISP learns and how all models recover."""
+    """The inputs of every method: the dense model, the text, how DISP learns and how all models recover."""
 
     dense: nn.Module
     text: Text

@@ -1,4 +1,4 @@
-"""What the pruning benchmark prints and draws."""
+"""The tables and plots of the pruning benchmark."""
 
 from __future__ import annotations
 
@@ -137,13 +137,13 @@ TABLES = {
 report = partial(text_of, TABLES)
 
 
-def plots(found: dict, parts: Sequence[str], folder: Path) -> list[Path]:
+def plots(results: dict, parts: Sequence[str], folder: Path) -> list[Path]:
     """PNG files of what these parts have to show; returns their paths."""
-    if "quality" not in found or "quality" not in parts:
+    if "quality" not in results or "quality" not in parts:
         return []
-    paths = [_perplexity_plot(found["quality"], folder / "pruning_perplexity.png")]
-    if any(row["method"] == DEFAULT for row in found["quality"]["rows"]):
-        paths.append(_width_plot(found["quality"], folder / "pruning_widths.png"))
+    paths = [_perplexity_plot(results["quality"], folder / "pruning_perplexity.png")]
+    if any(row["method"] == DEFAULT for row in results["quality"]["rows"]):
+        paths.append(_width_plot(results["quality"], folder / "pruning_widths.png"))
     return paths
 
 

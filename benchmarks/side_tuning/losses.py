@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.side_tuning.methods import Run
 
-# Checkpointed QLoRA has QLoRA's losses; the demo's setting of QST is shown beside the default.
+# Checkpointed QLoRA has QLoRA's losses; the demo's setting of QST is shown with the default.
 CURVES = ("qst", "qst-r2", "qlora", "shadow")
 WARMUP_STEPS = 10
 SWEEP = {

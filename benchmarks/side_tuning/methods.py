@@ -143,7 +143,7 @@ class Run:
         return {"forward": forward, "peak": saved.peak}
 
     def _stack_output(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the decoder stack hands to the head, caught there so that every method's own hooks run."""
+        """The output of the decoder stack, caught at the head so that every method's own hooks run."""
         model, caught = self.model.get_base_model(), []
 
         def catch(head, args):

@@ -1,4 +1,4 @@
-"""What the side-tuning benchmark prints and draws."""
+"""The tables and plots of the side-tuning benchmark."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from benchmarks.common.timing import paired_ratio
 
 
 def targets(shape: str, result: dict) -> list[dict]:
-    """What this project set out to reach, and what was reached: [{what, target, reached, met}]."""
+    """The aims of side tuning and the figures reached: [{what, target, reached, met}]."""
     times, rows = result["times"], result["rows"]
-    found = []
+    reached_aims = []
 
     def add(what: str, sense: str, target: float, reached: float | None) -> None:
         met = None if reached is None else (reached >= target if sense == ">=" else reached <= target)
-        found.append({"what": what, "target": f"{sense} {target:g}", "reached": reached, "met": met})
+        reached_aims.append({"what": what, "target": f"{sense} {target:g}", "reached": reached, "met": met})
 
     def saved(which: str) -> float | None:
         values = [rows.get(name, {}).get(which, {}) for name in ("qlora-ckpt", "qst")]
@@ -26,18 +26,18 @@ def targets(shape: str, result: dict) -> list[dict]:
     add("saved bytes with the loss head, checkpointed QLoRA / QST", ">=", 8.0, saved("saved_with_head"))
     add("saved bytes without the loss head, checkpointed QLoRA / QST", ">=", 2.0, saved("saved_without_head"))
     if shape == "100m":
-        found = [row for row in found if "with the loss head" not in row["what"]]
+        reached_aims = [row for row in reached_aims if "with the loss head" not in row["what"]]
     if shape == "100m-128k":
-        found = [row for row in found if "saved" in row["what"]]
+        reached_aims = [row for row in reached_aims if "saved" in row["what"]]
     if shape == "demo":  # too small for its speed to say anything about larger models
-        found.clear()
+        reached_aims.clear()
     if "losses" in result:
         equal = _equal_seconds(result)
         for name, label in (("qst-r2", "the demo's QST (r=2, principal)"), ("qst", "QST as it is by default")):
             both = equal.get(name), equal.get("qlora")
             reached = both[0] / both[1] if None not in both else None
             add(f"held-out loss at equal seconds, {label} / QLoRA", "<=", 1.02, reached)
-    return found
+    return reached_aims
 
 
 def _equal_seconds(result: dict) -> dict:
@@ -105,7 +105,7 @@ def table(result: dict) -> str:
 
 
 def plots(result: dict, stem) -> list:
-    """PNG files beside `stem`: memory bars, and the loss curves if there are any. Returns their paths."""
+    """Draw memory bars, and the loss curves if there are any, to `<stem>_*.png`; returns the paths."""
     rows = {name: row for name, row in result["rows"].items() if "saved_with_head" in row}
     paths = []
     if rows:
