@@ -192,7 +192,9 @@ def test_floor_is_the_slower_of_bytes_and_products():
 
 def test_turns_alternate_and_a_spread_lies_within_the_times():
     order = []
-    times = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2, CPU, lambda call: order.append("-"))
+    times = in_turns(
+        {name: lambda name=name: order.append(name) for name in "ab"}, 2, CPU, lambda call: order.append("-")
+    )
     assert "".join(order) == "-a-b" * 3 and [len(t) for t in times.values()] == [2, 2]
     middle, (low, high) = spread([1.0, 5.0])
     assert (middle, 1.0 <= low <= middle <= high <= 5.0) == (3.0, True)
