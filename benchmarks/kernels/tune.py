@@ -7,16 +7,15 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.measure import write_json
+from benchmarks.common.measure import message, write_json
 from benchmarks.kernels.compiled import sources
 from benchmarks.kernels.registry import OPS, ModelShape, Op, Workload
-from benchmarks.kernels.timing import Begun, DeviceLostError, Timer, about, check_device, message
+from benchmarks.kernels.timing import Begun, DeviceLostError, Timer, about, check_device, register_4bit
 from hf_qst_kernels import break_even, use_backend
 from hf_qst_kernels.dispatch import use_configuration
 
@@ -74,16 +73,8 @@ def tune_workload(op: Op, workload: Workload, dtype: torch.dtype, timer: Timer, 
             yield decision, {"failed": "; ".join(dict.fromkeys(reasons))}
             continue
         best = min(times, key=times.get)
-        yield (
-            decision,
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "sizes": workload.sizes,
-                "triton_us": times[best],
-                "library_us": library,
-                "configuration": configurations[best],
-            },
-        )
+        entry = {"dtype": str(dtype).removeprefix("torch."), "sizes": workload.sizes, "triton_us": times[best]}
+        yield decision, {**entry, "library_us": library, "configuration": configurations[best]}
 
 
 class Table:
@@ -122,7 +113,7 @@ class Table:
         return any(self._is(entry, dtype, sizes) for entry in self.decisions.get(decision, []))
 
     def put(self, decision: str, dtype: torch.dtype, sizes: dict, entry: dict) -> None:
-        """An entry, or `{"failed": reason}`: then one that never wins, else dispatch would go by a shape beside it."""
+        """An entry, or `{"failed": reason}`: then one that never wins, else dispatch would use a neighbouring shape."""
         if "failed" in entry:
             shape = {"dtype": str(dtype).removeprefix("torch."), "sizes": sizes}
             self.failed.append({"decision": decision, **shape, **entry})
@@ -172,9 +163,7 @@ def tune(
         DeviceLostError: a configuration broke the CUDA context. It is noted as failed at its shape; another process can
             go on.
     """
-    if find_spec("bitsandbytes"):
-        import bitsandbytes  # noqa: F401  registers the operator that dequantises a 4-bit head
-
+    register_4bit()
     device = device or torch.device("cuda", torch.cuda.current_device())
     chip = break_even.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
     timer = Timer(device, repeats)
@@ -221,12 +210,10 @@ def tune(
 
 
 def install(path: Path, folder: Path) -> Path:
-    """Copy a table to where dispatch looks for it: the package's folder, or the user's."""
+    """Copy a table to where dispatch of later processes looks for it: the package's folder, or the user's."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / path.name).resolve() != path.resolve():
         shutil.copyfile(path, folder / path.name)
-    break_even._tables.cache_clear()
-    break_even._nearest.cache_clear()
     return folder / path.name
 
 

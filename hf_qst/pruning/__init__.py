@@ -9,6 +9,7 @@ from hf_qst.pruning.fused import use_kernels, use_kernels_where_measured
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from hf_qst.pruning.options import PruningOptions
 from hf_qst.pruning.scores import PRUNING_METHODS, PruningMethod, PruningTask, register_pruning_method
+from hf_qst.pruning.widths import best_channels, masks_by_layer, rounded_width, widths_on_budget
 from hf_qst.reshaped_models import register_kind
 
 __all__ = [
@@ -19,10 +20,14 @@ __all__ = [
     "PruningMethod",
     "PruningOptions",
     "PruningTask",
+    "best_channels",
+    "masks_by_layer",
     "prune_blocks",
     "prune_model",
     "register_pruning_method",
+    "rounded_width",
     "use_kernels",
+    "widths_on_budget",
 ]
 
 register_kind(KIND, PrunedBranch.from_description, finish=use_kernels_where_measured)

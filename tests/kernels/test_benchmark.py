@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from benchmarks.common.measure import ROOT
+from benchmarks.common.timing import in_turns
 from benchmarks.kernels import peers as kernels_peers
 from benchmarks.kernels import rows as kernels_rows
 from benchmarks.kernels import tune as kernels_tune
 from benchmarks.kernels.peers import PLAIN, peers
 from benchmarks.kernels.reads import READINGS
 from benchmarks.kernels.registry import OPS, ModelShape
-from benchmarks.kernels.timing import LEAST_REPEATS, Timer, comparable, floor_us, in_turns, spread
+from benchmarks.kernels.timing import LEAST_REPEATS, Rows, Timer, comparable, floor_us, spread
 from hf_qst_kernels import break_even, dispatch
 from tests.kernels.compared import TOLERANCE, results, worst_distance
 
@@ -127,7 +128,7 @@ def test_row_that_ended_its_process_twice_is_not_tried_again(tmp_path):
         "dtype": "torch.float32",
         "workload": "attention input",
     }
-    rows = kernels_rows.Rows({"rows": []}, output)
+    rows = Rows({"rows": []}, output)
     for _ in range(2):
         assert rows.begin({**key, "variant": "library"}) is None
     failed = [row for row in measure(output, ops)["rows"] if "failed" in row]
@@ -208,7 +209,9 @@ def test_floor_is_the_slower_of_bytes_and_products():
 
 def test_turns_alternate_and_a_spread_lies_within_the_times():
     order = []
-    times = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2, CPU, lambda: order.append("-"))
+    times = in_turns(
+        {name: lambda name=name: order.append(name) for name in "ab"}, 2, CPU, lambda call: order.append("-")
+    )
     assert "".join(order) == "-a-b" * 3 and [len(t) for t in times.values()] == [2, 2]
     middle, (low, high) = spread([1.0, 5.0])
     assert (middle, 1.0 <= low <= middle <= high <= 5.0) == (3.0, True)
