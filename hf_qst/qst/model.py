@@ -10,6 +10,7 @@ from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.principal_directions import fit_principal
+from hf_qst.qst.side_block import reduction
 from hf_qst.qst.side_network import SideNetwork
 from hf_qst.tuner.stack_tuner import StackTuner
 
@@ -25,6 +26,12 @@ class QSTModel(StackTuner):
 
     prefix = "qst_"
     tuner_layer_cls = QSTLayer
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if peft_config.r is None:
+            peft_config.r = reduction(find_decoder_stack(self.model).spec, peft_config.side_heads)
+        return peft_config
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
         inside = [name for name, _ in stack.module.named_modules()]
@@ -63,7 +70,8 @@ class QSTModel(StackTuner):
 
     def _fit_principal(self, peft_config, adapter_name: str, layer: QSTLayer, stack: DecoderStack) -> None:
         """Fit the fixed projections, or copy those of an adapter made from the same configuration object."""
-        downsamplers = layer.qst_net[adapter_name].downsample
+        network = layer.qst_net[adapter_name]
+        downsamplers = network.downsample
         for name, config in self.peft_config.items():
             if config is peft_config and name != adapter_name and name in layer.qst_net:
                 for part, fitted in zip(downsamplers, layer.qst_net[name].downsample, strict=True):
@@ -71,8 +79,8 @@ class QSTModel(StackTuner):
                     part.mean.data.copy_(fitted.mean)
                 return
         if peft_config.manifest is None:  # otherwise they are about to be loaded
-            data = peft_config.calibration_data
-            fit_principal(self.model, layer.base_layer, stack.blocks, downsamplers, data)
+            read = [stack.blocks[i] for i in network.places]
+            fit_principal(self.model, layer.base_layer, read, downsamplers, peft_config.calibration_data)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As in PEFT: an adapter is float32, or has the base's dtype with `autocast_adapter_dtype=False`."""

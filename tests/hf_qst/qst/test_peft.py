@@ -11,7 +11,18 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model,
 
 from hf_qst import QSTConfig, QSTModel, SideNetworkMergeError
 from hf_qst.tuner.registration import HfQstPeftType, register_method
-from tests.architectures import CONFIGS, digest, in_nf4, side_layers, side_network, side_tuned, tiny, token_batch, wake
+from tests.architectures import (
+    CONFIGS,
+    digest,
+    in_nf4,
+    side_config,
+    side_layers,
+    side_network,
+    side_tuned,
+    tiny,
+    token_batch,
+    wake,
+)
 
 IDS = token_batch()
 
@@ -20,10 +31,6 @@ def logits(model):
     model.eval()
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
-
-
-def config(**settings):
-    return QSTConfig(task_type="CAUSAL_LM", r=4, downsample_rank=4, **settings)
 
 
 def hooks_in(model):
@@ -119,7 +126,7 @@ def test_pickled_model_is_equal_and_independent(how):
 
 
 def test_pickled_config_and_type_are_the_same():
-    original = config(mix="paper")
+    original = side_config(mix="paper")
     assert pickle.loads(pickle.dumps(original)) == original
     assert pickle.loads(pickle.dumps(HfQstPeftType.QST)) is HfQstPeftType.QST
 
@@ -185,7 +192,7 @@ def test_new_adapter_beside_a_trained_one_starts_at_the_base():
     expected = logits(base)
     model = side_tuned(model=base, awake=True)
     trained = logits(model)
-    model.add_adapter("fresh", config())
+    model.add_adapter("fresh", side_config())
     model.set_adapter("fresh")
     assert torch.equal(logits(model), expected)
     model.set_adapter("default")
@@ -195,14 +202,14 @@ def test_new_adapter_beside_a_trained_one_starts_at_the_base():
 def test_new_adapter_does_not_take_over():
     model = side_tuned("llama", awake=True)
     expected = logits(model)
-    model.add_adapter("fresh", config())
+    model.add_adapter("fresh", side_config())
     assert model.active_adapters == ["default"]
     assert torch.equal(logits(model), expected)
 
 
 def test_two_active_adapters_are_refused():
     model = side_tuned("llama")
-    model.add_adapter("second", config())
+    model.add_adapter("second", side_config())
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="one network at a time"):
         logits(model)
@@ -211,12 +218,12 @@ def test_two_active_adapters_are_refused():
 def test_side_network_on_top_of_lora_is_refused():
     model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny("llama"), "lora")
     with pytest.raises(ValueError, match="adapters in it could not be trained"):
-        get_peft_model(model, config())
+        get_peft_model(model, side_config())
 
 
 def test_training_a_module_inside_the_base_is_refused():
     with pytest.raises(ValueError, match="embed_tokens"):
-        get_peft_model(tiny("llama"), config(modules_to_save=["embed_tokens"]))
+        get_peft_model(tiny("llama"), side_config(modules_to_save=["embed_tokens"]))
 
 
 def test_resized_embeddings_reach_the_base():
@@ -261,8 +268,10 @@ def test_cast_model_loads_and_runs_in_half_precision(two_saved):
 def test_adapters_have_the_dtype_that_peft_promises(dtype, autocast, tmp_path):
     """float32, or that of the base where the caller says so; then for gates and mix too, also while training."""
     expected = torch.float32 if autocast else dtype
-    model = get_peft_model(tiny("llama", dtype=dtype), config(downsample="principal"), autocast_adapter_dtype=autocast)
-    model.add_adapter("second", config(downsample="principal"), autocast_adapter_dtype=autocast)
+    model = get_peft_model(
+        tiny("llama", dtype=dtype), side_config(downsample="principal"), autocast_adapter_dtype=autocast
+    )
+    model.add_adapter("second", side_config(downsample="principal"), autocast_adapter_dtype=autocast)
     wake(model)
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path / "second", "third", autocast_adapter_dtype=autocast)
@@ -275,7 +284,7 @@ def test_adapters_have_the_dtype_that_peft_promises(dtype, autocast, tmp_path):
         trained = {key: p for key, p in parameters.items() if p.requires_grad}
         assert all(p.grad.isfinite().all() for p in trained.values())
         assert trained["gates.1.value"].grad != 0
-    exact = wake(get_peft_model(tiny("llama"), config(downsample="principal")))
+    exact = wake(get_peft_model(tiny("llama"), side_config(downsample="principal")))
     reference = side_network(exact)
     reference.load_state_dict(side_network(model, "third").float().state_dict())
     torch.testing.assert_close(loss, exact.train()(input_ids=IDS, labels=IDS).loss, atol=0.05, rtol=0.02)
@@ -285,11 +294,11 @@ def test_refused_settings_leave_the_model_as_it_was():
     base = tiny("llama")
     expected = logits(base)
     with pytest.raises(ValueError, match="calibration_data must hold at least one batch"):
-        get_peft_model(base, config(downsample="principal", calibration_data=[]))
+        get_peft_model(base, side_config(downsample="principal", calibration_data=[]))
     assert side_layers(base) == []
     assert not any(module._forward_hooks for module in base.modules())
     assert torch.equal(logits(base), expected)
-    assert torch.equal(logits(get_peft_model(base, config())), expected)
+    assert torch.equal(logits(get_peft_model(base, side_config())), expected)
 
 
 def test_parameter_counts_are_reported():
@@ -328,7 +337,7 @@ def test_new_network_has_the_mode_of_its_base(training):
     base = tiny("llama").train(training)
     model = side_tuned(model=base, downsample_dropout=0.5)
     assert side_network(model).training == training
-    model.add_adapter("second", config(downsample_dropout=0.5))
+    model.add_adapter("second", side_config(downsample_dropout=0.5))
     assert side_network(model, "second").training == training
 
 
