@@ -89,11 +89,17 @@ def token_batch(rows: int = 2, length: int = 12, seed: int = 0, low: int = 3) ->
     return torch.randint(low, VOCAB, (rows, length), generator=generator)
 
 
+def side_config(**settings) -> QSTConfig:
+    """Of a side network a quarter as wide, with a side block for each block of the base."""
+    small = {"r": 4, "downsample_rank": 4, "side_every": 1, "readout_rank": 2, "readout_every": 2}
+    return QSTConfig(**{"task_type": "CAUSAL_LM", **small, **settings})
+
+
 def side_tuned(name: str = "llama", *, task_type: str = "CAUSAL_LM", model=None, awake: bool = False, **settings):
-    """A PEFT model with a side network a quarter as wide on a tiny base (or on `model`)."""
+    """A PEFT model with a side network a quarter as wide on a tiny base (or on `model`), a side block for each block."""
     if model is None:
         model = tiny(name, classifier=task_type == "SEQ_CLS")
-    tuned = get_peft_model(model, QSTConfig(**{"task_type": task_type, "r": 4, "downsample_rank": 4, **settings}))
+    tuned = get_peft_model(model, side_config(task_type=task_type, **settings))
     return wake(tuned) if awake else tuned
 
 
@@ -106,6 +112,9 @@ def wake(model, seed: int = 1, scale: float = 0.3):
                 weight = network.upsample.weight
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
                 network.mix.alpha.value.sub_(0.4)
+                if network.readout is not None:
+                    weight = network.readout.up.weight
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
                 for gate in network.gates:
                     gate.value.add_(torch.randn(gate.value.shape, generator=generator) * 0.5)
     return model

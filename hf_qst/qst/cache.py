@@ -7,6 +7,8 @@ have the same length and the base's mask fits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers.cache_utils import (
     Cache,
@@ -40,17 +42,19 @@ def _is_filled(layer) -> bool:
     return bool(layer.is_initialized) and bool(layer.get_seq_length() > 0)
 
 
-def with_side_layers(cache: Cache | None, config, num_layers: int) -> Cache:
-    """The cache with `num_layers` layers for the base, then as many for the side network.
+def with_side_layers(cache: Cache | None, config, num_layers: int, places: Sequence[int]) -> Cache:
+    """The cache to give to the base: `num_layers` of its own, then one for each side block.
 
     Args:
         cache: the caller's cache, or None for a new dynamic one.
         config: the base's config.
         num_layers: number of the base's blocks.
+        places: the base blocks that have a side block.
 
     Raises:
-        NotImplementedError: a cache layer of an unsupported type.
-        ValueError: the cache was filled without this side network (with the adapter disabled, or by another model).
+        NotImplementedError: a kind of cache whose layers cannot be mirrored.
+        ValueError: the cache was filled without this side network (with the adapter disabled or another one, or by another
+            model).
     """
     if cache is None:
         cache = DynamicCache(config=config)
@@ -61,12 +65,12 @@ def with_side_layers(cache: Cache | None, config, num_layers: int) -> Cache:
         )
     without_side = len(cache.layers) <= num_layers
     filled = not torch.compiler.is_compiling() and len(cache.layers) > 0 and _is_filled(cache.layers[0])
-    if filled and (without_side or not _is_filled(cache.layers[num_layers])):
+    if filled and (len(cache.layers) != num_layers + len(places) or not _is_filled(cache.layers[num_layers])):
         raise ValueError(
             "past_key_values was filled while this QST adapter was disabled or by another model: it holds no keys and "
             "values of the side network. Start from an empty cache."
         )
     # A DynamicCache made without a config has no layers yet and adds them on demand, also the side network's.
     if without_side and cache.layers:
-        cache.layers.extend(_like(layer) for layer in cache.layers[:num_layers])
+        cache.layers.extend(_like(cache.layers[i]) for i in places)
     return cache

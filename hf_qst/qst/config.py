@@ -9,6 +9,8 @@ from hf_qst.tuner.config import MethodConfig, is_count, is_number
 
 DOWNSAMPLE_KINDS = ("linear", "lora", "adapter", "maxpool", "avgpool", "principal")
 MIX_KINDS = ("residual", "paper", "sigmoid")
+# What adapters were before these fields were added, and the paper's.
+BEFORE = {"side_every": 1, "readout_rank": 0, "downsample_input_norm": False}
 
 
 @dataclass
@@ -16,13 +18,21 @@ class QSTConfig(MethodConfig):
     """Configuration of quantized side tuning (QST).
 
     A frozen base runs forward only. A side network, `r` times narrower, reads its hidden states and is the only part that
-    is trained. Zhang et al., "Quantized Side Tuning", ACL 2024, arXiv 2401.07159. The defaults are the paper's except
-    three that learn faster or need less memory (`mix`, `tap_storage`, `side_heads`). `QSTConfig.paper()` has the paper's
-    settings, `QSTConfig.reference()` those of the authors' code.
+    is trained. Zhang et al., "Quantized Side Tuning", ACL 2024, arXiv 2401.07159. The defaults learn faster and need less
+    memory than the paper's (fewer and wider side blocks, the readout, `mix`, `tap_storage`, `side_heads`).
+    `QSTConfig.paper()` has the paper's settings, `QSTConfig.reference()` those of the authors' code.
 
     Args:
-        r (`int`):
-            Reduction factor: the side network is `hidden_size // r` wide. Must divide the base's hidden size.
+        r (`int`, *optional*):
+            Reduction factor: the side network is `hidden_size // r` wide. Must divide the base's hidden size. None
+            chooses the width nearest to a sixth of the base's that has heads of 32 channels or more.
+        side_every (`int`):
+            Every how many base blocks there is a side block, counted from the last; 1 is a side block for each.
+        readout_rank (`int`):
+            Rank of the readout: a low-rank function of the base's states, added to the side network's output. It starts
+            at zero. 0 leaves it out.
+        readout_every (`int`):
+            Every how many base blocks their output is read by it, counted from the last.
         downsample (`str`):
             Map of a hidden state `[batch, seq, hidden]` to `[batch, seq, hidden // r]`: `"linear"`, `"lora"` (two
             factors), `"adapter"` (two factors with SiLU in between), `"maxpool"` or `"avgpool"` (over `r` channels, no
@@ -30,6 +40,9 @@ class QSTConfig(MethodConfig):
             `calibration_data`).
         downsample_rank (`int`):
             Rank of the factors of `"lora"` and `"adapter"`.
+        downsample_input_norm (`bool`):
+            Divide a state by its root mean square before a trainable downsampler reads it: states of large models have
+            outliers in the thousands.
         downsample_layernorm (`bool`):
             Layer norm after the downsampling.
         downsample_dropout (`float`):
@@ -68,9 +81,13 @@ class QSTConfig(MethodConfig):
             orthonormal. Not saved.
     """
 
-    r: int = field(default=16, metadata={"help": "Reduction factor: the side network is hidden_size // r wide."})
+    r: int | None = field(default=None, metadata={"help": "The side network is hidden_size // r wide; None: auto."})
+    side_every: int = field(default=5, metadata={"help": "Every how many base blocks there is a side block."})
+    readout_rank: int = field(default=16, metadata={"help": "Rank of the readout of the base's states; 0: none."})
+    readout_every: int = field(default=3, metadata={"help": "Every how many base blocks the readout reads."})
     downsample: str = field(default="adapter", metadata={"help": f"One of {', '.join(DOWNSAMPLE_KINDS)}."})
     downsample_rank: int = field(default=16, metadata={"help": "Rank of the lora and adapter downsamplers."})
+    downsample_input_norm: bool = field(default=True, metadata={"help": "RMS norm before the downsampling."})
     downsample_layernorm: bool = field(default=True, metadata={"help": "Layer norm after the downsampling."})
     downsample_dropout: float = field(default=0.0, metadata={"help": "Dropout after the downsampling."})
     tap_storage: str = field(default="int8", metadata={"help": "Format of a kept hidden state: int8 or full."})
@@ -103,7 +120,10 @@ class QSTConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._require("r", is_count(self.r), "an integer >= 1")
+        self._require("r", self.r is None or is_count(self.r), "an integer >= 1 or None")
+        for name in ("side_every", "readout_every"):
+            self._require(name, is_count(getattr(self, name)), "an integer >= 1")
+        self._require("readout_rank", is_count(self.readout_rank, 0), "an integer >= 0")
         self._require("downsample", self.downsample in DOWNSAMPLE_KINDS, f"one of {', '.join(DOWNSAMPLE_KINDS)}")
         self._require("downsample_rank", is_count(self.downsample_rank), "an integer >= 1")
         dropout = self.downsample_dropout
@@ -117,7 +137,7 @@ class QSTConfig(MethodConfig):
         self._require("mix_lr_scale", is_number(self.mix_lr_scale) and self.mix_lr_scale > 0, "positive and finite")
         whole = isinstance(self.side_checkpointing, bool)
         self._require("side_checkpointing", whole or self.side_checkpointing == "mlp", "True, False or 'mlp'")
-        for name in ("downsample_layernorm", "chunked_loss"):
+        for name in ("downsample_input_norm", "downsample_layernorm", "chunked_loss"):
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         names = self.modules_to_save
         is_list = names is None or (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names))
@@ -129,8 +149,15 @@ class QSTConfig(MethodConfig):
 
     @classmethod
     def paper(cls, **changes) -> QSTConfig:
-        """The paper's mix, full-precision taps, and the heads of the authors' code."""
-        return cls(**{"mix": "paper", "side_heads": "keep", "tap_storage": "full", **changes})
+        """The settings of the paper: a side block for each base block, its mix, full-precision taps and no readout;
+        heads as the authors' code has them."""
+        return cls(**{**BEFORE, "r": 16, "mix": "paper", "side_heads": "keep", "tap_storage": "full", **changes})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs) -> dict:
+        """The fields of a saved configuration; those that it does not have are as they were when it was written."""
+        values = super().from_json_file(path_json_file, **kwargs)
+        return values if "side_every" in values else {**BEFORE, **values}
 
     @classmethod
     def reference(cls, **changes) -> QSTConfig:

@@ -14,6 +14,11 @@ from torch import nn
 import hf_qst_kernels
 
 
+def rms(hidden: torch.Tensor) -> torch.Tensor:
+    """`hidden` [..., d] divided by the root mean square of its channels."""
+    return F.rms_norm(hidden, hidden.shape[-1:])
+
+
 class Downsample(nn.Module):
     """Base class with the affine layer norm and the dropout of all kinds.
 
@@ -31,6 +36,10 @@ class Downsample(nn.Module):
     def tap(self, hidden: torch.Tensor) -> torch.Tensor:
         """[batch, seq, d] without gradient -> the part of it that is kept."""
         raise NotImplementedError
+
+    def tap_with(self, hidden: torch.Tensor, weight: torch.Tensor, storage: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`tap`, and rms(hidden) @ weight.T for a readout of the same state; `weight` [rank, d]."""
+        return self.tap(hidden), hf_qst_kernels.tap_linear(rms(hidden), weight, storage=storage)
 
     def expand(self, tapped: torch.Tensor) -> torch.Tensor:
         """Result of `tap` -> [batch, seq, d_s]."""
@@ -63,15 +72,24 @@ class Downsample(nn.Module):
 
 
 class LinearDownsample(Downsample):
-    """D(h) = h W, W [d, d_s]."""
+    """D(h) = h W, W [d, d_s]; with `input_norm` of h divided by its root mean square."""
 
-    def __init__(self, hidden_size: int, side_size: int, storage: str, **shared):
+    def __init__(self, hidden_size: int, side_size: int, storage: str, input_norm: bool, **shared):
         super().__init__(side_size, **shared)
-        self.storage = storage
+        self.storage, self.input_norm = storage, input_norm
         self.down = nn.Linear(hidden_size, side_size, bias=False)
 
     def tap(self, hidden):
+        if self.input_norm:
+            hidden = rms(hidden)
         return hf_qst_kernels.tap_linear(hidden, self.down.weight, storage=self.storage)
+
+    def tap_with(self, hidden, weight, storage):
+        if not self.input_norm or weight.dtype != self.down.weight.dtype or storage != self.storage:
+            return super().tap_with(hidden, weight, storage)
+        # Both read the same, so one copy is kept for both gradients.
+        both = hf_qst_kernels.tap_linear(rms(hidden), torch.cat((self.down.weight, weight)), storage=storage)
+        return tuple(both.split([self.down.out_features, len(weight)], dim=-1))
 
 
 class FactoredDownsample(LinearDownsample):
@@ -143,13 +161,12 @@ class PrincipalDownsample(Downsample):
 def make_downsample(config, hidden_size: int, side_size: int) -> Downsample:
     """The downsampler of a `QSTConfig`."""
     shared = {"layernorm": config.downsample_layernorm, "dropout": config.downsample_dropout}
-    kind, rank, storage = config.downsample, config.downsample_rank, config.tap_storage
+    kind, rank = config.downsample, config.downsample_rank
+    trained = {"storage": config.tap_storage, "input_norm": config.downsample_input_norm, **shared}
     if kind == "linear":
-        return LinearDownsample(hidden_size, side_size, storage=storage, **shared)
+        return LinearDownsample(hidden_size, side_size, **trained)
     if kind in ("lora", "adapter"):
-        return FactoredDownsample(
-            hidden_size, side_size, rank=rank, activation=kind == "adapter", storage=storage, **shared
-        )
+        return FactoredDownsample(hidden_size, side_size, rank=rank, activation=kind == "adapter", **trained)
     if kind == "principal":
         return PrincipalDownsample(hidden_size, side_size, **shared)
     return PoolDownsample(side_size, kind, **shared)

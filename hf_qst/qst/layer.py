@@ -13,7 +13,7 @@ from hf_qst.qst import continuous_batching
 from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.frozen_head import LOSS_REQUEST
 from hf_qst.qst.side_block import BlockContext
-from hf_qst.qst.side_network import SideNetwork
+from hf_qst.qst.side_network import SideNetwork, Taps
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
@@ -43,21 +43,16 @@ class SideNetworkMergeError(NotImplementedError):
 
 
 class _Recorder:
-    """Taps and contexts of one forward pass of the base."""
+    """Taps of one forward pass of the base."""
 
     def __init__(self, network: SideNetwork, grad: bool):
         self.network, self.grad = network, grad
-        self.embedding = None
-        self.taps: list[torch.Tensor] = []
-        self.contexts: list[BlockContext] = []
+        self.taps = Taps()
 
     def record(self, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext) -> None:
         # The base runs without gradients, but a trainable downsampler needs them for its weight.
         with torch.set_grad_enabled(self.grad):
-            if index == 0:
-                self.embedding = self.network.tap(0, entering.detach())
-            self.taps.append(self.network.tap(index, leaving.detach()))
-        self.contexts.append(context)
+            self.network.record(self.taps, index, entering.detach(), leaving.detach(), context)
 
 
 class _BlockHook:
@@ -126,14 +121,14 @@ class QSTLayer(StackLayer):
         config = self.base_layer.config
         cache = kwargs.get("past_key_values")
         if kwargs["use_cache"] or cache is not None:
-            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers)
+            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.places)
 
         recorder = _Recorder(network, torch.is_grad_enabled())
         with self.tape.using(recorder), torch.no_grad():
             output = self.base_layer(**kwargs)
 
         base = output[0].detach()
-        side = network(recorder.embedding, recorder.taps, recorder.contexts, cache)
+        side = network(recorder.taps, cache, self.num_layers)
         return with_last_hidden_state(output, network.mix(base, side.to(base.device)))
 
     def train(self, mode: bool = True):

@@ -8,6 +8,7 @@ from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
 from hf_qst.qst.layer import QSTLayer
 from hf_qst.qst.principal_directions import fit_principal
+from hf_qst.qst.side_block import reduction
 from hf_qst.qst.side_network import SideNetwork
 from hf_qst.tuner.stack_tuner import StackTuner
 
@@ -23,6 +24,12 @@ class QSTModel(StackTuner):
 
     prefix = "qst_"
     tuner_layer_cls = QSTLayer
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if peft_config.r is None:
+            peft_config.r = reduction(find_decoder_stack(self.model).spec, peft_config.side_heads)
+        return peft_config
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
         inside = [name for name, _ in stack.module.named_modules()]
@@ -53,5 +60,6 @@ class QSTModel(StackTuner):
                 part.directions.data.copy_(fitted.directions)
                 part.mean.data.copy_(fitted.mean)
         elif peft_config.manifest is None:  # otherwise they are about to be loaded
-            blocks, data = find_decoder_stack(self.model).blocks, peft_config.calibration_data
-            fit_principal(self.model, layer.base_layer, blocks, network.downsample, data)
+            blocks = find_decoder_stack(self.model).blocks
+            read = [blocks[i] for i in network.places]
+            fit_principal(self.model, layer.base_layer, read, network.downsample, peft_config.calibration_data)

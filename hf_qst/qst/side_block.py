@@ -10,6 +10,7 @@ static caches work without a mask built here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -43,6 +44,26 @@ class BlockContext:
                 return tables
             self.side_tables[key] = tables
         return self.side_tables[key]
+
+
+def reduction(base: BlockSpec, side_heads: str) -> int:
+    """The reduction factor of a side network as wide as possible near a sixth of the base.
+
+    Heads have 32 channels or more, or as many as the base's where these are smaller: narrower ones attend to little.
+    """
+    least = min(32, base.head_dim)
+    fits = []
+    for r in (r for r in range(1, base.hidden_size + 1) if base.hidden_size % r == 0):
+        try:
+            spec = side_spec(base, r, side_heads)
+        except ValueError:
+            continue
+        fits.append((spec.head_dim < least, abs(math.log(r / 6)), r))
+    if not fits:
+        raise ValueError(
+            f"QSTConfig.r=None finds no width for a base {base.hidden_size} wide with heads of {base.head_dim}"
+        )
+    return min(fits)[-1]
 
 
 def side_spec(base: BlockSpec, r: int, side_heads: str) -> BlockSpec:

@@ -2,23 +2,73 @@
 
     g_0 = D_1(h_0)
     u_i = (1 - beta_i) D_i(h_i) + beta_i g_{i-1},   beta_i = sigmoid(gamma_i)
-    g_i = B_i(u_i)                                                            i = 1 .. L
-    h_out = mix(N_f(h_L), U(N_g(g_L)))
+    g_i = B_i(u_i)                                                            i in S
+    h_out = mix(N_f(h_L), U(N_g(g_L)) + R concat_i(A_i rms(h_i)))             i in T
 
 h_0 is the input of the base's first block, h_i the output of its block i, and N_f its final norm (paper, section 3 and
-figure 2). h_0 and h_1 share the first downsampler.
+figure 2). h_0 shares the first downsampler. In the paper S is every block and T is empty. By default S is every fifth
+block, with wider side blocks in turn. The readout (A, R) adds a low-rank function of every third state to the output: it
+learns in the first steps, when the side network is still a random one.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_qst.base_model.decoder_stack import DecoderStack
-from hf_qst.qst.downsample import make_downsample
+from hf_qst.qst.downsample import make_downsample, rms
 from hf_qst.qst.side_block import BlockContext, SideBlock, make_norm, side_spec
-from hf_qst_kernels import dispatch
+from hf_qst_kernels import decisions, dispatch, tap_linear
+
+
+def every(step: int, count: int) -> list[int]:
+    """Every `step`-th of `count` blocks, the last one among them."""
+    return list(range(count - 1, -1, -step))[::-1]
+
+
+class Readout(nn.Module):
+    """R concat_i(A_i rms(h_i)): what the output takes from the base's states, by two factors. Starts at zero.
+
+    Args:
+        places: the blocks whose outputs are read.
+        hidden_size, output_size, rank: A_i is [rank, hidden_size], R [output_size, rank * len(places)].
+        storage: what is kept of a state for the gradient of A_i, see `hf_qst_kernels.tap_linear`.
+    """
+
+    def __init__(self, places: list[int], hidden_size: int, output_size: int, rank: int, storage: str, zero: bool):
+        super().__init__()
+        self.storage = storage
+        self.down = nn.ModuleDict({str(i): nn.Linear(hidden_size, rank, bias=False) for i in places})
+        self.up = nn.Linear(rank * len(places), output_size, bias=False)
+        if zero:
+            nn.init.zeros_(self.up.weight)
+
+    def weight(self, index: int) -> torch.Tensor | None:
+        """A_i [rank, hidden_size] of block `index`, None if its output is not read."""
+        return self.down[str(index)].weight if str(index) in self.down else None
+
+    def forward(self, taps: list[torch.Tensor]) -> torch.Tensor:
+        """A_i rms(h_i) [batch, seq, rank] in the order of the blocks -> [batch, seq, output_size]."""
+        up = self.up.weight
+        return self.up(torch.cat([tap.to(up.device, up.dtype) for tap in taps], dim=-1))
+
+
+@dataclass
+class Taps:
+    """What a side network keeps of one base forward.
+
+    `embedding` and `side` are for the downsamplers, of the state entering the first block and of the outputs of the
+    blocks with a side block; `readout` is for the readout; `contexts` are what the base gave the former blocks.
+    """
+
+    embedding: torch.Tensor | None = None
+    side: list[torch.Tensor] = field(default_factory=list)
+    contexts: list[BlockContext] = field(default_factory=list)
+    readout: list[torch.Tensor] = field(default_factory=list)
 
 
 class Float32Parameter(nn.Module):
@@ -122,15 +172,21 @@ class SideNetwork(nn.Module):
         gate_size = 1 if config.gate_shape == "scalar" else spec.hidden_size
         mix_size = 1 if config.mix_shape == "scalar" else stack.output_size
 
+        self.places = every(config.side_every, len(stack.blocks))
         self.downsample = nn.ModuleList()
         self.gates = nn.ModuleList()
         self.blocks = nn.ModuleList()
-        for block in stack.blocks:
-            attention = getattr(block, stack.architecture.attention)
+        for i in self.places:
+            attention = getattr(stack.blocks[i], stack.architecture.attention)
             window = getattr(attention, "sliding_window", None)
             self.downsample.append(make_downsample(config, base.hidden_size, spec.hidden_size))
             self.gates.append(Float32Parameter(gate_size, config.gate_init))
             self.blocks.append(SideBlock(spec, stack.module.config, window))
+        self.readout = None
+        if config.readout_rank:
+            read = every(config.readout_every, len(stack.blocks))
+            sizes = base.hidden_size, stack.output_size, config.readout_rank
+            self.readout = Readout(read, *sizes, config.tap_storage, zero=config.init_weights)
         self.norm = make_norm(spec.norm, spec.hidden_size, spec.norm_eps)
         self.upsample = nn.Linear(spec.hidden_size, stack.output_size, bias=True)
         self.mix = OutputMix(config.mix, mix_size, config.mix_lr_scale)
@@ -144,13 +200,17 @@ class SideNetwork(nn.Module):
         self.place(stack)
 
     def place(self, stack: DecoderStack) -> None:
-        """Move the parts for base block i to that block's device, and the other parts to the last block's."""
-        for i, block in enumerate(stack.blocks):
-            device = next(block.parameters()).device
-            for part in (self.downsample[i], self.gates[i], self.blocks[i]):
-                _move(part, device)
+        """Put the parts for base block i on that block's device, the rest with the last block."""
+        devices = [next(block.parameters()).device for block in stack.blocks]
+        for j, i in enumerate(self.places):
+            for part in (self.downsample[j], self.gates[j], self.blocks[j]):
+                _move(part, devices[i])
         for part in (self.norm, self.upsample, self.mix):
-            _move(part, device)
+            _move(part, devices[-1])
+        if self.readout is not None:
+            for i, down in self.readout.down.items():
+                _move(down, devices[int(i)])
+            _move(self.readout.up, devices[-1])
 
     def cast(self, dtype: torch.dtype) -> None:
         """Cast all parameters, also those that otherwise stay float32."""
@@ -159,32 +219,40 @@ class SideNetwork(nn.Module):
                 module.is_pinned = False
         self.to(dtype)
 
-    def tap(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The tap of downsampler `index` on a base state [batch, seq, d]."""
-        # With a device map, the first state may still be on the previous device.
-        return self.downsample[index].tap(hidden.to(self.gates[index].value.device))
+    def record(self, taps: Taps, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext):
+        """Add to `taps` what is read of base block `index`, of its input and output [batch, seq, d]."""
+        if index == 0:
+            # Under a device map the first state may still be on the device before the block's.
+            taps.embedding = self.downsample[0].tap(entering.to(self.gates[0].value.device))
+        reads = None if self.readout is None else self.readout.weight(index)
+        if index in self.places:
+            downsample = self.downsample[self.places.index(index)]
+            taps.contexts.append(context)
+            if reads is None:
+                taps.side.append(downsample.tap(leaving))
+            else:
+                side, read = downsample.tap_with(leaving, reads, self.readout.storage)
+                taps.side.append(side)
+                taps.readout.append(read)
+        elif reads is not None:
+            taps.readout.append(tap_linear(rms(leaving), reads, storage=self.readout.storage))
 
-    def forward(
-        self, embedding: torch.Tensor, taps: list[torch.Tensor], contexts: list[BlockContext], cache=None
-    ) -> torch.Tensor:
+    def forward(self, taps: Taps, cache=None, first_layer: int = 0) -> torch.Tensor:
         """Run the side network over the taps of one base forward.
 
         Args:
-            embedding: tap of the input of the base's first block.
-            taps: taps of the outputs of the L blocks.
-            contexts: the other arguments of each block.
-            cache: the base's cache; its layers L .. 2L - 1 are this network's.
+            taps ([`Taps`]): of a forward through all blocks of the base.
+            cache: the base's cache; this network's layers are numbers `first_layer` and up of it.
 
         Returns:
-            U(N_g(g_L)), [batch, seq, d_out].
+            U(N_g(g_L)) and the readout, [batch, seq, d_out].
         """
-        count = len(taps)
         recompute = self.checkpointing if cache is None and torch.is_grad_enabled() else False
-        side = self.downsample[0].finish(embedding)
+        side = self.downsample[0].finish(taps.embedding)
         tables = {}
-        for context in contexts:
+        for context in taps.contexts:
             context.side_tables = tables
-        for i, (tapped, context) in enumerate(zip(taps, contexts, strict=True)):
+        for i, (tapped, context) in enumerate(zip(taps.side, taps.contexts, strict=True)):
             # Decided here, because a recomputed step must save the same tensors as the first time.
             fused = self._fuses(i, side)
             if recompute is True:
@@ -193,8 +261,9 @@ class SideNetwork(nn.Module):
                     self._step, i, tapped, side, context, fused, use_reentrant=False, preserve_rng_state=random
                 )
             else:
-                side = self._step(i, tapped, side, context, fused, cache, count + i, recompute == "mlp")
-        return self.upsample(self.norm(side).to(self.upsample.weight.dtype))
+                side = self._step(i, tapped, side, context, fused, cache, first_layer + i, recompute == "mlp")
+        output = self.upsample(self.norm(side).to(self.upsample.weight.dtype))
+        return output if self.readout is None else output + self.readout(taps.readout)
 
     def _step(
         self,
@@ -214,12 +283,9 @@ class SideNetwork(nn.Module):
     def _fuses(self, i: int, side: torch.Tensor) -> bool:
         """Whether step `i` begins with one fused kernel: no dropout is active and the kernel was measured to be faster."""
         dropout = self.downsample[i].dropout
-        # Without sizes the check is cheap; it fails on a CPU and under a compiler, which fuses the ops itself.
-        if (dropout.training and dropout.p > 0) or not dispatch.runs_triton("norm_gate", side):
+        if dropout.training and dropout.p > 0:
             return False
-        from hf_qst_kernels.gated_norm import table_sizes  # imported late, because it registers operators
-
-        return dispatch.runs_triton("norm_gate", side, table_sizes(side))
+        return dispatch.runs_triton("norm_gate", side, decisions.norm_gate_sizes(side))
 
     def _has_dropout(self, i: int) -> bool:
         rate = max(self.downsample[i].dropout.p, self.blocks[i].attention.spec.attention_dropout)

@@ -70,11 +70,12 @@ def test_parts_are_placed_with_their_base_blocks(monkeypatch):
     base.model.layers[2].to("meta")
     placed = {}
     monkeypatch.setattr(side_network, "_move", lambda part, device: placed.update({part: device.type}))
-    network = SideNetwork(QSTConfig(r=4), find_decoder_stack(base))
+    network = SideNetwork(QSTConfig(r=4, side_every=1, readout_every=1), find_decoder_stack(base))
     for i, kind in enumerate(("cpu", "meta", "meta")):
         assert {placed[part[i]] for part in (network.downsample, network.gates, network.blocks)} == {kind}
+        assert placed[network.readout.down[str(i)]] == kind
     # The rest follows the last block, whose output it continues.
-    assert {placed[part] for part in (network.norm, network.upsample, network.mix)} == {"meta"}
+    assert {placed[part] for part in (network.norm, network.upsample, network.mix, network.readout.up)} == {"meta"}
 
 
 def test_offloaded_base_runs_and_trains():

@@ -63,8 +63,10 @@ def block(weights, prefix, x, mask, spec, theta, eps):
     return x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
 
 
-def downsample(weights, i, kind, h, width):
+def downsample(weights, i, kind, h, width, input_norm=True):
     name = f"downsample.{i}"
+    if input_norm and kind in ("linear", "lora", "adapter"):
+        h = rms(h, 1, torch.finfo(h.dtype).eps)
     if kind == "linear":
         side = F.linear(h, weights[f"{name}.down.weight"])
     elif kind == "lora":
@@ -79,17 +81,26 @@ def downsample(weights, i, kind, h, width):
     return F.layer_norm(side, (width,), weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"])
 
 
-def reference(base, network, ids, mask, kind, mix):
+def every(step, count):
+    return [i for i in range(count) if (count - 1 - i) % step == 0]
+
+
+def reference(base, network, ids, mask, kind, mix, side_every=1, readout_every=2, input_norm=True):
     weights = {name: p.detach() for name, p in network.state_dict().items()}
     spec = network.blocks[0].attention.spec
     theta, eps = base.config.rope_parameters["rope_theta"], base.config.rms_norm_eps
     states, last = captured_states(base, ids, mask)
-    side = downsample(weights, 0, kind, states[0], spec.hidden_size)
-    for i in range(len(states) - 1):
+    side = downsample(weights, 0, kind, states[0], spec.hidden_size, input_norm)
+    count = len(states) - 1
+    for i, place in enumerate(every(side_every, count)):
         beta = torch.sigmoid(weights[f"gates.{i}.value"])
-        u = (1 - beta) * downsample(weights, i, kind, states[i + 1], spec.hidden_size) + beta * side
+        u = (1 - beta) * downsample(weights, i, kind, states[place + 1], spec.hidden_size, input_norm) + beta * side
         side = block(weights, f"blocks.{i}", u, mask, spec, theta, eps)
     up = F.linear(rms(side, weights["norm.weight"], eps), weights["upsample.weight"], weights["upsample.bias"])
+    if "readout.up.weight" in weights:
+        normed = {i: rms(states[i + 1], 1, torch.finfo(torch.float32).eps) for i in every(readout_every, count)}
+        narrow = [F.linear(h, weights[f"readout.down.{i}.weight"]) for i, h in normed.items()]
+        up = up + F.linear(torch.cat(narrow, -1), weights["readout.up.weight"])
     alpha = 1 + weights["mix.alpha.value"]
     if mix == "sigmoid":
         alpha = torch.sigmoid(alpha)
@@ -103,7 +114,7 @@ def randomise(network):
         for name, parameter in network.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-            elif "upsample" in name:
+            elif "upsample" in name or "readout.up" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
@@ -119,6 +130,9 @@ def randomise(network):
         ("maxpool", {"gate_shape": "vector"}),
         ("avgpool", {}),
         ("principal", {}),
+        ("adapter", {"side_every": 2, "readout_every": 1}),
+        ("linear", {"side_every": 5, "readout_every": 5, "downsample_input_norm": False}),
+        ("principal", {"side_every": 3, "readout_rank": 0}),
     ],
 )
 def test_output_equals_the_equations(kind, settings, grad):
@@ -131,7 +145,9 @@ def test_output_equals_the_equations(kind, settings, grad):
     model.eval()
     with torch.set_grad_enabled(grad):
         got = model.get_base_model().model(input_ids=ids, attention_mask=mask).last_hidden_state
-    expected = reference(base, side_network(model), ids, mask, kind, settings.get("mix", "residual"))
+    names = {"side_every": "side_every", "readout_every": "readout_every", "downsample_input_norm": "input_norm"}
+    given = {names[name]: value for name, value in settings.items() if name in names}
+    expected = reference(base, side_network(model), ids, mask, kind, settings.get("mix", "residual"), **given)
     kept = mask.bool()
     torch.testing.assert_close(got[kept], expected[kept], atol=1e-5, rtol=1e-5)
     assert got.requires_grad == grad
@@ -205,17 +221,16 @@ def test_side_block_reads_the_output_of_its_own_base_block(changed):
         return states
 
     before = side_states()
-    recorded = network.tap
+    recorded = network.record
+    indices = []
 
-    def corrupt(index, hidden):
-        # The embedding and the first block's output go through tap 0, in this order.
-        corrupt.calls += 1
-        return recorded(index, hidden + 1.0 * torch.randn_like(hidden) if corrupt.calls == changed + 2 else hidden)
+    def corrupt(taps, index, entering, leaving, context):
+        indices.append(index)
+        recorded(taps, index, entering, leaving + torch.randn_like(leaving) if index == changed else leaving, context)
 
-    corrupt.calls = 0
-    network.tap = corrupt
+    network.record = corrupt
     after = side_states()
-    assert corrupt.calls == 1 + len(layer.base_layer.layers)
+    assert indices == list(range(len(layer.base_layer.layers)))
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i < changed for i in range(3)]
 
 
@@ -226,8 +241,13 @@ def test_states_after_the_first_tap_are_the_bases_own():
     states, _ = captured_states(base, ids, None)
     model = side_tuned(model=tiny("llama"), awake=True).eval()
     network = side_network(model)
-    seen, recorded = [], network.tap
-    network.tap = lambda index, hidden: (seen.append(hidden), recorded(index, hidden))[1]
+    seen, recorded = [], network.record
+
+    def record(taps, index, entering, leaving, context):
+        seen.extend([entering, leaving] if index == 0 else [leaving])
+        recorded(taps, index, entering, leaving, context)
+
+    network.record = record
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     assert all(torch.equal(a, b) for a, b in zip(seen, states, strict=True))

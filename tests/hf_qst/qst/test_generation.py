@@ -77,8 +77,9 @@ def test_beam_search_with_and_without_cache_agree(model, prompt):
     assert torch.equal(cached, uncached)
 
 
-def test_beam_search_needs_the_side_cache_reordered(llama, monkeypatch):
+def test_beam_search_needs_the_side_cache_reordered(monkeypatch):
     """A control: the comparison above notices a side cache that keeps its rows in place."""
+    model = side_tuned("llama", awake=True, readout_rank=0).eval()
     original = DynamicCache.reorder_cache
 
     def base_only(self, beam_idx):
@@ -87,7 +88,7 @@ def test_beam_search_needs_the_side_cache_reordered(llama, monkeypatch):
         self.layers = layers
 
     monkeypatch.setattr(DynamicCache, "reorder_cache", base_only)
-    cached, uncached = both(llama, {"input_ids": token_batch()}, num_beams=4)
+    cached, uncached = both(model, {"input_ids": token_batch()}, num_beams=4)
     assert not torch.equal(cached, uncached)
 
 
@@ -265,7 +266,8 @@ def test_hidden_states_and_scores_are_returned(llama):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_bfloat16_base_with_a_float32_side_network(cache):
-    model = side_tuned(model=tiny("llama", dtype=torch.bfloat16), awake=True).eval()
+    # Without the readout, which adds a second sum that is rounded to 16 bits: random logits are often nearly equal.
+    model = side_tuned(model=tiny("llama", dtype=torch.bfloat16), awake=True, readout_rank=0).eval()
     ids = token_batch()
     cached = model.generate(input_ids=ids, cache_implementation=cache, **LONG)
     assert torch.equal(cached, model.generate(input_ids=ids, use_cache=False, **LONG))

@@ -217,7 +217,7 @@ def test_head_in_nf4(name, double, tmp_path, monkeypatch):
 
 def test_head_in_nf4_multiplies_in_its_compute_dtype(tmp_path):
     base = with_4bit_head(tmp_path, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = side_tuned(model=base, awake=True)
+    model = side_tuned(model=base, awake=True, readout_rank=0)
     chunked, _ = loss_and_gradients(model, **ragged())
     plain, _ = loss_and_gradients(model, **ragged(), logits_to_keep=0)
     base.lm_head.compute_dtype = torch.float32

@@ -60,7 +60,7 @@ def test_full_taps_keep_one_wide_float_for_each_layer(kind):
 @pytest.mark.parametrize("kind", ["maxpool", "avgpool", "principal"])
 @pytest.mark.parametrize("checkpointing", [True, "mlp", False])
 def test_taps_without_parameters_keep_nothing_wide(kind, checkpointing):
-    model = side_tuned("llama", downsample=kind, side_checkpointing=checkpointing, awake=True)
+    model = side_tuned("llama", downsample=kind, side_checkpointing=checkpointing, readout_rank=0, awake=True)
     kept = saved_tensors(model)
     assert not wide(kept, torch.int8)
     assert len(wide(kept, torch.float32)) <= 2
@@ -129,7 +129,7 @@ def test_int8_taps_give_nearly_the_gradients_of_full_ones():
     for key, gradient in results[0].items():
         error = (gradient - results[1][key]).norm() / results[1][key].norm()
         # Only the downsamplers' own weights see the rounding to 1/127 of a block's largest entry.
-        assert error < (0.02 if ".down.weight" in key else 1e-6), key
+        assert error < (0.02 if "down." in key else 1e-6), key
 
 
 def test_a_fourth_of_the_memory_of_lora_at_most():

@@ -43,7 +43,9 @@ BASES = {
 def test_trainable_parameters_follow_the_formula(base, shape, kind):
     make, heads = BASES[base]
     model = make()
-    tuned = side_tuned(model=model, r=2, downsample=kind, downsample_rank=8, gate_shape=shape, mix_shape=shape)
+    tuned = side_tuned(
+        model=model, r=2, downsample=kind, downsample_rank=8, gate_shape=shape, mix_shape=shape, readout_rank=0
+    )
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     assert trainable == expected(model, 2, kind, 8, shape, shape, *heads)
 
@@ -52,9 +54,23 @@ def test_trainable_parameters_follow_the_formula(base, shape, kind):
 def test_undivided_heads_follow_the_formula(base):
     model = BASES[base][0]()
     kv_heads = getattr(model.config, "num_key_value_heads", 4)
-    tuned = side_tuned(model=model, r=2, downsample_rank=8, side_heads="keep")
+    tuned = side_tuned(model=model, r=2, downsample_rank=8, side_heads="keep", readout_rank=0)
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     assert trainable == expected(model, 2, "adapter", 8, "scalar", "scalar", 4, kv_heads, 8)
+
+
+def test_fewer_side_blocks_and_the_readout_follow_the_formula():
+    """Blocks 1 and 3 of 4 have side blocks; 0 and 3 are read with rank 5."""
+    model = tiny("llama", num_hidden_layers=4)
+    whole = side_tuned(model=tiny("llama", num_hidden_layers=4), r=2, readout_rank=0)
+    few = side_tuned(model=model, r=2, side_every=2, readout_rank=5, readout_every=3)
+    count = lambda tuned: sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    network = side_network(whole)
+    a_block = sum(
+        p.numel() for part in (network.blocks, network.downsample, network.gates) for p in part[0].parameters()
+    )
+    assert count(few) == count(whole) - 2 * a_block + 2 * 5 * 64 + 2 * 5 * 64
+    assert side_network(few).places == [1, 3] and list(side_network(few).readout.down) == ["0", "3"]
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

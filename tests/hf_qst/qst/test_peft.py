@@ -6,8 +6,18 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 
-from hf_qst import QSTConfig
-from tests.architectures import CONFIGS, digest, in_nf4, side_layers, side_network, side_tuned, tiny, token_batch, wake
+from tests.architectures import (
+    CONFIGS,
+    digest,
+    in_nf4,
+    side_config,
+    side_layers,
+    side_network,
+    side_tuned,
+    tiny,
+    token_batch,
+    wake,
+)
 
 IDS = token_batch()
 
@@ -16,10 +26,6 @@ def logits(model):
     model.eval()
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
-
-
-def config(**settings):
-    return QSTConfig(task_type="CAUSAL_LM", r=4, downsample_rank=4, **settings)
 
 
 def hooks_in(model):
@@ -87,7 +93,7 @@ def test_new_adapter_beside_a_trained_one_starts_at_the_base():
     expected = logits(base)
     model = side_tuned(model=base, awake=True)
     trained = logits(model)
-    model.add_adapter("fresh", config())
+    model.add_adapter("fresh", side_config())
     model.set_adapter("fresh")
     assert torch.equal(logits(model), expected)
     model.set_adapter("default")
@@ -96,7 +102,7 @@ def test_new_adapter_beside_a_trained_one_starts_at_the_base():
 
 def test_two_active_adapters_are_refused():
     model = side_tuned("llama")
-    model.add_adapter("second", config())
+    model.add_adapter("second", side_config())
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="one network at a time"):
         logits(model)
@@ -104,7 +110,7 @@ def test_two_active_adapters_are_refused():
 
 def test_training_a_module_inside_the_base_is_refused():
     with pytest.raises(ValueError, match="embed_tokens"):
-        get_peft_model(tiny("llama"), config(modules_to_save=["embed_tokens"]))
+        get_peft_model(tiny("llama"), side_config(modules_to_save=["embed_tokens"]))
 
 
 def test_resized_embeddings_reach_the_base():
@@ -135,8 +141,10 @@ def test_tuple_output_equals_the_named_one():
 def test_adapters_have_the_dtype_that_peft_promises(dtype, autocast, tmp_path):
     """float32, or that of the base where the caller says so; then for gates and mix too, also while training."""
     expected = torch.float32 if autocast else dtype
-    model = get_peft_model(tiny("llama", dtype=dtype), config(downsample="principal"), autocast_adapter_dtype=autocast)
-    model.add_adapter("second", config(downsample="principal"), autocast_adapter_dtype=autocast)
+    model = get_peft_model(
+        tiny("llama", dtype=dtype), side_config(downsample="principal"), autocast_adapter_dtype=autocast
+    )
+    model.add_adapter("second", side_config(downsample="principal"), autocast_adapter_dtype=autocast)
     wake(model)
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path / "second", "third", autocast_adapter_dtype=autocast)
@@ -149,7 +157,7 @@ def test_adapters_have_the_dtype_that_peft_promises(dtype, autocast, tmp_path):
         trained = {key: p for key, p in parameters.items() if p.requires_grad}
         assert all(p.grad.isfinite().all() for p in trained.values())
         assert trained["gates.1.value"].grad != 0
-    exact = wake(get_peft_model(tiny("llama"), config(downsample="principal")))
+    exact = wake(get_peft_model(tiny("llama"), side_config(downsample="principal")))
     reference = side_network(exact)
     reference.load_state_dict(side_network(model, "third").float().state_dict())
     torch.testing.assert_close(loss, exact.train()(input_ids=IDS, labels=IDS).loss, atol=0.05, rtol=0.02)
@@ -159,11 +167,11 @@ def test_refused_settings_leave_the_model_as_it_was():
     base = tiny("llama")
     expected = logits(base)
     with pytest.raises(ValueError, match="calibration_data must hold at least one batch"):
-        get_peft_model(base, config(downsample="principal", calibration_data=[]))
+        get_peft_model(base, side_config(downsample="principal", calibration_data=[]))
     assert side_layers(base) == []
     assert not any(module._forward_hooks for module in base.modules())
     assert torch.equal(logits(base), expected)
-    assert torch.equal(logits(get_peft_model(base, config())), expected)
+    assert torch.equal(logits(get_peft_model(base, side_config())), expected)
 
 
 def test_parameter_counts_are_reported():

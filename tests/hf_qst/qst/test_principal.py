@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from hf_qst import QSTConfig
 from hf_qst.errors import CalibrationError
-from tests.architectures import digest, side_network, side_tuned, tiny, token_batch, wake
+from tests.architectures import digest, side_config, side_network, side_tuned, tiny, token_batch, wake
 
 
 def states_of(base, batches):
@@ -157,7 +157,7 @@ def test_without_data_directions_are_orthonormal_and_said_to_be_random(caplog):
 
 
 def test_generator_of_batches_is_read_once():
-    config = QSTConfig(r=4, downsample="principal", calibration_data=(b for b in batches()))
+    config = side_config(downsample="principal", calibration_data=(b for b in batches()))
     model = tiny("llama")
     model.add_adapter(config)
     reference = side_tuned("llama", downsample="principal", calibration_data=batches())

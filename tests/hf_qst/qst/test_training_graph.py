@@ -86,11 +86,11 @@ def test_first_step_of_the_default_mix_moves_upsampler_and_alpha():
     model = side_tuned("llama")
     step(model)
     moved = {n.split("default.")[1] for n, p in trainable(model).items() if p.grad is not None and p.grad.any()}
-    assert moved == {"upsample.weight", "upsample.bias", "mix.alpha.value"}
+    assert moved == {"upsample.weight", "upsample.bias", "readout.up.weight", "mix.alpha.value"}
 
 
 def test_first_step_of_the_papers_mix_moves_alpha_only():
-    model = side_tuned("llama", mix="paper")
+    model = side_tuned("llama", mix="paper", readout_rank=0)
     step(model)
     moved = {n.split("default.")[1] for n, p in trainable(model).items() if p.grad is not None and p.grad.any()}
     assert moved == {"mix.alpha.value"}

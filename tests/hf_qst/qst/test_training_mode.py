@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_qst import QSTConfig
-from tests.architectures import CONFIGS, side_network, side_tuned, tiny, token_batch, wake
+from tests.architectures import CONFIGS, side_config, side_network, side_tuned, tiny, token_batch, wake
 from tests.trainers import plain_trainer
 
 IDS = token_batch()
@@ -118,7 +118,7 @@ def test_natively_disabled_adapter_gives_the_bases_loss_in_training_mode():
 
 def test_frozen_reference_adapter_gives_its_loss_within_a_training_step():
     model = side_tuned("llama", awake=True)
-    model.add_adapter("reference", QSTConfig(task_type="CAUSAL_LM", r=4, downsample_rank=4))
+    model.add_adapter("reference", side_config())
     side_network(model, "reference").load_state_dict(side_network(model).state_dict())
     expected = model.eval()(input_ids=IDS, labels=IDS).loss
     model.train().base_model.set_adapter("reference", inference_mode=True)
