@@ -6,7 +6,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_qst.base_model.budget import BudgetError
+from hf_qst.base_model.budget import Budget
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.base_model.offloading import require_in_place, require_weights
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing
@@ -139,14 +139,7 @@ def parameter_budget(model: nn.Module, stack: DecoderStack, config) -> int:
     layout = PruningLayout.of(stack)
     plan = SelectionMap.of(layout, config.selections, config.constraint)
     least = plan.parameters([rounded_width(0, n, config.width_multiple, config.min_width) for n in plan.sizes])
-    others = other_parameters(model, stack) if config.budget_scope == "model" else 0
-    budget = int(config.keep_ratio * (layout.total + others)) - others
-    if budget < least:
-        total = layout.total + others
-        raise BudgetError(
-            f"{type(config).__name__}.keep_ratio={config.keep_ratio} of the {config.budget_scope}'s {total} parameters "
-            f"cannot be met: {least + others} remain at the least widths, so keep_ratio must be at least "
-            f"{(least + others) / total:.4f}",
-            least + others,
-        )
-    return budget
+    budget = Budget(config.keep_ratio, config.budget_scope, layout.total, other_parameters(model, stack))
+    if budget.parameters < least:
+        raise budget.error(type(config).__name__, least, "at the least widths")
+    return budget.parameters

@@ -1,12 +1,14 @@
 """Mixed-rank compression: activation-aware low-rank factors with a rank for each layer, as a PEFT method."""
 
 from hf_qst.mixed_rank.allocation import BudgetError, LayerSpectrum, allocate_ranks
-from hf_qst.mixed_rank.compression import Compression, compress, compress_model
-from hf_qst.mixed_rank.config import MixedRankConfig
+from hf_qst.mixed_rank.compression import compress, compress_model
+from hf_qst.mixed_rank.config import CompressionResults, MixedRankConfig
 from hf_qst.mixed_rank.decomposition import factorize, metric_matrix, output_energies
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.model import MixedRankModel
-from hf_qst.mixed_rank.report import rank_report
+from hf_qst.mixed_rank.pipeline import Compression
+from hf_qst.mixed_rank.rank_report import rank_report
+from hf_qst.mixed_rank.stage_configs import AllocationConfig, CompensationConfig, DecompositionConfig, ResidualConfig
 from hf_qst.reshaped_models import register_kind
 from hf_qst.tuner.registration import HfQstPeftType, register_method
 
@@ -14,14 +16,19 @@ register_method(HfQstPeftType.MIXED_RANK, MixedRankConfig, MixedRankModel)
 register_kind(KIND, LowRankLinear.from_description)
 
 __all__ = [
+    "AllocationConfig",
     "BudgetError",
+    "CompensationConfig",
     "Compression",
+    "CompressionResults",
+    "DecompositionConfig",
     "LayerSpectrum",
     "LowRankLinear",
     "MixedRankConfig",
     "MixedRankLayer",
     "MixedRankModel",
     "NoDenseWeightsError",
+    "ResidualConfig",
     "allocate_ranks",
     "compress",
     "compress_model",

@@ -11,7 +11,8 @@ Which distance that is follows from the model's head, as transformers chooses it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,6 @@ from torch import nn
 
 from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode
 from hf_qst.calibration.passes import output_tensors
-from hf_qst.mixed_rank.sequential import installed
 
 CLASSES, LABELS, REGRESSION, STATES = "classes", "labels", "regression", "states"
 
@@ -116,6 +116,19 @@ def _distance(kind: str, reference: torch.Tensor, found: torch.Tensor) -> torch.
 def row_count(predictions: Mapping[str, Prediction]) -> int:
     """Rows that predictions are compared by."""
     return max(len(one.values) for one in predictions.values())
+
+
+@contextmanager
+def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """These modules in the place of the model's own, for a while."""
+    own = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in own.items():
+            model.set_submodule(name, module)
 
 
 @torch.no_grad()
