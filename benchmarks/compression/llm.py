@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from benchmarks.common.measure import ROOT
-from benchmarks.compression.methods import budget, compressed, off_budget, parameters
+from benchmarks.compression.methods import UNIFORM, budget, compressed, off_budget, parameters
 from examples.corpus import SourceFile, blocks, held_out_loss, split, stdlib_files, tokens, transformers_files
 from hf_qst import MixedRankConfig
 from hf_qst.base_model.linear_layers import dense_shape
+from hf_qst.mixed_rank import ResidualConfig
 from hf_qst.mixed_rank.targets import find_targets
 
 BASE = ROOT / "examples" / "base_model"
@@ -114,8 +115,8 @@ def cost(dense, text: Text, methods: list[str], keep: float, done: dict, save: C
 
 RESIDUALS = {
     "none": ("NF4", None),
-    "plain": ("+ plain SVD of what is missing", {"metric": "plain", "allocator": "uniform", "compensation": "none"}),
-    "uniform": ("+ second moment, one rank (EoRA-style)", {"allocator": "uniform", "compensation": "none"}),
+    "plain": ("+ plain SVD of what is missing", {"decomposition": "plain", **UNIFORM}),
+    "uniform": ("+ second moment, one rank (EoRA-style)", UNIFORM),
     "mix-lstsq": ("+ mixed ranks + lstsq (default)", {}),
 }
 
@@ -146,9 +147,7 @@ def residuals(dense, text: Text, model: str | Path, rank: int, done: dict, save:
 
 def _residual_config(name: str, dense, text: Text, rank: int) -> MixedRankConfig:
     return MixedRankConfig(
-        mode="residual",
-        residual_rank=rank,
-        reference_model=dense,
+        residual=ResidualConfig(dense, rank),
         calibration_data=text.calibration,
         progress=False,
         **RESIDUALS[name][1],

@@ -67,7 +67,7 @@ def nested(values: Mapping, stages: Mapping[str, type[StageConfig]]) -> dict:
 
 
 def accept_earlier_names(cls):
-    """Class decorator of `MixedRankConfig`: its constructor takes earlier names, and what a saved file holds.
+    """Class decorator of `MixedRankConfig`: earlier names are taken and read, and what a saved file holds.
 
     An argument by an earlier name brings a FutureWarning. A saved file, known by its `peft_type`, brings none; it may
     hold results, which are no arguments, and unknown keys, which one warning names.
@@ -89,7 +89,13 @@ def accept_earlier_names(cls):
         if results is not None:
             self.results = type(self.results)(**results)
 
-    cls.__init__ = __init__
+    def __getattr__(self, name: str):
+        if name not in EARLIER:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        field, now = EARLIER[name]
+        return getattr(getattr(self, field), now)
+
+    cls.__init__, cls.__getattr__ = __init__, __getattr__
     return cls
 
 
