@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_qst.calibration import CalibrationError
+from hf_qst.mixed_rank.allocation.allocators import ALLOCATORS
 from hf_qst.mixed_rank.compensation.gradient import GRADIENT_LEARNING_RATE, GRADIENT_STEPS
 from hf_qst.mixed_rank.earlier_names import accept_earlier_names
 from hf_qst.mixed_rank.quantization import SCHEMES
@@ -78,7 +79,7 @@ class MixedRankConfig(MethodConfig):
         quantize_factors (`str`, *optional*):
             `"nf4"` or `"int8"`: hold the factors so, by bitsandbytes. They do not train any more.
         keep_base_weights (`bool`):
-            Keep the dense weights beside the factors, so that adapters can be added, switched, disabled, merged,
+            Keep the dense weights as well, so that adapters can be added, switched, disabled, merged,
             unmerged, deleted and unloaded as those of PEFT's own methods. Residuals always do.
         memory_limit (`int`, *optional*): bytes the input statistics may take at once; more passes are made instead.
         seed (`int`): of the random start of `"gradient"` and the order of batches in `"kd"`.
@@ -87,8 +88,7 @@ class MixedRankConfig(MethodConfig):
         rank_pattern (`dict[str, int]`):
             Ranks by layer, named as in `target_modules`; 0 keeps a layer dense. The budget is shared by the others. Of
             a compressed model: the rank of every compressed layer, by its full name.
-        init_weights (`bool`): False starts at random factors of the chosen ranks, for tests and experiments.
-        manifest (`dict`, *optional*): filled in on saving: names, shapes, dtypes and checksums of the tensors.
+        init_weights, manifest: as of `MethodConfig`.
 
     Attributes:
         results ([`CompressionResults`]): what the compression chose and measured; saved with the adapter.
@@ -115,7 +115,7 @@ class MixedRankConfig(MethodConfig):
         default=None, metadata={"help": "Add factors to compressed layers, for what these have lost."}
     )
     quantize_factors: str | None = field(default=None, metadata={"help": "'nf4', 'int8' or None."})
-    keep_base_weights: bool = field(default=False, metadata={"help": "Keep the dense weights beside the factors."})
+    keep_base_weights: bool = field(default=False, metadata={"help": "Keep the dense weights as well."})
     memory_limit: int | None = field(default=None, metadata={"help": "Bytes for input statistics."})
     seed: int = field(default=0, metadata={"help": "Seed of 'gradient' and 'kd'."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full."})
@@ -242,21 +242,17 @@ class MixedRankConfig(MethodConfig):
         return changed
 
     def _require_no_data(self) -> None:
-        metric, method = self.decomposition.metric, self.compensation.method
-        for field_name, name, value in (
-            ("allocation", "allocator", "auto"),
-            ("allocation", "layer_weight", "fisher"),
-            ("decomposition", "bias_correction", True),
+        for stage, name, without_data in (
+            (self.allocation, "allocator", ALLOCATORS),
+            (self.allocation, "layer_weight", ("none",)),
+            (self.decomposition, "bias_correction", (False,)),
+            (self.compensation, "method", ("auto", "none")),
+            (self.decomposition, "metric", ("auto", "plain")),
         ):
-            if getattr(getattr(self, field_name), name) == value:
-                raise CalibrationError(
-                    f"MixedRankConfig.{field_name}.{name}={value!r} needs calibration_data, got None"
-                )
-        if method not in ("auto", "none"):
-            raise CalibrationError(f"MixedRankConfig.compensation.method={method!r} needs calibration_data, got None")
-        if metric not in ("auto", "plain"):
-            raise CalibrationError(f"MixedRankConfig.decomposition.metric={metric!r} needs calibration_data, got None")
-        if metric == "auto":
+            value = getattr(stage, name)
+            if value not in without_data:
+                raise CalibrationError(f"{stage.where}.{name}={value!r} needs calibration_data, got None")
+        if self.decomposition.metric == "auto":
             logger.warning(
                 "MixedRankConfig without calibration_data: the plain SVD of the weights is used, which ignores what the "
                 "layers are used for"

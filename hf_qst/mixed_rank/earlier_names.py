@@ -84,7 +84,8 @@ def accept_earlier_names(cls):
         elif "results" in values:
             raise TypeError("MixedRankConfig: dense_modules and statistics are results and no arguments")
         elif earlier := [name for name in kwargs if name in EARLIER or name == "mode"]:
-            warnings.warn(_spelled_today(earlier, kwargs.get("mode")), FutureWarning, stacklevel=2)
+            spelled = (f"{name} is now {'.'.join(EARLIER.get(name, ('residual',)))}" for name in earlier)
+            warnings.warn(f"MixedRankConfig: {', '.join(spelled)}", FutureWarning, stacklevel=2)
         make(self, *args, **values)
         if results is not None:
             self.results = type(self.results)(**results)
@@ -97,21 +98,6 @@ def accept_earlier_names(cls):
 
     cls.__init__, cls.__getattr__ = __init__, __getattr__
     return cls
-
-
-def _spelled_today(earlier: list[str], mode: str | None) -> str:
-    today: dict[str, list[str]] = {}
-    for name in earlier:
-        field, now = EARLIER.get(name, (None, None))
-        if field is not None and (field != "residual" or mode == "residual"):
-            today.setdefault(field, []).append(f"'{now}': ...")
-    if mode == "residual":
-        today.setdefault("residual", [])
-    spelled = ", ".join(f"{field}={{{', '.join(inside)}}}" for field, inside in today.items())
-    return (
-        f"MixedRankConfig: {', '.join(earlier)} {'is' if len(earlier) == 1 else 'are'} now spelled "
-        f"{spelled or 'residual=None, the default'}"
-    )
 
 
 def _without_unknown(values: dict, accepted, cls) -> dict:

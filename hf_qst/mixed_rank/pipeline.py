@@ -11,7 +11,7 @@ from hf_qst.mixed_rank.compensation.distillation import HELD_OUT, distil
 from hf_qst.mixed_rank.compensation.stage import compensate
 from hf_qst.mixed_rank.config import CompressionResults
 from hf_qst.mixed_rank.decomposition.spectrum import DENSE
-from hf_qst.mixed_rank.decomposition.stage import Decomposition, decompose
+from hf_qst.mixed_rank.decomposition.stage import Decomposition
 from hf_qst.mixed_rank.layer import LowRankLinear
 from hf_qst.mixed_rank.predictions import mean_divergence
 from hf_qst.mixed_rank.target_weights import TargetWeights
@@ -76,16 +76,16 @@ class Pipeline:
         ranks = self.allocate(layers)
         factors = self.compensate(layers, ranks)
         distillation = self._distil(factors, held_out) if held_out and factors else None
-        facts = {name: {"relative_error": layers.spectra[name].relative_error(ranks[name])} for name in ranks}
-        statistics = {name: {**known, **layers.facts[name]} for name, known in facts.items()}
+        error = lambda name: layers.spectra[name].relative_error(ranks[name])
+        statistics = {name: {"relative_error": error(name), **layers.facts[name]} for name in ranks}
         dense = [name for name in self.weights.names if ranks[name] == DENSE]
-        found = Compression(factors, dense, statistics, choice, distillation)
-        self._log(found, layers)
-        return found
+        result = Compression(factors, dense, statistics, choice, distillation)
+        self._log(result, layers)
+        return result
 
     def decompose(self) -> Decomposition:
         """Stage 1: what each layer loses at each rank."""
-        layers = decompose(self.weights, self.settings, self.calibration)
+        layers = Decomposition(self.weights, self.settings, self.calibration)
         if self.settings.allocation.layer_weight == "fisher":
             weigh_layers(self.weights, layers, self.calibration)
         return layers
@@ -100,10 +100,10 @@ class Pipeline:
 
     def _distil(self, factors: dict[str, LowRankLinear], held_out: CalibrationSet) -> dict[str, float]:
         """Train the factors, in place; what was to be quantised is quantised after that."""
-        found = distil(self.weights.model, factors, self.calibration, held_out, self.settings)
+        divergences = distil(self.weights.model, factors, self.calibration, held_out, self.settings)
         for layer in factors.values():
             self.weights.quantize(layer)
-        return found
+        return divergences
 
     def _choose_allocator(self) -> dict:
         """Take the candidate whose compressed model predicts most like the dense one.
@@ -118,16 +118,16 @@ class Pipeline:
         method = self.settings.compensation.method
         compensation = replace(self.settings.compensation, method="lstsq" if method == "kd" else method)
         trial = Pipeline(self.weights, self.settings.changed(compensation=compensation), training)
-        layers, seen, candidates = trial.decompose(), {}, []
+        layers, divergence, candidates = trial.decompose(), {}, []
         for candidate in CANDIDATES:
             trial.settings = self._with_allocator(trial.settings, candidate)
             ranks = trial.allocate(layers)
             key = tuple(sorted(ranks.items()))
-            if key not in seen:
+            if key not in divergence:
                 factors = trial.compensate(layers, ranks)
                 modules = {name: self.weights.in_place(name, layer) for name, layer in factors.items()}
-                seen[key] = mean_divergence(self.weights.model, self.weights.reference, modules, held_out.batches)
-            candidates.append({**candidate, "divergence": seen[key]})
+                divergence[key] = mean_divergence(self.weights.model, self.weights.reference, modules, held_out.batches)
+            candidates.append({**candidate, "divergence": divergence[key]})
         best = min(range(len(candidates)), key=lambda i: candidates[i]["divergence"])
         logger.info("allocator='auto' chose %s from %s", CANDIDATES[best], candidates)
         self.settings = self._with_allocator(self.settings, CANDIDATES[best])
@@ -136,12 +136,12 @@ class Pipeline:
     def _with_allocator(self, settings, candidate: dict):
         return settings.changed(allocation=replace(self.settings.allocation, **candidate))
 
-    def _log(self, found: Compression, layers: Decomposition) -> None:
-        spectra = [layers.spectra[name] for name in found.factors]
-        error = sum(facts["relative_error"] for facts in found.statistics.values()) / len(found.statistics)
+    def _log(self, result: Compression, layers: Decomposition) -> None:
+        spectra = [layers.spectra[name] for name in result.factors]
+        error = sum(facts["relative_error"] for facts in result.statistics.values()) / len(result.statistics)
         logger.info(
             "%d of %d layers have factors (ranks %d to %d): %d parameters %s %d; mean relative output error %.4f",
-            len(spectra), len(self.weights.names), min(found.ranks.values(), default=0),
-            max(found.ranks.values(), default=0), sum(one.cost(found.ranks[one.name]) for one in spectra),
+            len(spectra), len(self.weights.names), min(result.ranks.values(), default=0),
+            max(result.ranks.values(), default=0), sum(one.cost(result.ranks[one.name]) for one in spectra),
             "added to" if self.weights.residual else "in the place of", sum(one.dense_cost for one in spectra), error,
         )  # fmt: skip

@@ -94,22 +94,22 @@ def _kind(model: nn.Module, logits: torch.Tensor, batch: Mapping) -> str:
     return CLASSES
 
 
-def divergence(reference: Mapping[str, Prediction], found: Mapping[str, Prediction]) -> torch.Tensor:
+def divergence(reference: Mapping[str, Prediction], other: Mapping[str, Prediction]) -> torch.Tensor:
     """Distance of predictions from those of the reference, a mean over rows; that of several fields is added up."""
-    return sum(_distance(one.kind, one.values, found[key].values) for key, one in reference.items() if len(one.values))
+    return sum(_distance(one.kind, one.values, other[key].values) for key, one in reference.items() if len(one.values))
 
 
-def _distance(kind: str, reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+def _distance(kind: str, reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     if kind == CLASSES:
-        log_p, log_q = reference.log_softmax(-1), found.log_softmax(-1)
+        log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
         return nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     if kind == LABELS:
         total = 0.0
         for sign in (1, -1):
-            log_p, log_q = (nn.functional.logsigmoid(sign * logits) for logits in (reference, found))
+            log_p, log_q = (nn.functional.logsigmoid(sign * logits) for logits in (reference, other))
             total = total + (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         return total
-    error = (found - reference).square().mean()
+    error = (other - reference).square().mean()
     return error if kind == REGRESSION else error / reference.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 

@@ -100,12 +100,12 @@ def _reference(model: nn.Module, reference: nn.Module | None, names: Sequence[st
         except AttributeError:
             module = None
         if module is None or not is_linear(module) or dense_shape(module) != dense_shape(model.get_submodule(name)):
-            found = (
+            actual = (
                 f"{list(dense_shape(module))}" if module is not None and is_linear(module) else type(module).__name__
             )
             raise ValueError(
                 f"MixedRankConfig.residual.reference_model must have a linear layer {name!r} of "
-                f"{list(dense_shape(model.get_submodule(name)))} ([d_in, d_out]), found {found}"
+                f"{list(dense_shape(model.get_submodule(name)))} ([d_in, d_out]), found {actual}"
             )
         if scheme_of(module) is not None:
             raise ValueError(

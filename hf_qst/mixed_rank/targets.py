@@ -33,7 +33,7 @@ def find_targets(model: nn.Module, config) -> list[str]:
             f"{', '.join(known_types())}): name its layers in MixedRankConfig.target_modules"
         )
     compressed = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
-    found = []
+    targets = []
     for name, module in model.named_modules():
         if everything and not name.startswith(f"{blocks}."):
             continue
@@ -41,16 +41,16 @@ def find_targets(model: nn.Module, config) -> list[str]:
             continue
         if any(name == other or name.startswith(f"{other}.") for other in compressed):
             raise ValueError(f"MixedRankConfig.target_modules: {name!r} is compressed already")
-        found.append(name)
-    if not found:
+        targets.append(name)
+    if not targets:
         raise ValueError(
             f"MixedRankConfig.target_modules={wanted!r} with exclude_modules={config.exclude_modules!r} matches no "
             f"linear layer of {type(model).__name__}"
         )
-    _refuse_outside(model, found)
-    _refuse_shared(model, found)
+    _refuse_outside(model, targets)
+    _refuse_shared(model, targets)
     _name_what_is_left_out(model)
-    return found
+    return targets
 
 
 def matches(config, name: str, target_modules):

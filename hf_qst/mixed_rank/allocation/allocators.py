@@ -149,7 +149,7 @@ def _gradual(layers: Sequence[LayerSpectrum], choices: Mapping[str, list], budge
         return ((options[to][1] - options[at][1]) / (options[at][0] - options[to][0]), name, to)
 
     while spent > budget:
-        _, name, to = min(found for found in map(move, choices) if found)
+        _, name, to = min(step for step in map(move, choices) if step)
         spent += choices[name][to][0] - choices[name][place[name]][0]
         place[name] = to
     return _fill(choices, {name: choices[name][at] for name, at in place.items()}, budget - spent)

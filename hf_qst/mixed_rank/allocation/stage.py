@@ -12,42 +12,51 @@ from hf_qst.mixed_rank.sensitivity import fisher_weights
 from hf_qst.mixed_rank.target_weights import TargetWeights
 
 
-def weigh_layers(weights: TargetWeights, found: Decomposition, calibration: CalibrationSet) -> None:
+def weigh_layers(weights: TargetWeights, decomposition: Decomposition, calibration: CalibrationSet) -> None:
     """Give each spectrum its layer's Fisher weight."""
-    energies = {name: spectrum.total for name, spectrum in found.spectra.items()}
+    energies = {name: spectrum.total for name, spectrum in decomposition.spectra.items()}
     fisher = fisher_weights(weights.reference, energies, calibration.batches, calibration.progress)
     for name, weight in fisher.items():
-        found.spectra[name].weight = weight
+        decomposition.spectra[name].weight = weight
 
 
-def allocate(weights: TargetWeights, found: Decomposition, fixed: dict[str, int], settings) -> dict[str, int]:
+def allocate(weights: TargetWeights, decomposition: Decomposition, fixed: dict[str, int], settings) -> dict[str, int]:
     """Ranks by layer name.
 
     Args:
         weights: of the targets.
-        found: the result of stage 1.
+        decomposition: the result of stage 1.
         fixed: ranks that are given (`fixed_ranks`).
         settings ([`MixedRankConfig`]): resolved, with an allocator other than `"auto"`.
 
     Raises:
         BudgetError: no choice fits; the message names the smallest ratio that does.
     """
-    layers, allocation = list(found.spectra.values()), settings.allocation
+    layers, allocation = list(decomposition.spectra.values()), settings.allocation
     if len(fixed) == len(layers):
         return fixed
-    ranks = lambda budget: allocate_ranks(
-        layers, budget, allocation.allocator, allocation.rank_multiple, allocation.min_rank_ratio,
-        allocation.allow_dense, fixed,
-    )  # fmt: skip
+    targets = sum(one.dense_cost for one in layers)
+    budget = Budget(settings.keep_ratio, settings.budget_scope, targets, weight_count(weights.model) - targets)
+    parameters = budget.parameters
     if settings.residual:
         # Added to layers that stay: the budget is that of one rank in all of them.
         same = {one.name: min(settings.residual.rank, one.in_features, one.out_features) for one in layers} | fixed
-        return same if allocation.allocator == "uniform" else ranks(sum(one.cost(same[one.name]) for one in layers))
-    targets = sum(one.dense_cost for one in layers)
-    budget = Budget(settings.keep_ratio, settings.budget_scope, targets, weight_count(weights.model) - targets)
+        if allocation.allocator == "uniform":
+            return same
+        parameters = sum(one.cost(same[one.name]) for one in layers)
     try:
-        return ranks(budget.parameters)
+        return allocate_ranks(
+            layers,
+            parameters,
+            allocator=allocation.allocator,
+            rank_multiple=allocation.rank_multiple,
+            min_rank_ratio=allocation.min_rank_ratio,
+            allow_dense=allocation.allow_dense,
+            fixed=fixed,
+        )
     except BudgetError as error:
+        if settings.residual:
+            raise
         multiples = f"with ranks in multiples of {allocation.rank_multiple}"
         raise budget.error("MixedRankConfig", error.smallest, multiples) from None
 

@@ -79,12 +79,12 @@ class _Best:
         self.kept = [parameter.detach().clone() for parameter in self.parameters]
 
     def look(self) -> float:
-        found = self.measure()
-        self.waited = 0 if found < self.least else self.waited + 1
-        if found < self.least:
-            self.least = found
+        value = self.measure()
+        self.waited = 0 if value < self.least else self.waited + 1
+        if value < self.least:
+            self.least = value
             self._keep()
-        return found
+        return value
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -125,7 +125,7 @@ def _has_gradients(
     with torch.enable_grad(), installed(model, modules):
         loss = divergence(expected, predictor(model, batch))
         # Asked for by name: the model's own parameters get no gradients. A layer's output may not be used.
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
     return True

@@ -45,7 +45,7 @@ def gradient_factors(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The paper's form: a second low-rank pair G Y' beside U V', trained by gradient descent, folded into one.
+    """The paper's form: a second low-rank pair G Y' next to U V', trained by gradient descent, folded into one.
 
     The ranks of the two pairs add up to `rank`. U V' is frozen; G starts at N(0, 1/d_in), Y at zero; Adam minimises
     ||z (U V' + G Y') - x W||^2 over a proxy data set. The step that was best on a held-out tenth is kept, and training
@@ -69,7 +69,7 @@ def gradient_factors(
     device = weight.device
     rows, others = (torch.cat(part).to(device) for part in (proxy.rows, proxy.others))
     target = others @ weight.float()
-    missing = target - rows @ left.float() @ right.float()
+    remainder = target - rows @ left.float() @ right.float()
     scale = target.square().sum(1).mean().clamp(min=torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).to(device)
@@ -79,7 +79,7 @@ def gradient_factors(
     third = torch.zeros(residual, weight.shape[1], device=device, requires_grad=True)
 
     def loss(index: torch.Tensor) -> torch.Tensor:
-        return (rows[index] @ second @ third - missing[index]).square().sum(1).mean() / scale
+        return (rows[index] @ second @ third - remainder[index]).square().sum(1).mean() / scale
 
     with torch.no_grad():
         best, best_pair, waited = loss(held_out).item(), (second.detach().clone(), third.detach().clone()), 0
@@ -94,10 +94,10 @@ def gradient_factors(
             if step % _LOOK_EVERY:
                 continue
             with torch.no_grad():
-                seen = loss(held_out).item()
-            waited = 0 if seen < best * (1 - _SMALLEST_GAIN) else waited + 1
-            if seen < best:
-                best, best_pair = seen, (second.detach().clone(), third.detach().clone())
+                error = loss(held_out).item()
+            waited = 0 if error < best * (1 - _SMALLEST_GAIN) else waited + 1
+            if error < best:
+                best, best_pair = error, (second.detach().clone(), third.detach().clone())
             if waited == _PATIENCE:
                 break
     bar.close()

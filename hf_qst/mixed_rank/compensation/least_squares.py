@@ -16,7 +16,7 @@ def least_squares_factors(
     shrinkage: str | float | None = "ledoit_wolf",
     shrinkage_scale: float = 1.0,
     ridge: float = 1e-4,
-    beside: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
     centred: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of rank `rank` that minimise E||z A B - x W||^2 + lambda ||A B - W||^2, in closed form.
@@ -31,22 +31,22 @@ def least_squares_factors(
         rank (`int`)
         shrinkage, shrinkage_scale: as in `metric_matrix`.
         ridge (`float`): the least that lambda may be, as a part of the mean input energy tr(C)/d_in.
-        beside: a weight [d_in, d_out] that stays and that the factors are added to: A B + beside stands for A B.
+        kept: a weight [d_in, d_out] that stays and that the factors are added to: A B + kept stands for A B.
         centred (`bool`): take z and x less their means, for a layer whose bias makes up for these (`bias_shift`).
 
     Returns:
         A [d_in, rank] and B [rank, d_out] in float64.
     """
     weight = weight.double()
-    beside = torch.zeros_like(weight) if beside is None else beside.double()
+    kept = torch.zeros_like(weight) if kept is None else kept.double()
     intensity = max(shrinkage_intensity(moments, shrinkage, shrinkage_scale), ridge)
     moment = moments.shrunk(intensity, centred)
     if moment.trace() <= 0:
-        return factorize(weight - beside, rank)
+        return factorize(weight - kept, rank)
     cross = (1.0 - intensity) * moments.cross_moment(centred)
     # Shrinking leaves the trace as it is.
     cross.diagonal().add_(intensity * moment.trace() / len(moment))
-    return factorize(torch.linalg.solve(moment, cross @ weight) - beside, rank, moment)
+    return factorize(torch.linalg.solve(moment, cross @ weight) - kept, rank, moment)
 
 
 def bias_shift(

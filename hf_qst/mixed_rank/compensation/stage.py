@@ -26,7 +26,7 @@ COMPENSATIONS = ("lstsq", "none", "gradient", "kd")
 
 def compensate(
     weights: TargetWeights,
-    found: Decomposition,
+    layers: Decomposition,
     ranks: Mapping[str, int],
     settings,
     calibration: CalibrationSet | None,
@@ -35,32 +35,32 @@ def compensate(
 
     Args:
         weights: of the targets.
-        found: the result of stage 1.
+        layers: the result of stage 1.
         ranks: the result of stage 2.
         settings ([`MixedRankConfig`]): resolved.
         calibration (*optional*): not needed by the method `"none"` with the metric `"plain"`.
     """
-    kept = [tuple(name for name in group if ranks[name] != DENSE) for group in found.groups]
+    kept = [tuple(name for name in group if ranks[name] != DENSE) for group in layers.groups]
     groups = [group for group in kept if group]
     if not groups:
         return {}
     if settings.compensation.method == "none":
-        factors = _uncompensated(weights, found, ranks)
+        factors = _uncompensated(weights, layers, ranks)
     else:
         factors = _compensated(weights, groups, ranks, settings, calibration)
     return {name: factors[name] for name in weights.names if name in factors}
 
 
-def _uncompensated(weights: TargetWeights, found: Decomposition, ranks: Mapping[str, int]) -> dict[str, LowRankLinear]:
+def _uncompensated(weights: TargetWeights, layers: Decomposition, ranks: Mapping[str, int]) -> dict[str, LowRankLinear]:
     """The best factors for the dense model's inputs."""
-    layers = {}
-    for name, moment, _ in found.metrics:
+    built = {}
+    for name, moment in layers.metrics():
         if ranks[name] != DENSE:
-            weight, mean = weights.replaced(name), found.metrics.means.get(name)
+            weight, mean = weights.replaced(name), layers.means.get(name)
             factors = factorize(weight, ranks[name], moment)
             shift = None if mean is None else bias_shift(weight, *factors, mean, mean)
-            layers[name] = weights.layer(name, *factors, shift=shift)
-    return layers
+            built[name] = weights.layer(name, *factors, shift=shift)
+    return built
 
 
 def _compensated(weights: TargetWeights, groups, ranks, settings, calibration) -> dict[str, LowRankLinear]:
@@ -116,11 +116,11 @@ def _by_least_squares(weights: TargetWeights, name: str, inputs: _Inputs, rank: 
         weights.dense(name).to(device),
         inputs.moments,
         rank,
-        settings.decomposition.shrinkage,
-        settings.decomposition.shrinkage_scale,
-        settings.compensation.ridge,
-        None if kept is None else kept.to(device),
-        weights.centred(name),
+        shrinkage=settings.decomposition.shrinkage,
+        shrinkage_scale=settings.decomposition.shrinkage_scale,
+        ridge=settings.compensation.ridge,
+        kept=None if kept is None else kept.to(device),
+        centred=weights.centred(name),
     )
 
 
@@ -132,9 +132,9 @@ def _by_descent(weights: TargetWeights, name: str, inputs: _Inputs, rank: int, s
         inputs.proxy,
         rank,
         moment,
-        compensation.residual_ratio,
-        compensation.steps,
-        compensation.lr,
-        settings.seed,
-        settings.progress,
+        residual_ratio=compensation.residual_ratio,
+        steps=compensation.steps,
+        learning_rate=compensation.lr,
+        seed=settings.seed,
+        progress=settings.progress,
     )

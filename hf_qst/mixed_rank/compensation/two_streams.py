@@ -40,15 +40,15 @@ class _Call:
 @contextmanager
 def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """The input of `module` in the forward pass that runs inside, which ends there; none if it is not reached."""
-    seen: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
 
     def stop(module, args, kwargs):
-        seen.append(first_input(args, kwargs))
+        captured.append(first_input(args, kwargs))
         raise _Reached
 
     with hooks([module.register_forward_pre_hook(stop, with_kwargs=True)]):
         try:
-            yield seen
+            yield captured
         except _Reached:
             return
 
@@ -160,9 +160,9 @@ class _Side:
     def inputs(self, name: str, segment: int, number: int) -> torch.Tensor | None:
         """Rows [n, d] that module `name` in this segment sees of this batch; None if the batch does not reach it."""
         self.run.enter(self.batches[number])
-        with _captured(self.model.get_submodule(name)) as seen:
+        with _captured(self.model.get_submodule(name)) as captured:
             self.calls[number][segment](self.segments[segment], self.states[number])
-        return self.run.rows(name, seen[0])[0] if seen else None
+        return self.run.rows(name, captured[0])[0] if captured else None
 
     def advance(self, segment: int) -> None:
         block = self.segments[segment]

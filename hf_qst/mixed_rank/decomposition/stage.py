@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from torch import nn
 from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.decomposition.metrics import metric_matrix, shrinkage_intensity
-from hf_qst.mixed_rank.decomposition.spectrum import LayerSpectrum
 from hf_qst.mixed_rank.target_weights import TargetWeights
 
 logger = logging.getLogger(__name__)
@@ -21,25 +19,12 @@ logger = logging.getLogger(__name__)
 _ROWS_PER_DIMENSION = 4
 
 
-@dataclass
 class Decomposition:
     """The result of stage 1.
 
-    Args:
-        groups: names of layers with one input, in the order in which they run.
-        spectra: each layer's spectrum by name, in the order of the targets.
-        facts: by name the rows and the shrinkage behind a layer's metric.
-        metrics: gives the metrics again, for factors without compensation.
-    """
-
-    groups: list[tuple[str, ...]]
-    spectra: dict[str, LayerSpectrum]
-    facts: dict[str, dict]
-    metrics: Metrics
-
-
-def decompose(weights: TargetWeights, settings, calibration: CalibrationSet | None) -> Decomposition:
-    """The spectra of all targets.
+    `groups` names the layers with one input, in the order in which they run; `spectra` has each layer's spectrum by name,
+    in the order of the targets; `facts` the rows and the shrinkage behind its metric; `means` the mean input [d_in] of
+    the layers whose bias takes it over.
 
     Args:
         weights: of the targets.
@@ -49,60 +34,53 @@ def decompose(weights: TargetWeights, settings, calibration: CalibrationSet | No
     Raises:
         CalibrationError: the data does not reach a layer, or its inputs there are not finite.
     """
-    plain = settings.decomposition.metric == "plain"
-    model = weights.reference
-    groups = [(name,) for name in weights.names] if plain else calibration.input_groups(model, weights.names)
-    metrics = Metrics(weights, groups, settings, calibration, keep=settings.compensation.method == "none")
-    spectra, facts = {}, {}
-    for name, moment, known in metrics:
-        spectra[name], facts[name] = weights.spectrum(name, moment), known
-    _warn_about_rows(model, facts)
-    return Decomposition(groups, {name: spectra[name] for name in weights.names}, facts, metrics)
 
+    def __init__(self, weights: TargetWeights, settings, calibration: CalibrationSet | None):
+        self.weights, self.config, self.calibration = weights, settings.decomposition, calibration
+        self.means: dict[str, torch.Tensor] = {}
+        self.facts: dict[str, dict] = {}
+        names, model = weights.names, weights.reference
+        plain = self.config.metric == "plain"
+        self.groups = [(name,) for name in names] if plain else calibration.input_groups(model, names)
+        # Without compensation the factors need the metrics a second time.
+        self._kept: list | None = None
+        self._keep = settings.compensation.method == "none"
+        spectra = {name: weights.spectrum(name, moment) for name, moment in self.metrics()}
+        self.spectra = {name: spectra[name] for name in names}
+        _warn_about_rows(model, self.facts)
 
-@dataclass
-class Metrics:
-    """Iterates over each layer's name, its matrix C [d_in, d_in] (None: the identity), and what is known of it.
-
-    Statistics are held for as many layers at a time as memory allows, and kept for a second use if `keep` says that there
-    is one and all fit. `means` has the mean input [d_in] of each layer whose bias takes it over.
-    """
-
-    weights: TargetWeights
-    groups: list[tuple[str, ...]]
-    settings: object
-    calibration: CalibrationSet | None
-    keep: bool
-    means: dict[str, torch.Tensor] = field(default_factory=dict)
-    kept: list[tuple] | None = None
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None, dict]]:
-        metric = self.settings.decomposition.metric
+    def metrics(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Each layer's name and its matrix C [d_in, d_in] (None: the identity), as many at a time as memory allows."""
+        metric = self.config.metric
         if metric == "plain":
-            yield from ((name, None, {}) for group in self.groups for name in group)
+            self.facts = {name: {} for group in self.groups for name in group}
+            yield from ((name, None) for name in self.facts)
             return
         kind = metric if metric in ("normalized", "representative") else "second_moment"
-        statistics = self.kept
+        statistics = self._kept
         if statistics is None:
             source = self.weights.reference, self.groups, kind
             statistics = self.calibration.statistics(*source)
-            if self.keep and self.calibration.in_one_pass(*source):
-                statistics = self.kept = list(statistics)
+            if self._keep and self.calibration.in_one_pass(*source):
+                statistics = self._kept = list(statistics)
         for group, statistic in statistics:
             yield from self._of_group(group, statistic)
 
-    def _of_group(self, group: tuple[str, ...], statistic) -> Iterator[tuple[str, torch.Tensor, dict]]:
-        config = self.settings.decomposition
+    def _of_group(self, group: tuple[str, ...], statistic) -> Iterator[tuple[str, torch.Tensor]]:
+        config = self.config
         centred = {name: self.weights.centred(name) for name in group}
         moments = {
             flag: metric_matrix(statistic, config.metric, config.shrinkage, config.shrinkage_scale, flag)
             for flag in set(centred.values())
         }
-        self.means.update({name: statistic.sum / statistic.count for name in group if centred[name]})
         facts = {"rows": statistic.count}
         if config.metric in ("second_moment", "normalized"):
             facts["shrinkage"] = shrinkage_intensity(statistic, config.shrinkage, config.shrinkage_scale)
-        yield from ((name, moments[centred[name]], facts) for name in group)
+        for name in group:
+            self.facts[name] = facts
+            if centred[name]:
+                self.means[name] = statistic.sum / statistic.count
+            yield name, moments[centred[name]]
 
 
 def _warn_about_rows(model: nn.Module, facts: Mapping[str, dict]) -> None:
