@@ -9,8 +9,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, float_dtype, is_linear
-from hf_qst.mixed_rank.decomposition.factors import output_energies, output_error
-from hf_qst.mixed_rank.decomposition.spectrum import LayerSpectrum
 from hf_qst.mixed_rank.layer import LowRankLinear, MixedRankLayer
 from hf_qst.mixed_rank.quantization import quantize_factors, scheme_of
 
@@ -51,13 +49,6 @@ class TargetWeights:
     def centred(self, name: str) -> bool:
         """Whether a layer's mean output is left to its bias."""
         return self.settings.decomposition.bias_correction and self.model.get_submodule(name).bias is not None
-
-    def spectrum(self, name: str, moment: torch.Tensor | None) -> LayerSpectrum:
-        """What a layer loses by rank, as a part of its whole output."""
-        weight = self.replaced(name)
-        energies = output_energies(weight, moment)
-        total = output_error(self.dense(name), moment) if self.residual else energies.sum().item()
-        return LayerSpectrum(name, *weight.shape, energies, total, min_saving=self.settings.allocation.min_saving)
 
     def layer(
         self,

@@ -10,7 +10,9 @@ from torch import nn
 
 from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
+from hf_qst.mixed_rank.decomposition.factors import output_energies, output_error
 from hf_qst.mixed_rank.decomposition.metrics import metric_matrix, shrinkage_intensity
+from hf_qst.mixed_rank.decomposition.spectrum import LayerSpectrum
 from hf_qst.mixed_rank.target_weights import TargetWeights
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class Decomposition:
 
     def __init__(self, weights: TargetWeights, settings, calibration: CalibrationSet | None):
         self.weights, self.config, self.calibration = weights, settings.decomposition, calibration
+        self.min_saving = settings.allocation.min_saving
         self.means: dict[str, torch.Tensor] = {}
         self.facts: dict[str, dict] = {}
         names, model = weights.names, weights.reference
@@ -45,9 +48,16 @@ class Decomposition:
         # Without compensation the factors need the metrics a second time.
         self._kept: list | None = None
         self._keep = settings.compensation.method == "none"
-        spectra = {name: weights.spectrum(name, moment) for name, moment in self.metrics()}
+        spectra = {name: self._spectrum(name, moment) for name, moment in self.metrics()}
         self.spectra = {name: spectra[name] for name in names}
         _warn_about_rows(model, self.facts)
+
+    def _spectrum(self, name: str, moment: torch.Tensor | None) -> LayerSpectrum:
+        weight = self.weights.replaced(name)
+        energies = output_energies(weight, moment)
+        # A residual's errors, too, are relative to the output of the dense layer.
+        total = output_error(self.weights.dense(name), moment) if self.weights.residual else energies.sum().item()
+        return LayerSpectrum(name, *weight.shape, energies, total, min_saving=self.min_saving)
 
     def metrics(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Each layer's name and its matrix C [d_in, d_in] (None: the identity), as many at a time as memory allows."""
