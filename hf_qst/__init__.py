@@ -1,85 +1,71 @@
 """Tune, shrink and decode large models on the hardware you have.
 
-Importing this package registers its methods with PEFT.
+Importing this package registers its methods with PEFT. Here are the names that a script needs; the rest is in the
+subpackage that says what it is for: `hf_qst.errors`, `hf_qst.pruning`, `hf_qst.reshaped_models`, a folder a method.
 """
 
+import warnings
 from importlib import import_module
 
-from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError
-from hf_qst.calibration import CalibrationError
-from hf_qst.disp import (
-    DISPConfig,
-    DISPModel,
-    PrunedBranch,
-    PruningReport,
-    prune_blocks,
-    prune_model,
-    register_pruning_method,
-)
-from hf_qst.mixed_rank import (
-    BudgetError,
-    LowRankLinear,
-    MixedRankConfig,
-    MixedRankModel,
-    NoDenseWeightsError,
-    compress_model,
-    rank_report,
-)
-from hf_qst.qst import QSTConfig, QSTModel, SideNetworkMergeError
-from hf_qst.reshaped_models import ReshapedModelError, register_kind, reshape_model, to_dense
-from hf_qst.saved.manifest import CheckpointError
+from hf_qst.disp import DISPConfig
+from hf_qst.mixed_rank import MixedRankConfig, compress_model, rank_report
+from hf_qst.pruning import prune_model
+from hf_qst.qst import QSTConfig
+from hf_qst.reshaped_models import to_dense
 from hf_qst.version import __version__
 
 # The plugins import this package, so their names are looked up when they are first asked for.
 _OF_PLUGINS = {
     "AdaptiveTemperatureLogitsProcessor": "hf_qst_plugins.adaptive_temperature",
     "DISPCallback": "hf_qst_plugins.pruning",
-    "LastTokenTemperatureLogitsProcessor": "hf_qst_plugins.adaptive_temperature",
-    "VLLMAdaptiveTemperature": "hf_qst_plugins.adaptive_temperature",
     "adaptive_generate_kwargs": "hf_qst_plugins.adaptive_temperature",
-    "install_adaptive_temperature": "hf_qst_plugins.adaptive_temperature",
-    "uninstall_adaptive_temperature": "hf_qst_plugins.adaptive_temperature",
+}
+# Names that were here, and where they are now.
+_MOVED = {
+    "hf_qst.disp": ("DISPModel", "PruningReport"),
+    "hf_qst.errors": (
+        "BudgetError",
+        "CalibrationError",
+        "CheckpointError",
+        "NoDenseWeightsError",
+        "ReshapedModelError",
+        "SideNetworkMergeError",
+        "UnsupportedArchitectureError",
+    ),
+    "hf_qst.mixed_rank": ("LowRankLinear", "MixedRankModel"),
+    "hf_qst.pruning": ("PrunedBranch", "prune_blocks", "register_pruning_method"),
+    "hf_qst.qst": ("QSTModel",),
+    "hf_qst.reshaped_models": ("register_kind", "reshape_model"),
+    "hf_qst_plugins.adaptive_temperature": (
+        "LastTokenTemperatureLogitsProcessor",
+        "VLLMAdaptiveTemperature",
+        "install_adaptive_temperature",
+        "uninstall_adaptive_temperature",
+    ),
 }
 
 __all__ = [
     "AdaptiveTemperatureLogitsProcessor",
-    "BudgetError",
-    "CalibrationError",
-    "CheckpointError",
     "DISPCallback",
     "DISPConfig",
-    "DISPModel",
-    "LastTokenTemperatureLogitsProcessor",
-    "LowRankLinear",
     "MixedRankConfig",
-    "MixedRankModel",
-    "NoDenseWeightsError",
-    "PrunedBranch",
-    "PruningReport",
     "QSTConfig",
-    "QSTModel",
-    "ReshapedModelError",
-    "SideNetworkMergeError",
-    "UnsupportedArchitectureError",
-    "VLLMAdaptiveTemperature",
     "__version__",
     "adaptive_generate_kwargs",
     "compress_model",
-    "install_adaptive_temperature",
-    "prune_blocks",
     "prune_model",
     "rank_report",
-    "register_kind",
-    "register_pruning_method",
-    "reshape_model",
     "to_dense",
-    "uninstall_adaptive_temperature",
 ]
 
 
 def __getattr__(name: str):
     if name in _OF_PLUGINS:
         return getattr(import_module(_OF_PLUGINS[name]), name)
+    for home, names in _MOVED.items():
+        if name in names:
+            warnings.warn(f"hf_qst.{name} has moved: import it from {home}", FutureWarning, stacklevel=2)
+            return getattr(import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -45,7 +45,7 @@ from hf_qst_plugins.adaptive_temperature import (
     observe,
 )
 from hf_qst_plugins.code_evaluation import Report, evaluate, paired_bootstrap, pass_at_k, read_problems, read_samples
-from hf_qst_plugins.code_evaluation.generated_problems import training_pairs
+from hf_qst_plugins.code_evaluation.problems.generated import training_pairs
 
 BASE = ROOT / "examples" / "base_model"
 OBJECTIVES = (1, 10)

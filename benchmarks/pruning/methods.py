@@ -19,8 +19,8 @@ from benchmarks.pruning.slicing import rotations, sliced, width_on_budget
 from examples.corpus import BlockDataset
 from hf_qst import DISPCallback, DISPConfig
 from hf_qst.base_model.decoder_stack import find_decoder_stack
-from hf_qst.disp.methods import prune_model
 from hf_qst.disp.report import other_parameters
+from hf_qst.pruning import prune_model
 from hf_qst.pruning.branch import prune_blocks
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from hf_qst.pruning.widths import best_channels, masks_by_layer, widths_on_budget

@@ -39,11 +39,11 @@ class Budget:
         """How many of the targets' weights may be kept."""
         return int(self.keep_ratio * (self.targets + self.fixed)) - self.fixed
 
-    def error(self, configuration: str, smallest: int, how: str) -> BudgetError:
+    def error(self, owner: str, smallest: int, how: str) -> BudgetError:
         """The error to raise where at least `smallest` of the targets' weights remain.
 
         Args:
-            configuration (`str`): name of the class with the field `keep_ratio`.
+            owner (`str`): put before `keep_ratio` in the message, such as `"DISPConfig."`.
             smallest (`int`)
             how (`str`): the choice that keeps the least.
         """
@@ -51,7 +51,7 @@ class Budget:
         # Rounded up, so that the ratio in the message is one that can be met.
         ratio = -(-(smallest + self.fixed) * 10_000 // total) / 10_000
         return BudgetError(
-            f"{configuration}.keep_ratio={self.keep_ratio} of the {self.scope}'s {total} parameters cannot be met "
+            f"{owner}keep_ratio={self.keep_ratio} of the {self.scope}'s {total} parameters cannot be met "
             f"{how}: {smallest + self.fixed} remain, so keep_ratio must be at least {ratio:.4f}",
             smallest + self.fixed,
         )

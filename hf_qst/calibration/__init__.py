@@ -1,8 +1,9 @@
-"""Calibration: a few batches run through a model, and statistics of what its modules are given.
+"""Calibration: statistics of the inputs of a model's modules, from a few batches.
 
-- `data`: the forms in which batches come;
-- `sequences`: the token sequences of a batch, and the one each module's rows belong to;
-- `passes`: the runs and what is collected in them.
+- `data`: calibration data in all accepted forms, as a list of batches;
+- `sequences`: the token sequences of a batch, and which rows of a module's input are padding;
+- `passes`: runs of the model and collection of statistics;
+- `moments`: the statistics.
 """
 
 from hf_qst.calibration.data import CalibrationError, as_batches

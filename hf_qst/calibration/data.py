@@ -1,4 +1,4 @@
-"""Calibration data in the forms that people have: batches, rows of a data set, tensors, numpy arrays or lists."""
+"""Calibration data as a list of batches, from batches or data set rows of tensors, numpy arrays or lists."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ACCEPTED = (
     "batches of model inputs, such as {'input_ids': [[...], ...]} with tensors, numpy arrays or lists of equal rows, "
     "or the rows of a tokenised data set"
 )
-# Dimensions of an input without its batch dimension, by which a row of a data set is known; the first one present counts.
+# Number of dimensions of an input in a data set row, without the batch dimension; the first key present decides.
 MAIN_INPUTS = {"input_ids": 1, "inputs_embeds": 2, "pixel_values": 3, "input_features": 2, "input_values": 1}
 _ROWS_PER_BATCH = 8
 
 
 class CalibrationError(ValueError):
-    """The calibration data, or what the model made of it, cannot be used."""
+    """The calibration data, or the model's outputs for it, cannot be used."""
 
 
 def as_batches(
@@ -33,23 +33,22 @@ def as_batches(
     argument: str = "calibration_data",
     model: nn.Module | None = None,
 ) -> list[dict]:
-    """The batches as a list that can be read more than once, of at most `limit`.
+    """A list of at most `limit` batches.
 
-    Rows without a batch dimension, as a `datasets.Dataset` gives them, are put together, up to 8 consecutive rows of one
-    length. Texts are left out. Batches whose every mask is zero are left out, with a warning.
+    Rows without a batch dimension, as from a `datasets.Dataset`, are stacked, up to 8 consecutive rows of one length.
+    Texts are dropped. Batches that are only padding are dropped with a warning.
 
     Args:
-        data: see `ACCEPTED`; one batch may be given by itself.
-        limit (`int`, *optional*): of batches that are read.
-        argument (`str`): what error messages call the data.
-        model (*optional*): columns of rows that its forward does not take are left out, as Trainer does; in a batch
-            they are an error.
+        data: see `ACCEPTED`, or a single batch.
+        limit (`int`, *optional*): the most batches to read.
+        argument (`str`): name of the data in error messages.
+        model (*optional*): columns of rows that its forward does not take are dropped, as in Trainer; in a batch they are
+            an error.
 
     Raises:
-        CalibrationError: there are none, or one is not a mapping of model inputs; the message names the batch, the key
-            and what was found.
+        CalibrationError: no batches, or one is not a mapping of model inputs; the message names the batch and the key.
     """
-    batches = list(itertools.islice(_stacked(_items(data, argument), argument, model), limit))
+    batches = list(itertools.islice(_with_rows_stacked(_items(data, argument), argument, model), limit))
     if not batches:
         raise CalibrationError(f"{argument} must hold at least one batch, got none")
     for index, batch in enumerate(batches):
@@ -70,7 +69,7 @@ def as_batches(
 
 
 def _items(data, argument: str) -> Iterator[dict]:
-    """The batches or rows one by one, with tensors for arrays and lists."""
+    """The batches or rows one by one, with arrays and lists as tensors."""
     if isinstance(data, Mapping) and any(key in data for key in MAIN_INPUTS):
         data = [data]
     if isinstance(data, (str, bytes, Mapping)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
@@ -80,9 +79,9 @@ def _items(data, argument: str) -> Iterator[dict]:
             raise CalibrationError(
                 f"{argument} must hold mappings of model inputs ({ACCEPTED}); batch {index} is {type(item).__name__}"
             )
-        found = {key: _tensor(value, f"{argument}: batch {index}: {key!r}") for key, value in item.items()}
-        texts = [key for key, value in found.items() if _is_text(value)]
-        kept = {key: value for key, value in found.items() if value is not None and key not in texts}
+        values = {key: _tensor(value, f"{argument}: batch {index}: {key!r}") for key, value in item.items()}
+        texts = [key for key, value in values.items() if _is_text(value)]
+        kept = {key: value for key, value in values.items() if value is not None and key not in texts}
         if texts and not any(torch.is_tensor(value) for value in kept.values()):
             raise CalibrationError(
                 f"{argument}: batch {index} holds text under {texts[0]!r} and no model input: tokenise it first"
@@ -95,13 +94,13 @@ def _is_text(value) -> bool:
 
 
 def _tensor(value, place: str):
-    """A list or array as a tensor; what is neither is returned as it is, and so are lists of texts."""
+    """A list or array as a tensor. Other values and lists of texts are returned unchanged."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "US":
         return value.tolist()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        # As numbers in lists would be: embeddings and losses take no other integers, and weights no 64-bit inputs.
-        found = torch.as_tensor(value.astype({"i": np.int64, "u": np.int64}.get(value.dtype.kind, value.dtype)))
-        return found.to(torch.get_default_dtype()) if found.dtype == torch.float64 else found
+        # The dtypes of numbers in lists: embeddings and losses take no other integers, and weights no float64 inputs.
+        tensor = torch.as_tensor(value.astype({"i": np.int64, "u": np.int64}.get(value.dtype.kind, value.dtype)))
+        return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
     if isinstance(value, (list, tuple)) and not value:
         raise CalibrationError(f"{place} is an empty list")
     if isinstance(value, (list, tuple)) and isinstance(value[0], (list, tuple, torch.Tensor, np.ndarray)):
@@ -133,21 +132,21 @@ def _tensor(value, place: str):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _stacked(items: Iterator[dict], argument: str, model: nn.Module | None) -> Iterator[dict]:
-    """Batches as they are; rows put together."""
-    waiting: list[dict] = []
+def _with_rows_stacked(items: Iterator[dict], argument: str, model: nn.Module | None) -> Iterator[dict]:
+    """Batches unchanged, and rows stacked to batches."""
+    rows: list[dict] = []
     for index, item in enumerate(items):
         is_row = _is_row(item)
-        if waiting and (not is_row or len(waiting) == _ROWS_PER_BATCH or _shapes(item) != _shapes(waiting[0])):
-            yield _together(waiting, model, argument)
-            waiting = []
+        if rows and (not is_row or len(rows) == _ROWS_PER_BATCH or _shapes(item) != _shapes(rows[0])):
+            yield _stack(rows, model, argument)
+            rows = []
         if is_row:
-            waiting.append(item)
+            rows.append(item)
         else:
             _require_taken(item, model, f"{argument}: batch {index}")
             yield item
-    if waiting:
-        yield _together(waiting, model, argument)
+    if rows:
+        yield _stack(rows, model, argument)
 
 
 def _is_row(item: Mapping) -> bool:
@@ -161,8 +160,8 @@ def _shapes(item: Mapping) -> dict:
     return {key: tuple(value.shape) if torch.is_tensor(value) else type(value) for key, value in item.items()}
 
 
-def _together(rows: list[dict], model: nn.Module | None, argument: str) -> dict:
-    """One batch of rows with equal shapes."""
+def _stack(rows: list[dict], model: nn.Module | None, argument: str) -> dict:
+    """One batch from rows with equal shapes."""
     batch = {}
     for key in rows[0]:
         values = [row[key] for row in rows]
@@ -180,7 +179,7 @@ def _together(rows: list[dict], model: nn.Module | None, argument: str) -> dict:
 
 
 def _arguments(model: nn.Module) -> tuple[set[str], bool]:
-    """Names that the model's forward takes, and whether it takes others too."""
+    """Argument names of the model's forward, and whether it has `**kwargs`."""
     parameters = inspect.signature(model.forward).parameters
     several = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return {*parameters, *label_names(model)}, several
@@ -198,7 +197,7 @@ def _require_taken(batch: Mapping, model: nn.Module | None, place: str) -> None:
 
 
 def label_names(model: nn.Module) -> set[str]:
-    """What a batch calls the targets of the model's loss."""
+    """Keys of a batch for the targets of the model's loss."""
     return {"labels", *find_labels(type(model))}
 
 

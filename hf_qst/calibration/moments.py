@@ -1,7 +1,4 @@
-"""Streaming moments of rows [n, d]: what calibration keeps of a module's inputs, in place of the rows.
-
-Memory is O(d^2) whatever the number of rows, and sums are float64.
-"""
+"""Streaming moments of rows [n, d], the inputs of a module. Memory is O(d^2) and sums are float64."""
 
 from __future__ import annotations
 
@@ -11,15 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-# Rows that are widened to the accumulator's precision at a time.
+# Rows converted to the precision of the products at a time.
 _CHUNK_ROWS = 4096
 
 
 class SecondMoment:
     """Streaming first, second and fourth moments of rows [n, d], accumulated in float64.
 
-    Products are taken in float64 on CPU. On a GPU they are taken in float32 without TF32, a few thousand rows at a
-    time, and added up in float64: as exact as compensated float32 sums, and of the same size.
+    Products are float64 on a CPU. On a GPU they are float32 without TF32, over a few thousand rows at a time, and are
+    summed in float64, which is as exact as compensated float32 sums.
     """
 
     def __init__(self, size: int, device: torch.device):
@@ -39,11 +36,11 @@ class SecondMoment:
                 self.fourth += part.double().square().sum(1).square().sum()
 
     def is_finite(self) -> bool:
-        """Whether every row added was; NaN and infinity stay in the sum of fourth powers."""
+        """Whether all rows were finite. NaN and infinity persist in the sum of fourth powers."""
         return bool(torch.isfinite(self.fourth))
 
     def second_moment(self) -> torch.Tensor:
-        """E[x'x] [d, d] of rows x, uncentred."""
+        """The uncentred second moment E[x'x] [d, d] of rows x."""
         return self.products / self.count
 
     def mean_and_covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,9 +49,9 @@ class SecondMoment:
         return mean, self.second_moment() - torch.outer(mean, mean)
 
     def ledoit_wolf(self) -> float:
-        """How much of the second moment to replace by its mean diagonal, in [0, 1].
+        """Shrinkage intensity of the uncentred second moment towards its mean diagonal, in [0, 1].
 
-        The intensity that minimises the expected squared error of `shrunk` for independent rows (Ledoit and Wolf, "A
+        It minimises the expected squared error of `shrunk` for independent rows (Ledoit and Wolf, "A
         well-conditioned estimator for large-dimensional covariance matrices", 2004), for the uncentred moment.
         """
         moment = self.second_moment()
@@ -75,7 +72,7 @@ class SecondMoment:
 
 
 class CrossMoment(SecondMoment):
-    """Second moment of rows Z [n, d] together with their products Z'X [d, d] with other rows X [n, d]."""
+    """Second moment of rows Z [n, d], and their products Z'X [d, d] with other rows X [n, d]."""
 
     def __init__(self, size: int, device: torch.device):
         super().__init__(size, device)
@@ -95,7 +92,7 @@ class CrossMoment(SecondMoment):
         return self.sum / self.count, self.other_sum / self.count
 
     def cross_moment(self, centred: bool = False) -> torch.Tensor:
-        """E[z'x] [d, d] of a row z and its other x; centred, of both less their means."""
+        """E[z'x] [d, d] of rows z and x; with `centred`, of rows minus their means."""
         moment = self.cross / self.count
         return moment - torch.outer(*self.means()) if centred else moment
 
@@ -115,10 +112,10 @@ class MeanInput:
     def add(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
         """rows: [n, d]; positions: [n], each row's place in its sample."""
         self.count += rows.shape[0]
-        missing = int(positions.max()) + 1 - len(self.counts) if len(positions) else 0
-        if missing > 0:
-            self.sums = nn.functional.pad(self.sums, (0, 0, 0, missing))
-            self.counts = nn.functional.pad(self.counts, (0, missing))
+        new_positions = int(positions.max()) + 1 - len(self.counts) if len(positions) else 0
+        if new_positions > 0:
+            self.sums = nn.functional.pad(self.sums, (0, 0, 0, new_positions))
+            self.counts = nn.functional.pad(self.counts, (0, new_positions))
         self.sums.index_add_(0, positions, rows.double())
         self.counts.index_add_(0, positions, torch.ones_like(positions, dtype=torch.float64))
 

@@ -1,8 +1,7 @@
 """Input statistics of a model's modules, from one streaming pass over a few batches.
 
-What is kept of a module's inputs X [rows, d] is its uncentred second moment X'X [d, d], never the rows themselves, so
-memory does not grow with the data. Modules that are given one and the same tensor (query, key and value; gate and up)
-share one statistic.
+A module's inputs X [rows, d] are reduced to moments such as X'X [d, d], so memory does not grow with the data. Modules
+with the same input tensor (query, key and value; gate and up) share one statistic.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _BYTES_PER_ENTRY = 8
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and the random state are as before."""
+    """Evaluation mode without gradients. The exit restores every module's mode and the random state."""
     modes = {module: module.training for module in model.modules()}
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
@@ -52,13 +51,13 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
 
 
 class CalibrationRun:
-    """Runs batches through a model for what its modules see on the way.
+    """Runs batches through a model and tells which rows of a module's input are tokens.
 
     Args:
         model: the model, in any floating dtype or quantised.
         names (*optional*):
-            The modules of interest. When all lie in a part that takes the batch by itself (the backbone, an encoder, one
-            tower of two), `prepare` finds it and the rest is not run.
+            The modules of interest. If a part of the model contains all of them and takes the batch by itself (the
+            backbone, an encoder, one tower of two), `prepare` finds it and only that part runs.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str] | None = None):
@@ -71,9 +70,9 @@ class CalibrationRun:
         self.samples: int | None = None
 
     def prepare(self, batches: Sequence[Mapping]) -> None:
-        """Find the part to run, and the sequence that each module's rows belong to; before hooks are there.
+        """Find the part to run, and the sequence that each module's rows belong to. Call it before adding hooks.
 
-        Takes a pass over one batch, and where a batch holds padding and more than one kind of input, one more a sequence.
+        It runs one batch, and if a batch has padding and several kinds of inputs, once more for each sequence.
         """
         with calibration_mode(self.model):
             self.choose_part(batches[0])
@@ -84,25 +83,22 @@ class CalibrationRun:
                     self.owners[self._key] = self._find_owners(inputs)
 
     def __call__(self, batch: Mapping):
-        """Run one batch and return the output; `rows` then knows which rows of an input are tokens of it.
-
-        Labels are left out: no loss is needed.
-        """
+        """Run one batch without its labels and return the output. `rows` then refers to this batch."""
         return self._run(self.enter(batch))
 
     def loss(self, batch: Mapping) -> torch.Tensor | None:
-        """The model's own loss for the labels in the batch; None if it gives none."""
-        found = self._call(self.model, self._on_device(batch))
-        return found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
+        """The model's own loss for the batch with its labels; None if it returns none."""
+        output = self._call(self.model, self._on_device(batch))
+        return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
     def enter(self, batch: Mapping) -> dict:
-        """Take the sequences of this batch; returns its inputs without labels, on the model's device."""
-        left_out = label_names(self.model)
+        """Set the sequences to those of this batch; returns its inputs without labels, on the model's device."""
+        labels = label_names(self.model)
         moved = self._on_device(batch)
-        inputs = {key: value for key, value in moved.items() if key not in left_out}
-        made = decoder_inputs(self.model, moved)
-        if made is not None:
-            inputs["decoder_input_ids"] = made
+        inputs = {key: value for key, value in moved.items() if key not in labels}
+        decoder_ids = decoder_inputs(self.model, moved)
+        if decoder_ids is not None:
+            inputs["decoder_input_ids"] = decoder_ids
         self.sequences = find_sequences(self.model, inputs, moved.get("labels"))
         self._key, self._alone = frozenset(inputs), are_alone(inputs, self.sequences)
         main = [inputs[key] for key in MAIN_INPUTS if torch.is_tensor(inputs.get(key))]
@@ -119,31 +115,31 @@ class CalibrationRun:
         Args:
             name (`str`): of the module, or `"output <field>"` for a field of the model's output.
             inputs: [..., d].
-            detach (`bool`): whether the rows are taken out of their graph.
+            detach (`bool`): whether to detach the rows from their graph.
 
         Returns:
-            The rows; sample and position are None where they are not known.
+            The rows; sample and position are None if unknown.
 
         Raises:
-            CalibrationError: there is padding, and which rows are padding is not known.
+            CalibrationError: the batch has padding, and it is not known which rows are padding.
         """
         rows, shape = (inputs.detach() if detach else inputs).flatten(0, -2), inputs.shape[:-1]
         sequence = self._sequence_of(name)
         if sequence is None or sequence.mask is None:
-            found = self._places(shape)
-            return (rows, None, None) if found is None else (rows, *(index.to(rows.device) for index in found))
-        found = rows_of_sequence(shape, sequence.mask) or self._rows_of_frames(shape, sequence.mask)
-        if found is None:
+            indices = self._places(shape)
+            return (rows, None, None) if indices is None else (rows, *(index.to(rows.device) for index in indices))
+        indices = rows_of_sequence(shape, sequence.mask) or self._rows_of_frames(shape, sequence.mask)
+        if indices is None:
             raise CalibrationError(
                 f"calibration_data: {sequence.key} marks padding in sequences of {list(sequence.mask.shape)}, but module "
                 f"{name!r}, which depends on them, sees rows {list(shape)}, and which of these are padding is not known. "
                 "Give batches without padding and without this mask, or leave the module out"
             )
-        kept, sample, position = (index.to(rows.device) for index in found)
+        kept, sample, position = (index.to(rows.device) for index in indices)
         return rows[kept], sample[kept], position[kept]
 
     def _rows_of_frames(self, shape: torch.Size, mask: torch.Tensor):
-        """As `rows_of_sequence`, for speech models, which tell how their convolutions shorten a mask."""
+        """`rows_of_sequence` for speech models, whose convolutions shorten the mask."""
         shorten = getattr(getattr(self.model, "base_model", None), "_get_feature_vector_attention_mask", None)
         if shorten is None or len(shape) != 2 or len(mask) != shape[0]:
             return None
@@ -155,7 +151,7 @@ class CalibrationRun:
         return places(shape, self.samples, shape.numel() // self.samples)
 
     def _sequence_of(self, name: str) -> TokenSequence | None:
-        """The sequence that a module's rows belong to in this batch; None for none."""
+        """The sequence of this batch that a module's rows belong to, or None."""
         if not any(sequence.mask is not None for sequence in self.sequences.values()):
             return None
         owners = self.owners.get(self._key)
@@ -186,7 +182,7 @@ class CalibrationRun:
         return find_owners(self.model, self._watch, inputs, self.sequences)
 
     def _watch(self, inputs: dict) -> dict[str, list[tuple]]:
-        """Fingerprints of what the modules of interest are given in each call; of the output's fields without modules."""
+        """Fingerprints of each call's input to the modules of interest, or of the output's fields if there are no names."""
         seen: dict[str, list[tuple]] = {}
 
         def note(name):
@@ -200,7 +196,7 @@ class CalibrationRun:
         return seen
 
     def choose_part(self, batch: Mapping) -> None:
-        """Find the smallest part of the model that takes the batch and reaches all modules of interest."""
+        """Find the smallest part of the model that takes the batch and runs all modules of interest."""
         if self.names is None:
             return
         inputs = self.enter(batch)
@@ -210,7 +206,7 @@ class CalibrationRun:
             try:
                 seen = self._watch(inputs)
             except (AttributeError, TypeError, ValueError):
-                # It wants other inputs: a backbone whose head prepares them, or a model of several towers.
+                # It needs other inputs, such as a backbone whose head prepares them, or a model with several towers.
                 continue
             if part is self.model or len(seen) == len(self.names):
                 return
@@ -218,7 +214,7 @@ class CalibrationRun:
         self._watch(inputs)
 
     def _smaller_parts(self, inputs: dict) -> Iterator[nn.Module]:
-        """Parts that the model itself runs on these inputs: an encoder whose decoder has none, and the backbone."""
+        """The encoder, if the decoder has no inputs, and the backbone."""
         if not isinstance(self.model, PreTrainedModel):
             return
         if getattr(self.model.config, "is_encoder_decoder", False) and not any(k.startswith(DECODER) for k in inputs):
@@ -226,13 +222,13 @@ class CalibrationRun:
         yield from self._enclosing(self.model.base_model, inputs)
 
     def _inner_parts(self, inputs: dict) -> Iterator[nn.Module]:
-        """Models inside the model that take these inputs by themselves, the largest first."""
+        """Models inside the model that take these inputs, the largest first."""
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             for module in self.model.modules():
                 yield from self._enclosing(module, inputs)
 
     def _enclosing(self, part: nn.Module, inputs: dict) -> Iterator[nn.Module]:
-        """`part`, if it is a model inside this one with all modules of interest that takes all inputs by itself."""
+        """`part`, if it is a model inside this one that contains all modules of interest and takes all inputs."""
         if part is self.model or not isinstance(part, PreTrainedModel):
             return
         inside = set(part.modules())
@@ -263,12 +259,12 @@ def _takes(module: nn.Module, argument: str) -> bool:
 
 
 def first_input(args: tuple, kwargs: Mapping) -> torch.Tensor:
-    """What a module with one input was called with, by position or by name."""
+    """The input of a module with one input, given by position or by name."""
     return args[0] if args else next(value for value in kwargs.values() if torch.is_tensor(value))
 
 
 def output_tensors(output) -> dict[str, torch.Tensor]:
-    """The floating-point fields of a transformers model's output, but for its loss; none of what is no such output."""
+    """The floating-point fields of a transformers model's output except the loss; empty for other outputs."""
     fields = output.items() if isinstance(output, Mapping) else ()
     return {
         key: value
@@ -279,7 +275,7 @@ def output_tensors(output) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def hooks(handles: Iterable) -> Iterator[None]:
-    """Removes the hooks behind these handles at the end, whatever happens."""
+    """Removes the hooks of these handles on exit."""
     handles = list(handles)
     try:
         yield
@@ -289,23 +285,23 @@ def hooks(handles: Iterable) -> Iterator[None]:
 
 
 def input_groups(model: nn.Module, names: Sequence[str], batches: Mapping | Sequence[Mapping]) -> list[tuple[str, ...]]:
-    """The named modules in the order in which they run, together when they are given one and the same tensor.
+    """The named modules in the order in which they run; modules with the same input tensor form a group.
 
     Args:
-        batches: one batch, or several, of which the first that reaches all modules tells: not every batch of a
-            multimodal model holds images.
+        batches: one batch or several. The first that reaches all modules decides, because not every batch of a multimodal
+            model has images.
 
     Raises:
         CalibrationError: no batch reaches all modules.
     """
-    missing: set[str] = set(names)
+    unreached: set[str] = set(names)
     for batch in [batches] if isinstance(batches, Mapping) else batches:
         groups = _groups_of(model, names, batch)
         left = set(names).difference(*groups)
         if not left:
             return groups
-        missing &= left
-    left = missing or left
+        unreached &= left
+    left = unreached or left
     raise CalibrationError(
         f"module {min(left)!r} is not reached by calibration_data ({len(left)} such modules); leave it out, or give batches "
         "that reach it"
@@ -313,19 +309,19 @@ def input_groups(model: nn.Module, names: Sequence[str], batches: Mapping | Sequ
 
 
 def _groups_of(model: nn.Module, names: Sequence[str], batch: Mapping) -> list[tuple[str, ...]]:
-    """The modules that one batch reaches, as `input_groups` gives them."""
-    found: list[tuple[weakref.ref, list[str]]] = []
+    """The groups of the modules that one batch reaches."""
+    groups: list[tuple[weakref.ref, list[str]]] = []
 
     def note(name: str) -> Callable:
         def hook(module, args, kwargs, output):
-            given = first_input(args, kwargs)
-            if any(name in members for _, members in found):
+            tensor = first_input(args, kwargs)
+            if any(name in members for _, members in groups):
                 return
-            for tensor, members in found:
-                if tensor() is given:
+            for reference, members in groups:
+                if reference() is tensor:
                     members.append(name)
                     return
-            found.append((weakref.ref(given), [name]))
+            groups.append((weakref.ref(tensor), [name]))
 
         return hook
 
@@ -334,7 +330,7 @@ def _groups_of(model: nn.Module, names: Sequence[str], batch: Mapping) -> list[t
         run.choose_part(batch)
         with hooks(model.get_submodule(n).register_forward_hook(note(n), with_kwargs=True) for n in names):
             run(batch)
-    return [tuple(members) for _, members in found]
+    return [tuple(members) for _, members in groups]
 
 
 STATISTICS = ("second_moment", "normalized", "representative")
@@ -346,11 +342,11 @@ def plan_passes(
     kind: str = "second_moment",
     memory_limit: int | None = None,
 ) -> list[list[tuple[str, ...]]]:
-    """Which groups' statistics to collect together, so that they take at most `memory_limit` bytes at a time.
+    """Groups to collect in each pass, so that their statistics take at most `memory_limit` bytes at a time.
 
     Args:
-        groups: names of modules that share an input, as `input_groups` finds them.
-        kind (`str`): as of `collect_statistics`; with `"normalized"` every module is a group of its own.
+        groups: names of modules that share an input, from `input_groups`.
+        kind (`str`): see `collect_statistics`; with `"normalized"` every module is a group of its own.
         memory_limit (`int`, *optional*): bytes.
 
     Raises:
@@ -382,21 +378,24 @@ def collect_statistics(
     kind: str = "second_moment",
     progress: bool = True,
     label: str = "calibration",
+    states: Callable[..., Sequence[torch.Tensor]] | None = None,
 ) -> dict[tuple[str, ...], SecondMoment | MeanInput]:
     """Input statistics of groups of modules, in one pass over the batches.
 
     Args:
-        model: the model; its weights, mode, hooks and the random state are left as they are.
-        groups: names of modules that share an input, as `plan_passes` gives them.
-        batches: model inputs; padding by the mask of a module's own sequence (`attention_mask`, an encoder-decoder's
-            `decoder_attention_mask` or the -100 of its `labels`) is left out.
+        model: its weights, modes, hooks and the random state do not change.
+        groups: names of modules that share an input, from `plan_passes`.
+        batches: model inputs. Padding is excluded by the mask of a module's own sequence: `attention_mask`, an
+            encoder-decoder's `decoder_attention_mask`, or -100 in its `labels`.
         kind (`str`):
-            `"second_moment"`; `"normalized"`, where every sample's rows are divided by the norm of the module's output
-            for that sample without bias, ||X_i W||; or `"representative"`, the mean input of each position.
+            `"second_moment"`; `"normalized"`: every sample's rows are divided by the norm of the module's output for that
+            sample without bias, ||X_i W||; or `"representative"`: the mean input of each position.
         progress (`bool`), label (`str`): whether to show a progress bar, and its text.
+        states (`Callable`, *optional*): for `"second_moment"`; `states(module, args, kwargs, output)` returns the tensors
+            [..., d] of one call to collect. By default that is the module's input.
 
     Raises:
-        CalibrationError: a module's inputs are not finite, or a module is not reached.
+        CalibrationError: values are not finite, or a module is not reached.
     """
     create = MeanInput if kind == "representative" else SecondMoment
     statistics: dict[tuple[str, ...], SecondMoment | MeanInput] = {}
@@ -405,24 +404,26 @@ def collect_statistics(
 
     def collect(group: tuple[str, ...]) -> Callable:
         def hook(module, args, kwargs, output):
-            rows, sample, position = run.rows(group[0], first_input(args, kwargs))
-            if sample is None and kind != "second_moment":
-                raise CalibrationError(
-                    f"module {group[0]!r} sees rows of which it is not known to which sample of calibration_data they "
-                    f"belong; metric {kind!r} needs that"
-                )
-            statistic = statistics.get(group)
-            if statistic is None:
-                statistic = statistics[group] = create(in_features(module), rows.device)
-            if kind == "representative":
-                statistic.add(rows, position)
-            elif kind == "normalized":
-                out, _, _ = run.rows(group[0], output if module.bias is None else output - module.bias)
-                statistic.add(_normalized(rows, out, sample))
-            else:
-                statistic.add(rows)
-            if not statistic.is_finite():
-                raise CalibrationError(f"the inputs of module {group[0]!r} hold NaN or infinite values")
+            tensors = [first_input(args, kwargs)] if states is None else states(module, args, kwargs, output)
+            for tensor in tensors:
+                rows, sample, position = run.rows(group[0], tensor)
+                if sample is None and kind != "second_moment":
+                    raise CalibrationError(
+                        f"module {group[0]!r} sees rows of which it is not known to which sample of calibration_data they "
+                        f"belong; metric {kind!r} needs that"
+                    )
+                if group not in statistics:
+                    statistics[group] = create(rows.shape[-1], rows.device)
+                if kind == "representative":
+                    statistics[group].add(rows, position)
+                elif kind == "normalized":
+                    out, _, _ = run.rows(group[0], output if module.bias is None else output - module.bias)
+                    statistics[group].add(_normalized(rows, out, sample))
+                else:
+                    statistics[group].add(rows)
+            if not statistics[group].is_finite():
+                values = "inputs" if states is None else "states"
+                raise CalibrationError(f"the {values} of module {group[0]!r} hold NaN or infinite values")
 
         return hook
 
@@ -439,7 +440,7 @@ def collect_statistics(
 
 
 def _normalized(rows: torch.Tensor, out: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """Rows divided by the norm of their sample's output; samples without any output count for nothing."""
+    """Rows divided by the norm of their sample's output; 0 for samples with zero output."""
     if not len(rows):
         return rows.double()
     energy = torch.zeros(int(sample.max()) + 1, dtype=torch.float64, device=rows.device)

@@ -1,9 +1,9 @@
-"""Which of a module's input rows are tokens, and which are padding.
+"""Which rows of a module's input are tokens, and which are padding.
 
-A batch may hold several sequences with a mask each: the encoder's and the decoder's tokens, a text beside an image. A
-module's rows belong to one of them or to none. Shapes do not tell which: image patches may be as many as tokens. So it
-is tried out: the tokens of one sequence after the other are disturbed, and the modules whose inputs change depend on it.
-A decoder depends on its own tokens and, by cross-attention, on the encoder's; its own count.
+A batch may have several sequences with a mask each: the tokens of encoder and decoder, or a text and an image. A module's
+rows belong to one of them or to none. Shapes do not decide, because there may be as many image patches as tokens.
+Therefore the tokens of one sequence at a time are perturbed, and the modules whose inputs change depend on it. A decoder
+depends on its own tokens and, by cross-attention, on the encoder's; its rows belong to its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TokenSequence:
     Args:
         sources: keys of the batch that hold its tokens.
         mask: bool [batch, seq], True for tokens; None without padding.
-        key: what the batch calls the mask.
+        key: the mask's key in the batch.
     """
 
     sources: tuple[str, ...]
@@ -39,11 +39,16 @@ class TokenSequence:
 
 
 def decoder_inputs(model: nn.Module, batch: Mapping) -> torch.Tensor | None:
-    """The decoder's ids [batch, seq] that an encoder-decoder model makes from the labels of this batch, if it does."""
+    """The decoder's ids [batch, seq] that an encoder-decoder model derives from the batch's labels, or None."""
     labels = batch.get("labels")
-    given = any(f"{DECODER}{name}" in batch for name in ("input_ids", "inputs_embeds"))
+    has_inputs = any(f"{DECODER}{name}" in batch for name in ("input_ids", "inputs_embeds"))
     config = getattr(model, "config", None)
-    if given or not _are_tokens(labels) or not getattr(config, "is_encoder_decoder", False) or not _generates(model):
+    if (
+        has_inputs
+        or not _are_tokens(labels)
+        or not getattr(config, "is_encoder_decoder", False)
+        or not _generates(model)
+    ):
         return None
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
@@ -63,24 +68,24 @@ def _are_tokens(labels) -> bool:
 def find_sequences(model: nn.Module, inputs: Mapping, labels: torch.Tensor | None) -> dict[str, TokenSequence]:
     """The sequences of a batch by the prefix of their keys: `""`, `"decoder_"` or another.
 
-    A decoder without a mask of its own has that of its labels, which are -100 at padding.
+    A decoder without a mask of its own gets one from its labels, which are -100 at padding.
 
     Raises:
-        CalibrationError: a mask is not [batch, seq], or holds other numbers than those of a mask.
+        CalibrationError: a mask is not [batch, seq], or has negative values.
     """
-    found = {}
+    sequences = {}
     for key, value in inputs.items():
         match = re.fullmatch(r"(.*?)(?:attention_)?mask", key)
         if match and match[1] != DECODER and value is not None:
             sources = _sources(model, inputs, match[1], value)
             if sources:
-                found[match[1]] = TokenSequence(sources, _mask(key, value, inputs.get(sources[0])), key)
+                sequences[match[1]] = TokenSequence(sources, _mask(key, value, inputs.get(sources[0])), key)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or any(
         k.startswith(DECODER) for k in inputs
     ):
         sources = tuple(k for k in (f"{DECODER}{name}" for name in _TOKENS) if k in inputs)
-        found[DECODER] = TokenSequence(sources, *_decoder_mask(inputs, labels, found.get("")))
-    return found
+        sequences[DECODER] = TokenSequence(sources, *_decoder_mask(inputs, labels, sequences.get("")))
+    return sequences
 
 
 def _sources(model: nn.Module, inputs: Mapping, prefix: str, mask) -> tuple[str, ...]:
@@ -104,7 +109,7 @@ def _mask(key: str, mask, tokens: torch.Tensor | None) -> torch.Tensor | None:
         )
     if key.endswith("attention_mask"):
         if mask.dim() > 2 and tokens is not None and mask.shape == tokens.shape:
-            mask = mask.flatten(0, -2)  # choices of one question, which the model lays side by side
+            mask = mask.flatten(0, -2)  # choices of one question, which the model flattens
         if mask.dim() != 2:
             raise CalibrationError(f"calibration_data: {key} must be [batch, seq], got shape {list(mask.shape)}")
     mask = mask.bool()
@@ -121,13 +126,13 @@ def _decoder_mask(inputs, labels, encoder: TokenSequence | None) -> tuple[torch.
         return (None if kept.all() else kept.to(ids.device)), "labels"
     made_from_encoder_ids = ids is None and f"{DECODER}inputs_embeds" not in inputs and "input_ids" in inputs
     if made_from_encoder_ids and encoder is not None and encoder.mask is not None:
-        # The ids moved by one, behind a start token.
+        # The decoder's ids are shifted by one, after a start token.
         return torch.cat([encoder.mask.any(1, keepdim=True), encoder.mask[:, :-1]], 1), encoder.key
     return None, key
 
 
 def are_alone(inputs: Mapping, sequences: Mapping[str, TokenSequence]) -> bool:
-    """Whether the batch holds one sequence of tokens, by ids or embeddings, and nothing besides."""
+    """Whether the batch has one sequence of tokens, as ids or embeddings, and no other inputs."""
     tokens = inputs["inputs_embeds"][..., 0] if "inputs_embeds" in inputs else inputs.get("input_ids")
     if set(sequences) != {""} or tokens is None:
         return False
@@ -135,26 +140,24 @@ def are_alone(inputs: Mapping, sequences: Mapping[str, TokenSequence]) -> bool:
     return all(value.shape[-1:] == tokens.shape[-1:] and value.dim() <= tokens.dim() for value in others)
 
 
-# --- which sequence a module belongs to ------------------------------------------------------------------------------
-
 SEVERAL = "several sequences"
 
 
 def find_owners(
     model: nn.Module, run: Callable[[Mapping], dict], inputs: Mapping, sequences: Mapping[str, TokenSequence]
 ) -> dict[str, str | None]:
-    """The prefix of the sequence that each module's rows belong to; None for a module that depends on none of them.
+    """The prefix of the sequence that each module's rows belong to; None for a module that depends on no sequence.
 
     Args:
         model: the whole model.
-        run: runs inputs and returns, by module, a fingerprint of what it was given in each of its calls.
+        run: runs inputs and returns by module the fingerprints of its inputs, one per call.
         inputs: of the model.
         sequences: of these inputs.
     """
     before = run(inputs)
     depends: dict[str, list[set[str]]] = {name: [set() for _ in calls] for name, calls in before.items()}
     for prefix, sequence in sequences.items():
-        after = _run_disturbed(model, run, inputs, prefix, sequence)
+        after = _run_perturbed(model, run, inputs, prefix, sequence)
         for name, calls in before.items():
             others = after.get(name, [])
             for i, call in enumerate(calls):
@@ -164,13 +167,13 @@ def find_owners(
 
 
 def _owner(calls: Sequence[set[str]]) -> str | None:
-    first = lambda found: DECODER if DECODER in found else min(found, default=None)
-    owners = {first(found) for found in calls}
+    first = lambda prefixes: DECODER if DECODER in prefixes else min(prefixes, default=None)
+    owners = {first(prefixes) for prefixes in calls}
     return owners.pop() if len(owners) == 1 else SEVERAL
 
 
 def fingerprint(tensor: torch.Tensor) -> tuple:
-    """Shape and two sums of a tensor [..., d], weighted by place, by which a change or another order shows."""
+    """Shape and two position-weighted sums of a tensor [..., d], which change with its values and their order."""
     values = tensor.detach().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
     by_row, by_column = (torch.linspace(1, 2, n, dtype=values.dtype, device=values.device) for n in values.shape)
     sums = [by_row @ each @ by_column for each in (values.abs(), values.square())]
@@ -182,25 +185,24 @@ def _differ(one: tuple, other: tuple) -> bool:
     return one[0] != other[0] or not all(near(a, b) for a, b in zip(one[1:], other[1:], strict=True))
 
 
-def _run_disturbed(model: nn.Module, run: Callable, inputs: Mapping, prefix: str, sequence: TokenSequence) -> dict:
+def _run_perturbed(model: nn.Module, run: Callable, inputs: Mapping, prefix: str, sequence: TokenSequence) -> dict:
     noise = _Noise()
     changed = dict(inputs)
     for key in sequence.sources:
         if inputs[key].is_floating_point():
             changed[key] = noise(inputs[key])
     ids = [inputs[key] for key in sequence.sources if not inputs[key].is_floating_point()]
-    with _embeddings_disturbed(model, prefix, ids, noise):
-        found = run(changed)
+    with _perturbed_embeddings(model, prefix, ids, noise):
+        seen = run(changed)
     if not noise.used and ids:
-        # No embedding looked them up: the tokens themselves, in another order.
-        found = run(
-            {**inputs, **{k: inputs[k].flip(-1) for k in sequence.sources if not inputs[k].is_floating_point()}}
-        )
-    return found
+        # No embedding looked the ids up, so their order is changed instead.
+        flipped = {k: inputs[k].flip(-1) for k in sequence.sources if not inputs[k].is_floating_point()}
+        seen = run({**inputs, **flipped})
+    return seen
 
 
 class _Noise:
-    """Adds noise of a tensor's own size to it, the same in each run."""
+    """Adds noise of a tensor's own magnitude, the same in each run."""
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(0)
@@ -214,8 +216,8 @@ class _Noise:
 
 
 @contextmanager
-def _embeddings_disturbed(model: nn.Module, prefix: str, ids: Sequence[torch.Tensor], noise: _Noise) -> Iterator[None]:
-    """Embeddings of these ids, or of all that the decoder looks up, with noise."""
+def _perturbed_embeddings(model: nn.Module, prefix: str, ids: Sequence[torch.Tensor], noise: _Noise) -> Iterator[None]:
+    """Adds noise to the embeddings of these ids, or for the decoder to all that it looks up."""
     decoder = _decoder(model)
     active = [0]
 
@@ -225,12 +227,12 @@ def _embeddings_disturbed(model: nn.Module, prefix: str, ids: Sequence[torch.Ten
     def leave(module, args, kwargs, output):
         active[0] -= 1
 
-    def disturb(module, args, output):
+    def perturb(module, args, output):
         own = bool(active[0]) if decoder is not None else any(_looks_up(args, one) for one in ids)
         others = not active[0] and any(_looks_up(args, one) for one in ids)
         return noise(output) if (own if prefix == DECODER else others) else None
 
-    handles = [m.register_forward_hook(disturb) for m in model.modules() if isinstance(m, nn.Embedding)]
+    handles = [m.register_forward_hook(perturb) for m in model.modules() if isinstance(m, nn.Embedding)]
     if decoder is not None:
         handles.append(decoder.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(decoder.register_forward_hook(leave, with_kwargs=True, always_call=True))
@@ -250,20 +252,17 @@ def _decoder(model: nn.Module) -> nn.Module | None:
 
 
 def _looks_up(args: tuple, ids: torch.Tensor) -> bool:
-    """Whether an embedding was called with these ids; placeholders of one kind may have been exchanged."""
+    """Whether an embedding was called with these ids; placeholders of one kind may have been replaced."""
     if not args or not torch.is_tensor(args[0]) or args[0].numel() != ids.numel():
         return False
     same = args[0].flatten() == ids.flatten()
     return bool(same.all()) or bool(same.any() and ids.flatten()[~same].unique().numel() == 1)
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
 def places(shape: torch.Size, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Sample and position of each row of a tensor [..., d] with these leading dimensions; None where they do not fit.
+    """Sample and position of each row of a tensor [..., d] with these leading dimensions; None if they do not fit.
 
-    Rows may be [batch, seq] in any split, [seq, batch], or one a sample.
+    Rows may be [batch, seq] in any split, or [seq, batch].
     """
     count = shape.numel()
     index = torch.arange(count)
@@ -275,23 +274,23 @@ def places(shape: torch.Size, batch: int, length: int) -> tuple[torch.Tensor, to
 
 
 def rows_of_sequence(shape: torch.Size, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Which rows of a tensor [..., d] are tokens of a sequence, and each one's sample and position.
+    """Which rows of a tensor [..., d] are tokens of a sequence, and the sample and position of every row.
 
     Args:
         shape: the tensor's leading dimensions.
         mask: bool [batch, seq].
 
     Returns:
-        bool [rows]; sample and position of every row [rows]; or None where the shapes do not fit.
+        bool [rows]; sample and position [rows]; or None if the shapes do not fit.
     """
     mask = mask.flatten(1)
     batch, length = mask.shape
-    found = places(shape, batch, length)
-    if found is not None:
-        sample, position = (index.to(mask.device) for index in found)
+    indices = places(shape, batch, length)
+    if indices is not None:
+        sample, position = (index.to(mask.device) for index in indices)
         return mask[sample, position], sample, position
     if shape.numel() == batch:
-        # One row a sample, as of a pooler: it counts if the sample has tokens.
+        # One row per sample, as from a pooler: it counts if the sample has tokens.
         index = torch.arange(batch, device=mask.device)
         return mask.any(1), index, torch.zeros_like(index)
     return None

@@ -2,22 +2,10 @@
 
 from hf_qst.disp.config import DISPConfig
 from hf_qst.disp.layer import DISPLayer
-from hf_qst.disp.methods import PRUNING_METHODS, prune_model, register_pruning_method
 from hf_qst.disp.model import DISPModel
 from hf_qst.disp.report import PruningReport
-from hf_qst.pruning.branch import PrunedBranch, prune_blocks
 from hf_qst.tuner.registration import HfQstPeftType, register_method
 
 register_method(HfQstPeftType.DISP, DISPConfig, DISPModel)
 
-__all__ = [
-    "PRUNING_METHODS",
-    "DISPConfig",
-    "DISPLayer",
-    "DISPModel",
-    "PrunedBranch",
-    "PruningReport",
-    "prune_blocks",
-    "prune_model",
-    "register_pruning_method",
-]
+__all__ = ["DISPConfig", "DISPLayer", "DISPModel", "PruningReport"]

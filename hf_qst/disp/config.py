@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from hf_qst.disp.estimators import ESTIMATORS
 from hf_qst.disp.hypernetwork import HYPERNETWORKS
 from hf_qst.pruning.layout import SELECTIONS
-from hf_qst.pruning.widths import CONSTRAINTS
-from hf_qst.tuner.config import BUDGET_SCOPES, MethodConfig, is_count, is_number
+from hf_qst.pruning.options import check_options
+from hf_qst.tuner.config import MethodConfig, is_count, is_number
 from hf_qst.tuner.registration import HfQstPeftType
 
 HARDENINGS = ("budget", "threshold")
@@ -82,10 +82,8 @@ class DISPConfig(MethodConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = HfQstPeftType.DISP
-        self._require("keep_ratio", is_number(self.keep_ratio) and 0 < self.keep_ratio <= 1, "in (0, 1]")
+        check_options(self, f"{type(self).__name__}.")
         for name, accepted in (
-            ("budget_scope", BUDGET_SCOPES),
-            ("constraint", CONSTRAINTS),
             ("estimator", tuple(ESTIMATORS)),
             ("hypernetwork", HYPERNETWORKS),
             ("hardening", HARDENINGS),
@@ -97,10 +95,6 @@ class DISPConfig(MethodConfig):
         self._require("temperature", is_number(self.temperature) and self.temperature >= 1, "a number of at least 1")
         gumbel = is_number(self.gumbel_temperature) and self.gumbel_temperature > 0
         self._require("gumbel_temperature", gumbel, "a number above 0")
-        for name in ("hypernetwork_input_size", "hypernetwork_hidden_size", "width_multiple", "min_width"):
+        for name in ("hypernetwork_input_size", "hypernetwork_hidden_size"):
             self._require(name, is_count(getattr(self, name)), "an integer of at least 1")
         self._require("seed", is_count(self.seed, 0), "an integer of at least 0")
-        chosen = self.selections
-        known = isinstance(chosen, (list, tuple, set)) and len(chosen) > 0 and set(chosen) <= set(SELECTIONS)
-        self._require("selections", known, f"a non-empty list out of {', '.join(SELECTIONS)}")
-        self.selections = [name for name in SELECTIONS if name in chosen]

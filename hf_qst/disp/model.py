@@ -6,16 +6,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_qst.base_model.budget import Budget
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.base_model.offloading import require_in_place, require_weights
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing
 from hf_qst.disp.layer import DISPLayer
-from hf_qst.disp.report import PruningReport, other_parameters
+from hf_qst.disp.report import PruningReport
 from hf_qst.disp.selection import SelectionNetwork
 from hf_qst.pruning.branch import find_prunable_stack, prune_blocks
 from hf_qst.pruning.layout import PruningLayout
-from hf_qst.pruning.widths import SelectionMap, rounded_width
+from hf_qst.pruning.options import parameter_budget
 from hf_qst.reshaped_models import ReshapedModel, to_dense
 from hf_qst.tuner.stack_tuner import StackTuner
 
@@ -51,11 +50,11 @@ class DISPModel(StackTuner):
                 "backward, as it does at a model's first forward in evaluation mode on this processor: load the base "
                 "again and wrap it before it runs"
             )
-        parameter_budget(self.model, stack, peft_config)
+        parameter_budget(self.model, stack, peft_config, f"{type(peft_config).__name__}.")
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         stack = find_decoder_stack(self.model)
-        budget = parameter_budget(self.model, stack, peft_config)
+        budget = parameter_budget(self.model, stack, peft_config, f"{type(peft_config).__name__}.")
         network = SelectionNetwork(peft_config, PruningLayout.of(stack), budget)
         if isinstance(target, DISPLayer):
             layer = target
@@ -128,18 +127,3 @@ class DISPModel(StackTuner):
                 raise ValueError("no DISP adapter is active: call set_adapter(name)")
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         return model if masks is None else prune_blocks(model, masks)
-
-
-def parameter_budget(model: nn.Module, stack: DecoderStack, config) -> int:
-    """Weights of the blocks' matrices to keep.
-
-    Raises:
-        BudgetError: even the least widths are more than `keep_ratio`; the message names the smallest ratio.
-    """
-    layout = PruningLayout.of(stack)
-    plan = SelectionMap.of(layout, config.selections, config.constraint)
-    least = plan.parameters([rounded_width(0, n, config.width_multiple, config.min_width) for n in plan.sizes])
-    budget = Budget(config.keep_ratio, config.budget_scope, layout.total, other_parameters(model, stack))
-    if budget.parameters < least:
-        raise budget.error(type(config).__name__, least, "at the least widths")
-    return budget.parameters

@@ -6,18 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
-from hf_qst.base_model.linear_layers import weight_count
+from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.disp.selection import SelectionNetwork
 from hf_qst.pruning.layout import SELECTIONS
-
-
-def other_parameters(model: nn.Module, stack: DecoderStack) -> int:
-    """Parameters that pruning counts as fixed: all but the weights of the blocks' matrices; tied ones once."""
-    paths = stack.architecture.projections.paths
-    pruned = [block.get_submodule(path).weight for block in stack.blocks for path in paths]
-    adapters = [p for name, p in model.named_parameters() if "disp_net." in name]
-    return weight_count(model, without=[*pruned, *adapters])
+from hf_qst.pruning.options import other_parameters
 
 
 @dataclass(frozen=True)

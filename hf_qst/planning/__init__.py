@@ -1,1 +1,1 @@
-"""What a run takes: bytes a training step keeps."""
+"""Memory that a run takes."""

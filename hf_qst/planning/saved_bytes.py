@@ -6,8 +6,8 @@
         loss.backward()
     saved.peak
 
-An allocator's peak says how much was held; this says how much of it was held because of autograd, so methods can be
-compared where no allocator reports (on a CPU) and without what the base itself takes.
+An allocator's peak includes everything; this counts only what autograd keeps. So methods can be compared without the
+memory of the base, and on a CPU, where no allocator reports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class _Kept:
-    """What autograd holds in place of a saved tensor; its end is the end of the tensor's saving."""
+    """Held by autograd in place of a saved tensor; deleted when autograd releases the tensor."""
 
     __slots__ = ("counter", "key", "tensor")
 
@@ -32,8 +32,8 @@ class _Kept:
 class SavedForBackward:
     """Counts the bytes autograd keeps for the backward pass, as they come and go.
 
-    Each storage counts once, whatever number of views of it are saved; parameters and buffers of `model` do not count.
-    What a checkpointed block saves again while it is recomputed counts while it lives.
+    Each storage counts once, however many views of it are saved. Parameters and buffers of `model` do not count. Tensors
+    that a checkpointed block saves during its recomputation count while they live.
 
     Attributes:
         live (`int`): bytes kept now.
@@ -66,7 +66,7 @@ class SavedForBackward:
             self._kept_bytes += entry[1]
         entry[0] += 1
         self.peak = max(self.peak, self.live)
-        # Detached, or an operation that saves its own output would be kept alive by it.
+        # Detached, because an operation that saves its own output would otherwise keep itself alive.
         return _Kept(self, key, tensor.detach())
 
     def _release(self, key: int) -> None:
@@ -83,7 +83,7 @@ class SavedForBackward:
             self.peak = max(self.peak, self.live)
 
     def __enter__(self) -> SavedForBackward:
-        # Inside a checkpointed block torch's own hooks are in force, so its recomputation has to be watched there.
+        # A checkpointed block uses torch's own hooks during its recomputation, so those are wrapped.
         counter, original = self, torch.utils.checkpoint._recomputation_hook
 
         class Watched(original):

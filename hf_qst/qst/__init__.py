@@ -1,4 +1,4 @@
-"""Quantized side tuning (Zhang et al., ACL 2024): a side network beside a frozen, quantised base."""
+"""Quantized side tuning (Zhang et al., ACL 2024): a side network trained next to a frozen, quantised base."""
 
 from hf_qst.qst.config import QSTConfig
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError

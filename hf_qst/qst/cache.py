@@ -1,7 +1,7 @@
-"""The side network's keys and values: cache layers behind the base's own, in the same `Cache` object.
+"""The side network's keys and values, in cache layers after the base's own in the same `Cache` object.
 
-Reordering for beam search, cropping for assisted decoding, repeating and resetting all loop over a cache's layers, so
-the side network's follow without a subclass. A side layer is of the same kind as the base layer it stands for, so both
+All operations of a cache (reordering for beam search, cropping for assisted decoding, repeating, resetting) loop over its
+layers, so they include the side network's without a subclass. Each side layer has the type of its base layer, so both
 have the same length and the base's mask fits.
 """
 
@@ -41,15 +41,15 @@ def _is_filled(layer) -> bool:
 
 
 def with_side_layers(cache: Cache | None, config, num_layers: int) -> Cache:
-    """The cache to give to the base: `num_layers` of its own, then as many for the side network.
+    """The cache with `num_layers` layers for the base, then as many for the side network.
 
     Args:
-        cache: what the caller passed, or None for a new dynamic one.
-        config: the base's.
+        cache: the caller's cache, or None for a new dynamic one.
+        config: the base's config.
         num_layers: number of the base's blocks.
 
     Raises:
-        NotImplementedError: a kind of cache whose layers cannot be mirrored.
+        NotImplementedError: a cache layer of an unsupported type.
         ValueError: the cache was filled without this side network (with the adapter disabled, or by another model).
     """
     if cache is None:
@@ -59,14 +59,14 @@ def with_side_layers(cache: Cache | None, config, num_layers: int) -> Cache:
             f"QST does not support {type(cache).__name__} with offloading or cross-attention; use "
             "cache_implementation='dynamic' or 'static'"
         )
-    missing = len(cache.layers) <= num_layers
+    without_side = len(cache.layers) <= num_layers
     filled = not torch.compiler.is_compiling() and len(cache.layers) > 0 and _is_filled(cache.layers[0])
-    if filled and (missing or not _is_filled(cache.layers[num_layers])):
+    if filled and (without_side or not _is_filled(cache.layers[num_layers])):
         raise ValueError(
             "past_key_values was filled while this QST adapter was disabled or by another model: it holds no keys and "
             "values of the side network. Start from an empty cache."
         )
-    # A DynamicCache made without a config has no layers yet and grows by itself, past the base's too.
-    if missing and cache.layers:
+    # A DynamicCache made without a config has no layers yet and adds them on demand, also the side network's.
+    if without_side and cache.layers:
         cache.layers.extend(_like(layer) for layer in cache.layers[:num_layers])
     return cache

@@ -16,19 +16,19 @@ MIX_KINDS = ("residual", "paper", "sigmoid")
 class QSTConfig(MethodConfig):
     """Configuration of quantized side tuning (QST).
 
-    A frozen base runs forward only; a side network `r` times narrower reads its hidden states and is all that trains.
-    Zhang et al., "Quantized Side Tuning", ACL 2024, arXiv 2401.07159. The defaults are the paper's but for three that
-    learn faster or need less memory (`mix`, `tap_storage`, `side_heads`); `QSTConfig.paper()` has the paper's,
-    `QSTConfig.reference()` those of the authors' code.
+    A frozen base runs forward only. A side network, `r` times narrower, reads its hidden states and is the only part that
+    is trained. Zhang et al., "Quantized Side Tuning", ACL 2024, arXiv 2401.07159. The defaults are the paper's except
+    three that learn faster or need less memory (`mix`, `tap_storage`, `side_heads`). `QSTConfig.paper()` has the paper's
+    settings, `QSTConfig.reference()` those of the authors' code.
 
     Args:
         r (`int`):
             Reduction factor: the side network is `hidden_size // r` wide. Must divide the base's hidden size.
         downsample (`str`):
-            How a hidden state `[batch, seq, hidden]` becomes the side network's `[batch, seq, hidden // r]`: `"linear"`,
-            `"lora"` (two factors), `"adapter"` (two factors with SiLU between), `"maxpool"` or `"avgpool"` (over windows
-            of `r` channels, no parameters), `"principal"` (a fixed projection onto the principal directions of each
-            block's outputs; see `calibration_data`).
+            Map of a hidden state `[batch, seq, hidden]` to `[batch, seq, hidden // r]`: `"linear"`, `"lora"` (two
+            factors), `"adapter"` (two factors with SiLU in between), `"maxpool"` or `"avgpool"` (over `r` channels, no
+            parameters), `"principal"` (a fixed projection onto the principal directions of each block's outputs; see
+            `calibration_data`).
         downsample_rank (`int`):
             Rank of the factors of `"lora"` and `"adapter"`.
         downsample_layernorm (`bool`):
@@ -36,37 +36,36 @@ class QSTConfig(MethodConfig):
         downsample_dropout (`float`):
             Dropout after the downsampling.
         tap_storage (`str`):
-            What a trainable downsampler keeps of the base's hidden state for its own gradient: `"int8"` (blocks of 64
-            channels) or `"full"`. The forward pass is exact in both.
+            Format in which a trainable downsampler keeps the base's hidden state for the backward pass: `"int8"` (in
+            blocks of 64 channels) or `"full"`. The forward pass is exact with both.
         side_heads (`str`):
             `"auto"` keeps the base's head size and divides the number of heads; `"keep"` keeps the number of heads and
             divides their size.
         gate_shape (`str`):
-            `"scalar"` (one gate a layer) or `"vector"` (one a channel) for the gate between a downsampled hidden state
-            and the side network's own state.
+            Gate between a downsampled hidden state and the side network's state: `"scalar"` (one per layer) or
+            `"vector"` (one per channel).
         gate_init (`float`):
-            Start of the gate before its sigmoid.
+            Initial value of the gates before the sigmoid.
         mix (`str`):
-            How the side network's output joins the base's, before the head: `"residual"` is `alpha * base + side` with
-            a zero start for the side network's last layer; `"paper"` is `alpha * base + (1 - alpha) * side` with alpha
-            starting at 1; `"sigmoid"` the same with the sigmoid of a parameter that starts at 1. The first two start
-            exactly at the base model.
+            Mix of the outputs of base and side network before the head. `"residual"`: `alpha * base + side`, where the
+            side network's last layer starts at zero. `"paper"`: `alpha * base + (1 - alpha) * side`, where alpha starts
+            at 1. `"sigmoid"`: the same, where alpha is the sigmoid of a parameter that starts at 1. With the first two,
+            training starts exactly at the base model.
         mix_shape (`str`):
-            `"scalar"` or `"vector"` (one alpha a channel).
+            `"scalar"` or `"vector"` (one alpha per channel).
         mix_lr_scale (`float`):
             Multiplies the learning rate of alpha: alpha is `start + mix_lr_scale * parameter`.
         side_checkpointing (`bool` or `str`):
-            What the backward pass recomputes instead of keeping it: `"mlp"` the MLP half of each side block (the larger
-            part of its activations, the lesser part of its time), `True` the whole block (least memory), `False`
-            nothing.
+            Part of each side block that the backward pass recomputes: `"mlp"` (most of the activations, less than half
+            of the time), `True` (the whole block, least memory) or `False` (nothing).
         chunked_loss (`bool`):
-            In training, compute the language-model loss from the frozen head in chunks of tokens, so that the logits
-            never exist at once; the model then returns a loss and no logits. Pass `logits_to_keep=0` to a call to get
-            its logits all the same. A model whose own loss is another function of its hidden states keeps it.
+            In training, compute the language-model loss from the frozen head in chunks of tokens, without the full
+            logits. The model then returns a loss and no logits; pass `logits_to_keep=0` to get them. A model whose loss
+            is another function of its hidden states keeps its own.
         modules_to_save (`list[str]`, *optional*):
-            Modules outside the decoder stack that are trained and saved in full, for example `["score"]`.
+            Modules outside the decoder stack to train and save in full, for example `["score"]`.
         calibration_data (iterable of `dict`, *optional*):
-            A few batches of model inputs for `downsample="principal"`. Without them its directions are random and
+            A few batches of model inputs for `downsample="principal"`. Without them the directions are random and
             orthonormal. Not saved.
     """
 
@@ -75,10 +74,10 @@ class QSTConfig(MethodConfig):
     downsample_rank: int = field(default=16, metadata={"help": "Rank of the lora and adapter downsamplers."})
     downsample_layernorm: bool = field(default=True, metadata={"help": "Layer norm after the downsampling."})
     downsample_dropout: float = field(default=0.0, metadata={"help": "Dropout after the downsampling."})
-    tap_storage: str = field(default="int8", metadata={"help": "What is kept of a hidden state: int8 or full."})
+    tap_storage: str = field(default="int8", metadata={"help": "Format of a kept hidden state: int8 or full."})
     side_heads: str = field(default="auto", metadata={"help": "auto: the base's head size; keep: its head count."})
     gate_shape: str = field(default="scalar", metadata={"help": "scalar or vector."})
-    gate_init: float = field(default=0.0, metadata={"help": "Start of the gates before their sigmoid."})
+    gate_init: float = field(default=0.0, metadata={"help": "Initial value of the gates before the sigmoid."})
     mix: str = field(default="residual", metadata={"help": f"One of {', '.join(MIX_KINDS)}."})
     mix_shape: str = field(default="scalar", metadata={"help": "scalar or vector."})
     mix_lr_scale: float = field(default=1.0, metadata={"help": "Multiplies the learning rate of the mix's alpha."})
@@ -131,15 +130,15 @@ class QSTConfig(MethodConfig):
 
     @classmethod
     def paper(cls, **changes) -> QSTConfig:
-        """The settings of the paper: its mix, full-precision taps; heads as the authors' code has them."""
+        """The paper's mix, full-precision taps, and the heads of the authors' code."""
         return cls(**{"mix": "paper", "side_heads": "keep", "tap_storage": "full", **changes})
 
     @classmethod
     def reference(cls, **changes) -> QSTConfig:
-        """The settings of the authors' released code, which differ from their paper's.
+        """The settings of the authors' released code, which differ from the paper's.
 
-        A vector gate that starts at sigmoid(0.5), a vector mix that starts at sigmoid(1) on the base's side (so the
-        start is not the base model), undivided heads, full-precision taps.
+        A vector gate starts at sigmoid(0.5). A vector mix starts with weight sigmoid(1) on the base, so training does not
+        start at the base model. The number of heads is undivided, and taps are full-precision.
         """
         code = {"gate_shape": "vector", "gate_init": 0.5, "mix": "sigmoid", "mix_shape": "vector"}
         return cls.paper(**{**code, **changes})

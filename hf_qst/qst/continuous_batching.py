@@ -1,4 +1,4 @@
-"""Refuses continuous batching by name, which transformers runs in a thread that only logs its errors."""
+"""A clear error for continuous batching, which transformers runs in a thread that only logs its errors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MESSAGE = (
 
 
 class RefuseContinuousBatching:
-    """Stands in the place of `model.init_continuous_batching`, through which all ways to continuous batching go.
+    """Replaces `model.init_continuous_batching`, which every use of continuous batching calls.
 
-    While the adapter is disabled it is the model's own.
+    With the adapter disabled it calls the model's own method.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): with its language-model head; other models cannot generate.
+        model ([`~transformers.PreTrainedModel`]): the base; without a language-model head nothing is replaced.
         layer ([`QSTLayer`])
     """
 
@@ -32,5 +32,5 @@ class RefuseContinuousBatching:
         return type(self.model).init_continuous_batching(self.model, *args, **kwargs)
 
     def remove(self) -> None:
-        """Give the model its own method back."""
+        """Restore the model's own method."""
         self.model.__dict__.pop("init_continuous_batching", None)

@@ -1,9 +1,8 @@
 """Downsamplers D_i: a base hidden state [batch, seq, d] to the side network's width d_s = d / r (paper, section 3.2).
 
-Each works in two steps. `tap` is the one that reads the full-width state, once; it runs while the base runs, and what
-it returns is all that is kept. `finish` turns that into the side network's input and may be recomputed in the backward
-pass. The base's state never carries a gradient, so nothing of it has to be kept but what a trainable `tap` needs for
-its own weight, and that is kept in 8 bits (`hf_qst_kernels.tap_linear`).
+Each has two steps. `tap` reads the full-width state while the base runs, and only its result is kept. `finish` turns this
+result into the side network's input and may be recomputed in the backward pass. The base's state has no gradient, so only
+a trainable `tap` keeps it, for the gradient of its weight, in 8 bits (`hf_qst_kernels.tap_linear`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import hf_qst_kernels
 
 
 class Downsample(nn.Module):
-    """Base class: the affine layer norm and dropout all kinds share.
+    """Base class with the affine layer norm and the dropout of all kinds.
 
     Args:
         side_size: width d_s of the side network.
@@ -30,15 +29,15 @@ class Downsample(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def tap(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[batch, seq, d], without gradient -> what is kept of it."""
+        """[batch, seq, d] without gradient -> the part of it that is kept."""
         raise NotImplementedError
 
     def expand(self, tapped: torch.Tensor) -> torch.Tensor:
-        """What `tap` returned -> [batch, seq, d_s]."""
+        """Result of `tap` -> [batch, seq, d_s]."""
         return tapped
 
     def finish(self, tapped: torch.Tensor) -> torch.Tensor:
-        """What `tap` returned -> [batch, seq, d_s], normalised."""
+        """Result of `tap` -> [batch, seq, d_s], normalised."""
         side = self.expand(tapped)
         if self.norm is not None:
             side = self.norm(side.to(self.norm.weight.dtype))
@@ -50,16 +49,14 @@ class Downsample(nn.Module):
         """`(1 - sigmoid(gate)) * finish(tapped) + sigmoid(gate) * side`, float32 until it is rounded to `dtype`.
 
         Args:
-            tapped: what `tap` returned.
-            side: [batch, seq, d_s], the side network's own state.
+            tapped: result of `tap`.
+            side: [batch, seq, d_s], the side network's state.
             gate: [1] or [d_s], float32.
             dtype: of the result.
-            fused: whether norm, gate and mix are one op (`hf_qst_kernels.norm_gate`); not while there is dropout.
+            fused: whether norm, gate and mix run as one op (`hf_qst_kernels.norm_gate`), which has no dropout.
         """
         if fused:
-            norm = (
-                {} if self.norm is None else {"weight": self.norm.weight, "bias": self.norm.bias, "eps": self.norm.eps}
-            )
+            norm = {} if self.norm is None else {name: getattr(self.norm, name) for name in ("weight", "bias", "eps")}
             return hf_qst_kernels.norm_gate(self.expand(tapped), side, gate, **norm, out_dtype=dtype)
         down = self.finish(tapped)
         return torch.lerp(down.float(), side.float(), torch.sigmoid(gate).expand(down.shape[-1])).to(dtype)
@@ -91,10 +88,10 @@ class FactoredDownsample(LinearDownsample):
 
 
 class PoolDownsample(Downsample):
-    """D(h)_j = max or mean of the r channels r*j .. r*j + r - 1; nothing to train before the norm.
+    """D(h)_j = max or mean of the r channels r*j .. r*j + r - 1, without parameters.
 
-    By torch's pooling kernels: a reduction over windows this narrow takes five times as long on a GPU (`docs/kernels.md`).
-    On a CPU that holds for maxima only.
+    It uses torch's pooling kernels, because a reduction over windows this narrow takes five times as long on a GPU
+    (`docs/kernels.md`); on a CPU only the maximum does.
     """
 
     def __init__(self, side_size: int, kind: str, **shared):
@@ -106,19 +103,19 @@ class PoolDownsample(Downsample):
         if self.kind == "avgpool" and not hidden.is_cuda:
             return hidden.unflatten(-1, (self.side_size, -1)).mean(-1)
         pool = F.max_pool1d if self.kind == "maxpool" else F.avg_pool1d
-        # Each position is a batch entry of one channel: pooling takes no empty axis but the batch, nor more than three.
+        # Each position is a batch entry of one channel: pooling takes at most three axes, and only the batch may be empty.
         pooled = pool(hidden.reshape(-1, 1, hidden.shape[-1]), hidden.shape[-1] // self.side_size)
         return pooled.view(*hidden.shape[:-1], self.side_size)
 
 
 class PrincipalDownsample(Downsample):
-    """D(h) = (h - mean) P, with P [d, d_s] fixed: the leading principal directions of the states it will read.
+    """D(h) = (h - mean) P, with P [d, d_s] fixed: the leading principal directions of the states h.
 
-    Each direction is divided by the standard deviation along it, or the few outlier channels of a large model would
-    drown the others in the layer norm that follows. Until `fit` is called the directions are random and orthonormal.
+    Each direction is divided by the standard deviation along it; otherwise the few outlier channels of a large model would
+    dominate the layer norm that follows. Before `fit`, the directions are random and orthonormal.
     """
 
-    # Parameters and not buffers: trainers copy an adapter by its parameters.
+    # Parameters, not buffers, because trainers copy an adapter by its parameters.
     fixed_parameters = ("directions", "mean")
 
     def __init__(self, hidden_size: int, side_size: int, **shared):
@@ -129,22 +126,22 @@ class PrincipalDownsample(Downsample):
         self.mean = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
 
     def tap(self, hidden):
-        # Nothing trains here, so nothing is kept, in 8 bits or otherwise.
+        # Nothing is trained here, so nothing is kept for the backward pass.
         return hf_qst_kernels.tap_linear(hidden, self.directions, storage="full", center=self.mean)
 
     @torch.no_grad()
     def fit(self, mean: torch.Tensor, covariance: torch.Tensor) -> None:
-        """Take the principal directions of states with this mean [d] and covariance [d, d]."""
+        """Set the projection from the states' mean [d] and covariance [d, d]."""
         values, vectors = torch.linalg.eigh(covariance.double())
         side_size = self.directions.shape[0]
-        # eigh sorts ascending. A direction without variance says nothing; the floor keeps its scale finite.
+        # eigh sorts ascending. The floor keeps the scale of a direction without variance finite.
         scale = values[-side_size:].clamp_min(values[-1] * 1e-12).clamp_min(1e-30).rsqrt()
         self.directions.copy_((vectors[:, -side_size:] * scale).T.flip(0))
         self.mean.copy_(mean)
 
 
 def make_downsample(config, hidden_size: int, side_size: int) -> Downsample:
-    """The downsampler a `QSTConfig` asks for."""
+    """The downsampler of a `QSTConfig`."""
     shared = {"layernorm": config.downsample_layernorm, "dropout": config.downsample_dropout}
     kind, rank, storage = config.downsample, config.downsample_rank, config.tap_storage
     if kind == "linear":

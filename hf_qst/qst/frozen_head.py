@@ -1,10 +1,9 @@
 """The training loss of a causal language model from its frozen head, in chunks of tokens.
 
-The `[tokens, vocab]` logits and their gradient never exist at once, which at a vocabulary of 128k is most of a training
-step's memory. The model's own forward stays in charge: a pre-hook takes the labels away and asks it for the logits of
-no position, the decoder stack hands over its output, and a hook computes the loss transformers would have computed
-(`ForCausalLMLoss`) and puts it into the model's output. The head may be in bitsandbytes' NF4: then it is dequantised a
-slice of the vocabulary at a time.
+The full `[tokens, vocab]` logits and their gradient never exist; with a vocabulary of 128k they are most of a training
+step's memory. The model's own forward still runs. A pre-hook removes the labels and requests the logits of no position,
+the decoder stack stores its output in the request, and a hook computes the loss of transformers (`ForCausalLMLoss`) and
+adds it to the model's output. An NF4 head of bitsandbytes is dequantised a slice of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from hf_qst.base_model.packed_weights import find_packed, forbid_packing, nf4_we
 
 logger = logging.getLogger(__name__)
 
-# Keyword argument by which a request travels from the model to its decoder stack.
+# Keyword argument that passes a request from the model to its decoder stack.
 LOSS_REQUEST = "hf_qst_loss_request"
-# Logits at which a model's loss is compared with ours: beyond the caps in use, which are 30 and 50.
+# Logits for the comparison of a model's loss with ours: above the caps in use, 30 and 50.
 _LARGEST_LOGIT = 60.0
-# 16-bit logits, also those of autocast, were seen to differ by a tenth of this in the mean of 16 tokens.
+# 16-bit logits, also those of autocast, changed the mean of 16 tokens by a tenth of this.
 _TOLERANCE = 5e-3
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
 
@@ -33,7 +32,7 @@ _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index
 class LossRequest:
     """The loss arguments of one call, and the output of its decoder stack [batch, seq, d_out].
 
-    The stack puts it there when it ran; a stack that is given a request with an output returns that and does not run.
+    The stack sets `hidden` after it ran. If `hidden` is set before, the stack returns it and does not run.
     """
 
     def __init__(self, labels, shift_labels=None, num_items_in_batch=None, ignore_index: int = -100, hidden=None):
@@ -44,13 +43,13 @@ class LossRequest:
         self.ignore_index = ignore_index
 
     def loss(self, head: nn.Linear, softcap: float | None) -> torch.Tensor:
-        """What `ForCausalLMLoss` gives for the head's logits."""
+        """The value of `ForCausalLMLoss` for the head's logits."""
         labels = self.shift_labels
         if labels is None:
             labels = nn.functional.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:]
         hidden = self.hidden.to(head.weight.device)
         if getattr(head, "compute_dtype", None) is not None:
-            hidden = hidden.to(head.compute_dtype)  # as a 4-bit head does it
+            hidden = hidden.to(head.compute_dtype)  # as a 4-bit head does
         total = hf_qst_kernels.linear_cross_entropy(
             hidden,
             head_weight(head),
@@ -67,10 +66,10 @@ class LossRequest:
 
 
 def check_labels(kwargs: dict) -> None:
-    """Refuse labels that do not fit the inputs before the base runs.
+    """Check that labels have the shape of the inputs.
 
     Raises:
-        ValueError: naming both shapes.
+        ValueError: they do not; the message has both shapes.
     """
     labels, inputs = kwargs.get("labels"), kwargs.get("input_ids")
     if inputs is None and kwargs.get("inputs_embeds") is not None:
@@ -84,10 +83,10 @@ def check_labels(kwargs: dict) -> None:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuse to train a model whose only adapter is frozen; of several, a frozen one may be a reference for another.
+    """Check that the adapter is trainable. With several adapters a frozen one may be a reference model.
 
     Raises:
-        ValueError
+        ValueError: training with no trainable parameter.
     """
     if len(getattr(model, "peft_config", {})) > 1:
         return
@@ -99,10 +98,10 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_head(model: nn.Module) -> None:
-    """Refuse to train through a head that nothing is back-propagated through.
+    """Check that gradients can flow through the head.
 
     Raises:
-        ValueError
+        ValueError: training with a head that bitsandbytes has packed for its CPU kernel, which has no backward pass.
     """
     head = model.get_output_embeddings()
     if model.training and torch.is_grad_enabled() and head is not None and find_packed(head) is not None:
@@ -114,8 +113,8 @@ def check_head(model: nn.Module) -> None:
 
 
 def head_weight(head: nn.Module | None) -> torch.Tensor | hf_qst_kernels.NF4Weight | None:
-    """The frozen weight [vocab, d_out] for the chunked loss; None if the head needs the model's own path: trained,
-    offloaded, or quantised otherwise than in NF4."""
+    """The frozen weight [vocab, d_out] for the chunked loss; None if the head is trained, offloaded, or quantised in
+    another format than NF4."""
     if head is None or hasattr(head, "_hf_hook"):
         return None
     if type(head) is nn.Linear:
@@ -124,27 +123,27 @@ def head_weight(head: nn.Module | None) -> torch.Tensor | hf_qst_kernels.NF4Weig
 
 
 class FrozenHeadLoss:
-    """Hooks of one model with a head, which is `model` once they are installed.
+    """The hooks of one model with a head.
 
     Args:
-        network: a callable without arguments that gives the network in use, whose `chunked_loss` says whether it wants the
-            chunked loss, or None while there is none: then the model is the base, and nothing is changed or checked.
+        network: a function that returns the active network, whose `chunked_loss` enables the chunked loss; or None, and
+            then the model runs unchanged and unchecked.
     """
 
     def __init__(self, network):
         self.network = network
         self.model: nn.Module | None = None
-        # What the model's path from hidden states to the loss was when it was last tried, and what was found.
+        # The model's path from hidden states to the loss at the last comparison, and its result.
         self._tried: tuple | None = None
         self._is_plain = False
         self._said: set[str] = set()
 
     def __getstate__(self):
-        # A copy tries for itself: classes made at run time and patched forwards need not pickle.
+        # A copy compares again, because patched forwards may not pickle.
         return {**vars(self), "_tried": None}
 
     def install(self, model: nn.Module) -> list:
-        """Register on `model`; returns the handles that take the hooks off again."""
+        """Register the hooks on `model`; returns their handles."""
         self.model = model
         handles = [
             model.register_forward_pre_hook(_Before(self), with_kwargs=True),
@@ -154,7 +153,7 @@ class FrozenHeadLoss:
         return handles if head is None else [*handles, forbid_packing(head)]
 
     def wants(self, kwargs: dict) -> bool:
-        """Whether this call gets its loss in chunks: a training step that does not ask for logits."""
+        """Whether this call computes its loss in chunks: a training step that does not request logits."""
         model = self.model
         return (
             model.training
@@ -167,10 +166,10 @@ class FrozenHeadLoss:
             and self._can_chunk()
         )
 
-    # A compiler takes the answer as it is, without tracing how it was found.
+    # A compiler takes the result as a constant and does not trace this function.
     @torch.compiler.assume_constant_result
     def _can_chunk(self) -> bool:
-        """Whether the head is one for the chunked loss, and the model's own loss the same function of the hidden states."""
+        """Whether the head supports the chunked loss, and the model's own loss is the same function of the hidden states."""
         model, head = self.model, self.model.get_output_embeddings()
         if head_weight(head) is None:
             return self._say_once("the head is trained, offloaded, or quantised otherwise than in NF4")
@@ -189,7 +188,7 @@ class FrozenHeadLoss:
 
 
 def is_of_transformers(model: nn.Module) -> bool:
-    """Whether the model's forward is one of transformers' that takes `logits_to_keep`, and no subclass's own."""
+    """Whether the model's forward is one of transformers, not of a subclass, and takes `logits_to_keep`."""
     forward = type(model).forward
     return forward.__module__.startswith("transformers.models.") and (
         "logits_to_keep" in inspect.signature(forward).parameters
@@ -203,10 +202,10 @@ def logit_softcap(model: nn.Module) -> float | None:
 
 @torch.no_grad()
 def computes_plain_loss(model: nn.Module) -> bool:
-    """Whether the model's loss of a few hidden states is that of `LossRequest`.
+    """Whether the model's loss for a few hidden states equals that of `LossRequest`.
 
-    Scales, caps and biases of the logits and whatever else a model does after its decoder stack show as another loss. The
-    hidden states are random and as large as makes logits of about `_LARGEST_LOGIT`, where a cap shows.
+    Scales, caps and biases of the logits, and anything else that a model does after its decoder stack, change the loss.
+    The hidden states are random and scaled to logits of about `_LARGEST_LOGIT`, where a cap has an effect.
     """
     head = model.get_output_embeddings()
     weight = next(p for p in head.parameters())
@@ -215,16 +214,16 @@ def computes_plain_loss(model: nn.Module) -> bool:
     hidden = torch.randn(1, 16, head.in_features, generator=generator).to(weight.device, dtype)
     hidden *= _LARGEST_LOGIT / head(hidden).abs().max().clamp_min(1e-6)
     tokens = (torch.arange(16, device=weight.device) % head.out_features)[None]
-    given = {"labels": tokens, "num_items_in_batch": 15}
-    request = LossRequest(**given, hidden=hidden)
-    wanted = request.loss(head, logit_softcap(model))
+    targets = {"labels": tokens, "num_items_in_batch": 15}
+    request = LossRequest(**targets, hidden=hidden)
+    expected = request.loss(head, logit_softcap(model))
     try:
-        found = model.forward(input_ids=tokens, use_cache=False, **given, **{LOSS_REQUEST: request}).loss
+        loss = model.forward(input_ids=tokens, use_cache=False, **targets, **{LOSS_REQUEST: request}).loss
     except (AttributeError, TypeError) as error:
         # It reads more of its stack's output, or needs more arguments, than a plain language model.
         logger.info("%s cannot be tried on hidden states alone: %s", type(model).__name__, error)
         return False
-    return found is not None and bool((found.float() - wanted.float()).abs() <= _TOLERANCE * wanted.abs())
+    return loss is not None and bool((loss.float() - expected.float()).abs() <= _TOLERANCE * expected.abs())
 
 
 class _Before:

@@ -3,10 +3,10 @@
     q, k, v = rotated(N_1(x) W_qkv)                    heads
     h = x + a W_o,   y = h + MLP(N_2(h))               output_and_mlp
 
-A side network is narrow and deep: on a GPU its time is that of starting operations, not of computing them. Written as
-modules, a block starts three times as many, among them a cast of each weight and of its gradient under autocast, and
-autograd keeps what lies between. Here the weights of one product are cast into one matrix, gradients are computed by
-hand, and of each half its inputs are kept (with `recompute`) and what follows from them is computed again.
+A side network is narrow and deep, so on a GPU its time is mostly kernel launches. As modules, a block launches three
+times as many kernels, among them a cast of each weight and of its gradient under autocast, and autograd keeps all
+intermediate results. Here the weights of one product are cast into one matrix, and the gradients are written by hand from
+the inputs of each half; with `recompute` nothing else is kept.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ ACTIVATIONS["gelu_pytorch_tanh"] = ACTIVATIONS["gelu_new"]
 
 
 def fuses(block: nn.Module, hidden: torch.Tensor) -> bool:
-    """
-    Whether a `SideBlock` may run through this module: its layout is the one written here, and nothing else has to see
-    its parts. Hooks on them (FSDP's, ZeRO's, a user's), a compiler and a trace need the modules.
+    """Whether these functions can run a `SideBlock`: its layout is supported, and nothing needs its modules to be called,
+    such as hooks (of FSDP, ZeRO or a user), a compiler or a trace.
     """
     spec = block.attention.spec
     if spec.parallel is not None or spec.post_norms or spec.activation not in ACTIVATIONS:
@@ -50,8 +49,7 @@ def fuses(block: nn.Module, hidden: torch.Tensor) -> bool:
 def heads(
     x: torch.Tensor, norm: nn.Module, layers: list[nn.Linear], head_dim: int, tables: tuple | None
 ) -> tuple[torch.Tensor, ...]:
-    """
-    `layer(norm(x))` of the layers for query, key and value, as [batch, seq, heads, head_dim]; keeps x for backward.
+    """`layer(norm(x))` of the layers for query, key and value, as [batch, seq, heads, head_dim]; keeps x for backward.
 
     Args:
         x: [batch, seq, d_s].
@@ -66,12 +64,11 @@ def heads(
 def output_and_mlp(
     attended: torch.Tensor, x: torch.Tensor, output: nn.Linear, norm: nn.Module, mlp: nn.Module, recompute: bool
 ) -> torch.Tensor:
-    """
-    `h + mlp(norm(h))` with `h = x + output(attended)`; x [batch, seq, d_s].
+    """`h + mlp(norm(h))` with `h = x + output(attended)`; x [batch, seq, d_s].
 
     Args:
         mlp (`SideMLP`)
-        recompute: keep `attended` and `h` alone; else also what the MLP's inner product gave.
+        recompute: keep only `attended` and `h` for the backward pass; else also the products inside the MLP.
     """
     node = _OutputAndMLP(output, norm, mlp, x, recompute)
     if torch.is_grad_enabled():
@@ -98,7 +95,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x, cos, sin, sign: int, out=None) -> torch.Tensor:
-    """`(x1 c1 - x2 s1, x2 c2 + x1 s2)`, or with `sign` -1 the transposed map of it."""
+    """`(x1 c1 - x2 s1, x2 c2 + x1 s2)`, or with `sign` -1 its transpose."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     n = cos.shape[-1]
     (c1, c2), (s1, s2) = cos.chunk(2, -1), sin.chunk(2, -1)[::sign]
@@ -111,12 +108,12 @@ def _turn(x, cos, sin, sign: int, out=None) -> torch.Tensor:
 
 
 def _tensors(*modules: nn.Module) -> list[torch.Tensor | None]:
-    """Weight and bias of each: given to a node so that autograd takes their gradients from it."""
+    """Weight and bias of each module, passed to a node so that autograd gets their gradients."""
     return [tensor for module in modules for tensor in (module.weight, getattr(module, "bias", None))]
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """Of the products in a block whose parameters have x's dtype: autocast's where that is on."""
+    """The dtype of a block's products: autocast's if it is enabled, else that of x."""
     return autocast_dtype(x.device.type) or x.dtype
 
 
@@ -132,7 +129,7 @@ class _Norm:
         self.layer = isinstance(module, nn.LayerNorm)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list]:
-        """The result, and the statistics that `backward` wants."""
+        """The result, and the statistics for `backward`."""
         shape = [x.shape[-1]]
         if self.layer:
             y, *stats = _aten.native_layer_norm(x, shape, self.weight, self.bias, self.eps)
@@ -161,8 +158,8 @@ class _Norm:
 
 
 class _Products:
-    """Linear layers of one input, in the dtype that autocast asks for: one product where their weights have to be cast
-    in any case, else one each."""
+    """Linear layers with one input, in autocast's dtype. If their weights have to be cast, they are packed into one
+    product."""
 
     def __init__(self, layers: list[nn.Linear], x: torch.Tensor):
         self.layers = layers
@@ -171,7 +168,7 @@ class _Products:
         self.packed = layers[0].weight.dtype != self.dtype
 
     def forward(self, rows: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs [rows, size] of each layer, or their columns side by side where one matrix holds the weights."""
+        """Output [rows, size] of each layer, or one tensor with all columns if the weights are packed."""
         outputs = [torch.mm(rows, weight.t()) for weight in weights]
         for layer, output in zip(self.layers, self.split(outputs), strict=True):
             if layer.bias is not None:
@@ -179,11 +176,11 @@ class _Products:
         return outputs
 
     def split(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """By layer, views of what `forward` gave."""
+        """Views of the result of `forward` by layer."""
         return list(outputs[0].split(self.sizes, -1)) if self.packed else outputs
 
     def backward(self, grads: list[torch.Tensor], rows: torch.Tensor, weights: list[torch.Tensor]):
-        """The gradient in `rows`, and those of each layer's weight and bias, in turn; `grads` as `forward` gave."""
+        """Gradient in `rows`, and of each layer's weight and bias in turn; `grads` has the layout of `forward`'s result."""
         total = None
         for grad, weight in zip(grads, weights, strict=True):
             total = torch.mm(grad, weight) if total is None else total.addmm_(grad, weight)
@@ -198,7 +195,7 @@ class _Products:
 
 
 def _cast_weights(*groups: _Products) -> list[list[torch.Tensor]]:
-    """The matrices of each group: one of all its rows in the dtype of the product, or the layers' own."""
+    """The matrices of each group: one packed matrix in the dtype of the product, or the layers' own weights."""
     own = [[layer.weight.detach() for layer in group.layers] for group in groups]
     if not groups[0].packed:
         return own
@@ -212,7 +209,7 @@ def _cast_weights(*groups: _Products) -> list[list[torch.Tensor]]:
 
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`a @ b` in `dtype`, without a rounded copy in between where the device can."""
+    """`a @ b` in `dtype`, on a GPU without an intermediate rounding."""
     if a.dtype == dtype or not a.is_cuda or dtype != torch.float32:
         return torch.mm(a, b).to(dtype)
     return torch.mm(a, b, out_dtype=dtype)
@@ -226,7 +223,7 @@ class _Heads:
         self.shape = x.shape
 
     def forward(self, x: torch.Tensor, tables: tuple | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Query, key and value, and the weights that were used."""
+        """Query, key and value, and the weights in use."""
         with torch.autocast(x.device.type, enabled=False):
             (weights,) = _cast_weights(self.products)
             normal, _ = self.norm.forward(_rows(x))
@@ -285,7 +282,7 @@ class _HeadsFunction(torch.autograd.Function):
 
 
 class _OutputAndMLP:
-    """The second half of a block, from the attention's result on."""
+    """The second half of a block, after the attention."""
 
     def __init__(self, output: nn.Linear, norm: nn.Module, mlp: nn.Module, x: torch.Tensor, recompute: bool):
         self.norm, self.recompute = _Norm(norm), recompute
@@ -295,7 +292,7 @@ class _OutputAndMLP:
         self.activate, self.activate_backward = ACTIVATIONS[mlp.activation_name]
 
     def forward(self, attended, x):
-        """The result, `h` [rows, d_s], the products inside the MLP and the weights that were used."""
+        """The result, `h` [rows, d_s], the products inside the MLP, and the weights in use."""
         with torch.autocast(x.device.type, enabled=False):
             weights = _cast_weights(*self.groups)
             (added,) = self.output.forward(_rows(attended).to(self.output.dtype), weights[0])
@@ -310,7 +307,7 @@ class _OutputAndMLP:
         return self.activate(gate).mul_(up[0]) if up else self.activate(gate)
 
     def gated_backward(self, grad, inside: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Gradients in the products inside the MLP, laid out as these are."""
+        """Gradients in the products inside the MLP, in the same layout."""
         gate, *up = self.inner.split(inside)
         if not up:
             return [self.activate_backward(grad, gate)]

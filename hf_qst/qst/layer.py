@@ -1,4 +1,4 @@
-"""The PEFT layer of QST: it stands in the place of the base's decoder stack."""
+"""The PEFT layer of QST, which wraps the base's decoder stack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_qst.qst.side_network import SideNetwork
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
-# Arguments of a base block that are not the side block's: its own state, and what concerns caches it does not use.
+# Arguments of a base block that its side block does not get: the hidden state, and arguments for unused caches.
 _NOT_FORWARDED = {
     "hidden_states",
     "attention_mask",
@@ -43,7 +43,7 @@ class SideNetworkMergeError(NotImplementedError):
 
 
 class _Recorder:
-    """Taps and contexts of one base forward."""
+    """Taps and contexts of one forward pass of the base."""
 
     def __init__(self, network: SideNetwork, grad: bool):
         self.network, self.grad = network, grad
@@ -52,7 +52,7 @@ class _Recorder:
         self.contexts: list[BlockContext] = []
 
     def record(self, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext) -> None:
-        # The base runs without gradients; a trainable downsampler needs them, from a leaf that has none.
+        # The base runs without gradients, but a trainable downsampler needs them for its weight.
         with torch.set_grad_enabled(self.grad):
             if index == 0:
                 self.embedding = self.network.tap(0, entering.detach())
@@ -61,7 +61,7 @@ class _Recorder:
 
 
 class _BlockHook:
-    """Forward hook of base block `index`. A class of this module, so that models pickle and deep-copy."""
+    """Forward hook of base block `index`. A class, not a closure, so that models can be pickled and copied."""
 
     def __init__(self, index: int, block: nn.Module, tape: RunningForward):
         self.index = index
@@ -76,21 +76,21 @@ class _BlockHook:
         recorder = self.tape.current
         if recorder is None:
             return
-        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        entering = given["hidden_states"]
+        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        entering = arguments["hidden_states"]
         context = BlockContext(
-            attention_mask=given.get("attention_mask"),
-            position_embeddings=given.get("position_embeddings"),
-            attention_kwargs={k: v for k, v in given.items() if k not in _NOT_FORWARDED},
+            attention_mask=arguments.get("attention_mask"),
+            position_embeddings=arguments.get("position_embeddings"),
+            attention_kwargs={k: v for k, v in arguments.items() if k not in _NOT_FORWARDED},
             hidden_dtype=entering.dtype,
         )
         recorder.record(self.index, entering, output[0] if isinstance(output, tuple) else output, context)
 
 
 class QSTLayer(StackLayer):
-    """Wraps a decoder stack and returns its output mixed with a side network's.
+    """Wraps a decoder stack and mixes its output with that of a side network.
 
-    The stack itself runs in eval mode and without gradients.
+    The stack runs in evaluation mode and without gradients.
     """
 
     adapter_layer_names = ("qst_net",)
@@ -121,7 +121,7 @@ class QSTLayer(StackLayer):
 
     def _side_tuned(self, network: SideNetwork, kwargs: dict):
         if kwargs.get("cache") is not None:
-            # An attention implementation's own cache, which transformers hands through to each attention.
+            # The paged cache of continuous batching, which transformers passes through to each attention.
             raise NotImplementedError(continuous_batching.MESSAGE)
         config = self.base_layer.config
         cache = kwargs.get("past_key_values")

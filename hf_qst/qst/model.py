@@ -6,16 +6,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.base_model.packed_weights import keep_packed_weights
-from hf_qst.qst.calibrate import fit_principal
 from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
+from hf_qst.qst.principal_directions import fit_principal
 from hf_qst.qst.side_network import SideNetwork
 from hf_qst.tuner.stack_tuner import StackTuner
 
 
 class QSTModel(StackTuner):
-    """Puts a side network beside a frozen base, as `get_peft_model(model, QSTConfig(...))` does.
+    """Adds a side network to a frozen base; made by `get_peft_model(model, QSTConfig(...))`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the base, in any floating dtype or quantised.
@@ -59,27 +59,28 @@ class QSTModel(StackTuner):
         layer.train(self.model.training)
         layer.unchecked[adapter_name] = peft_config.manifest
         if peft_config.downsample == "principal" and not any(p.is_meta for p in network.parameters()):
-            self._fit_principal(peft_config, adapter_name, layer, network)
+            self._fit_principal(peft_config, adapter_name, layer, stack)
 
-    def _fit_principal(self, peft_config, adapter_name: str, layer: QSTLayer, network: SideNetwork) -> None:
-        """Fit the fixed projections, or take those of an adapter that was made of the same configuration."""
+    def _fit_principal(self, peft_config, adapter_name: str, layer: QSTLayer, stack: DecoderStack) -> None:
+        """Fit the fixed projections, or copy those of an adapter made from the same configuration object."""
+        downsamplers = layer.qst_net[adapter_name].downsample
         for name, config in self.peft_config.items():
             if config is peft_config and name != adapter_name and name in layer.qst_net:
-                for part, fitted in zip(network.downsample, layer.qst_net[name].downsample, strict=True):
+                for part, fitted in zip(downsamplers, layer.qst_net[name].downsample, strict=True):
                     part.directions.data.copy_(fitted.directions)
                     part.mean.data.copy_(fitted.mean)
                 return
         if peft_config.manifest is None:  # otherwise they are about to be loaded
-            fit_principal(self.model, layer, network, peft_config.calibration_data)
+            data = peft_config.calibration_data
+            fit_principal(self.model, layer.base_layer, stack.blocks, downsamplers, data)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's rule: an adapter is float32, or with `autocast_adapter_dtype=False` of the base's dtype."""
+        """As in PEFT: an adapter is float32, or has the base's dtype with `autocast_adapter_dtype=False`."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             layer = next(module for module in self.model.modules() if isinstance(module, QSTLayer))
-            layer.qst_net[adapter_name].cast(
-                next(p.dtype for p in layer.base_layer.parameters() if p.is_floating_point())
-            )
+            dtype = next(p.dtype for p in layer.base_layer.parameters() if p.is_floating_point())
+            layer.qst_net[adapter_name].cast(dtype)
 
     def _check_merge_allowed(self):
         raise SideNetworkMergeError()

@@ -1,12 +1,11 @@
 """Side blocks B_i: decoder blocks with the base block's shapes at the side network's width (paper, section 3.1).
 
-One class serves every architecture: it takes norm, activation, biases, rotary part and residual layout from the base's
-`BlockSpec`, so that parameter counts are those of the base's own block at that width. The base's own layer classes are
-not used: they index per-layer settings by the layer's number, and transformers recognises them by class when it
-records hidden states.
+One class serves all architectures. It takes norm, activation, biases, rotary part and residual layout from the base's
+`BlockSpec`, so parameter counts equal those of the base's own block at that width. The base's layer classes are not used,
+because they look up settings by layer number, and transformers records hidden states by these classes.
 
-The attention mask and rotary tables are those the base gave its own block in the same call, which is what makes
-padding, packing, sliding windows and static caches work without a mask built here.
+Attention mask and rotary tables are those of the base's block in the same call. So padding, packing, sliding windows and
+static caches work without a mask built here.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from hf_qst.qst import fused_block
 
 @dataclass
 class BlockContext:
-    """What the base gave one of its blocks beside the hidden state, for the side block beside it."""
+    """The arguments of one base block except the hidden state, for its side block."""
 
     attention_mask: object = None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     attention_kwargs: dict = field(default_factory=dict)
     hidden_dtype: torch.dtype = torch.float32
-    # Rotary tables at the side network's size, kept for the other blocks of the same forward.
+    # Rotary tables at the side network's size, shared by the blocks of one forward pass.
     side_tables: dict = field(default_factory=dict)
 
     def rotary(self, rotary_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,11 +48,11 @@ class BlockContext:
 def side_spec(base: BlockSpec, r: int, side_heads: str) -> BlockSpec:
     """The spec of a block `r` times narrower.
 
-    With `side_heads="auto"` a head keeps its size, or the largest even part of it that divides the side width; rotary
-    tables are then a sub-sample of the base's. With `"keep"` the number of heads stays and their size is divided.
+    With `side_heads="auto"` a head keeps its size, or takes its largest even divisor that divides the side width; rotary
+    tables are then sub-sampled. With `"keep"` the number of heads stays and their size is divided by `r`.
 
     Raises:
-        ValueError: `r` does not divide the hidden size, or leaves a width that no head size divides.
+        ValueError: `r` does not divide the hidden size, or no head size fits the side width.
     """
     if base.hidden_size % r:
         raise ValueError(f"QSTConfig.r must divide the base's hidden size {base.hidden_size}, got {r}")
@@ -96,8 +95,8 @@ def _can_rotate(base: BlockSpec, head_dim: int) -> bool:
 def side_rotary(tables: tuple[torch.Tensor, torch.Tensor], rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary tables of a smaller head from the base's [batch, seq, base rotary_dim].
 
-    Frequency j of a head of n channels is theta ** (-2j / n), so those of a head of n / k channels are every k-th of the
-    base's; scaled variants are sub-sampled alike.
+    Frequency j of a head of n channels is theta ** (-2j / n). So a head of n / k channels has every k-th frequency of the
+    base; scaled variants are sub-sampled in the same way.
     """
     if tables[0].shape[-1] == rotary_dim:
         return tables
@@ -116,7 +115,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def make_norm(kind: str, size: int, eps: float) -> nn.Module:
-    """RMSNorm or LayerNorm as the base has it; its weight starts at one."""
+    """RMSNorm (`kind="rms"`) or LayerNorm, initialised to weight one."""
     return nn.RMSNorm(size, eps=eps) if kind == "rms" else nn.LayerNorm(size, eps=eps)
 
 
@@ -125,7 +124,7 @@ class SideAttention(nn.Module):
 
     Args:
         spec: of the side block.
-        base_config: the base's config, read at each call for the attention implementation it uses.
+        base_config: the base's config; its attention implementation is read at each call.
         sliding_window: of the base block, or None.
     """
 
@@ -158,7 +157,7 @@ class SideAttention(nn.Module):
         return self.o_proj(self.attend(query, key, value, context, cache, layer_idx))
 
     def attend(self, query, key, value, context: BlockContext, cache, layer_idx: int) -> torch.Tensor:
-        """What the heads make of query, key and value [batch, seq, heads, head_dim], before the output projection."""
+        """Attention of query, key and value [batch, seq, heads, head_dim], before the output projection."""
         shape = (*query.shape[:-2], -1)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
@@ -169,10 +168,10 @@ class SideAttention(nn.Module):
             mask = mask.to(query.device, query.dtype if mask.is_floating_point() else mask.dtype)
         result_dtype = query.dtype
         if kind in ("eager", "sdpa"):
-            # Both take a boolean or additive mask of four dimensions, and only one is fused.
+            # Both take a boolean or additive mask of four dimensions, and sdpa is the fused one.
             kind = "sdpa"
         else:
-            # The mask or packing is in that kernel's own form, and such kernels take half precision only.
+            # The mask is in that kernel's own format, and such kernels take only half precision.
             half = context.hidden_dtype
             query, key, value = query.to(half), key.to(half), value.to(half)
         output, _ = ALL_ATTENTION_FUNCTIONS[kind](
@@ -211,8 +210,8 @@ class SideMLP(nn.Module):
 class _Recomputed(torch.autograd.Function):
     """`function(x)`, of which only x is kept: backward runs it again. For functions without randomness.
 
-    `torch.utils.checkpoint` does the same for any function, at a cost that is a good part of such a small one's time.
-    `parameters` are those the function uses, given so that their gradients come out where autograd expects them.
+    `torch.utils.checkpoint` does the same for any function, but its overhead is large for a function this small.
+    `parameters` are those that the function uses; they are arguments so that autograd gets their gradients.
     """
 
     @staticmethod
@@ -256,7 +255,7 @@ class SideBlock(nn.Module):
     def forward(
         self, hidden: torch.Tensor, context: BlockContext, cache=None, layer_idx: int = 0, recompute_mlp: bool = False
     ) -> torch.Tensor:
-        """[batch, seq, d_s] -> [batch, seq, d_s]; with `recompute_mlp` the MLP half keeps its input alone."""
+        """[batch, seq, d_s] -> [batch, seq, d_s]; with `recompute_mlp` the MLP half keeps only its input."""
         if fused_block.fuses(self, hidden):
             return self._fused(hidden, context, cache, layer_idx, recompute_mlp)
         normed = self.attention_norm(hidden)
@@ -268,18 +267,18 @@ class SideBlock(nn.Module):
 
     @property
     def fused_parts(self) -> list[nn.Module]:
-        """The modules whose own forward `_fused` passes by."""
+        """The modules whose forward `_fused` does not call."""
         a, m = self.attention, self.mlp
         parts = (a, m, a.q_proj, a.k_proj, a.v_proj, a.o_proj, self.attention_norm, self.mlp_norm)
         return [part for part in (*parts, m.gate_proj, m.up_proj, m.down_proj) if part is not None]
 
     def _fused(self, hidden, context: BlockContext, cache, layer_idx: int, recompute_mlp: bool) -> torch.Tensor:
-        """The same function in three autograd nodes beside the attention's own."""
+        """The same function in three autograd nodes and the attention."""
         a, spec, tables = self.attention, self.attention.spec, None
         layers = [a.q_proj, a.k_proj, a.v_proj]
         if spec.rotary_dim:
             tables = context.rotary(spec.rotary_dim, hidden.device, fused_block.product_dtype(hidden))
-        # A norm of each head stands between its projection and its rotation.
+        # A norm per head lies between projection and rotation.
         inside = None if spec.qk_norm else tables
         query, key, value = fused_block.heads(hidden, self.attention_norm, layers, spec.head_dim, inside)
         if spec.qk_norm:

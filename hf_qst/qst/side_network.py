@@ -5,8 +5,8 @@
     g_i = B_i(u_i)                                                            i = 1 .. L
     h_out = mix(N_f(h_L), U(N_g(g_L)))
 
-with h_0 the state entering the base's first block, h_i the raw output of its block i and N_f its final norm (paper,
-section 3 and figure 2). The embedding shares the first downsampler.
+h_0 is the input of the base's first block, h_i the output of its block i, and N_f its final norm (paper, section 3 and
+figure 2). h_0 and h_1 share the first downsampler.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from hf_qst_kernels import dispatch
 
 
 class Float32Parameter(nn.Module):
-    """A small learned tensor that stays float32 whatever the model is cast to.
+    """A small learned tensor that stays float32 when the model is cast.
 
-    A gate at 0.5 or 1 does not move in 16 bits: a step of 2e-4 rounds back to where it was. `module.bfloat16()` and the
-    like go through `_apply`; code that casts `param.data` itself is undone by `restore`, which training mode calls.
-    With `is_pinned=False` it is cast like any other, for who asks for that.
+    In 16 bits a gate at 0.5 or 1 would not move, because a step of 2e-4 rounds to nothing. `module.bfloat16()` and the
+    like call `_apply`. `restore`, called on entering training mode, undoes casts of `param.data`. With `is_pinned=False`
+    the tensor is cast like any other.
     """
 
     is_pinned = True
@@ -41,7 +41,7 @@ class Float32Parameter(nn.Module):
         exact = self.value.detach()
         super()._apply(fn, recurse)
         if self.value.dtype != torch.float32:
-            # Not through the 16 bits it was cast to.
+            # From the exact values, not from the rounded ones.
             self.value.data = exact.to(self.value.device, torch.float32)
         self.restore()
         return self
@@ -56,9 +56,9 @@ class Float32Parameter(nn.Module):
 
 
 class _Mix(torch.autograd.Function):
-    """alpha * base + weight * side in float32, in base's dtype; keeps base (and side, if needed) but no float32 copy.
+    """`alpha * base + weight * side`, computed in float32 and returned in base's dtype; keeps no float32 copies.
 
-    `side_weight` is 1 for the residual mix and 1 - alpha for the paper's. Base has no gradient.
+    `weight` is 1, or with `convex` 1 - alpha. `base` has no gradient.
     """
 
     @staticmethod
@@ -84,19 +84,19 @@ class _Mix(torch.autograd.Function):
 
 
 class OutputMix(nn.Module):
-    """Joins the base's normalised output with the side network's, [batch, seq, d_out] both.
+    """Mixes the base's normalised output with the side network's, both [batch, seq, d_out].
 
     Args:
         kind: "residual", "paper" or "sigmoid", see `QSTConfig.mix`.
         size: 1 or d_out.
-        lr_scale: alpha is start + lr_scale * parameter, which under Adam multiplies its learning rate.
+        lr_scale: alpha is start + lr_scale * parameter, so with Adam this multiplies alpha's learning rate.
     """
 
     def __init__(self, kind: str, size: int, lr_scale: float):
         super().__init__()
         self.kind = kind
         self.lr_scale = lr_scale
-        # Stored as the distance from its start, 1.
+        # The parameter is the difference from the start, 1.
         self.alpha = Float32Parameter(size, 0.0)
 
     def forward(self, base: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ class SideNetwork(nn.Module):
 
     Args:
         config ([`QSTConfig`])
-        stack: the base's decoder stack, for its shapes and devices; no reference to it is kept.
+        stack: the base's decoder stack; only its shapes and devices are used.
     """
 
     def __init__(self, config, stack: DecoderStack):
@@ -137,14 +137,14 @@ class SideNetwork(nn.Module):
         if not config.init_weights:
             nn.init.normal_(self.mix.alpha.value, std=0.1)  # mix="paper" starts where the side network has no weight
         elif config.mix == "residual":
-            # The side network starts silent, as a LoRA's second factor does: the first step moves this layer, and
-            # through it every other from the second step on.
+            # The side network's output starts at zero, as that of LoRA's second factor: the first step changes only this
+            # layer, later steps all layers.
             nn.init.zeros_(self.upsample.weight)
             nn.init.zeros_(self.upsample.bias)
         self.place(stack)
 
     def place(self, stack: DecoderStack) -> None:
-        """Put the parts for base block i on that block's device, the rest with the last block."""
+        """Move the parts for base block i to that block's device, and the other parts to the last block's."""
         for i, block in enumerate(stack.blocks):
             device = next(block.parameters()).device
             for part in (self.downsample[i], self.gates[i], self.blocks[i]):
@@ -153,15 +153,15 @@ class SideNetwork(nn.Module):
             _move(part, device)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """All parameters in this dtype, also those that otherwise stay float32."""
+        """Cast all parameters, also those that otherwise stay float32."""
         for module in self.modules():
             if isinstance(module, Float32Parameter):
                 module.is_pinned = False
         self.to(dtype)
 
     def tap(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What downsampler `index` keeps of a base state [batch, seq, d]."""
-        # Under a device map the first state may still be on the device before the block's.
+        """The tap of downsampler `index` on a base state [batch, seq, d]."""
+        # With a device map, the first state may still be on the previous device.
         return self.downsample[index].tap(hidden.to(self.gates[index].value.device))
 
     def forward(
@@ -170,10 +170,10 @@ class SideNetwork(nn.Module):
         """Run the side network over the taps of one base forward.
 
         Args:
-            embedding: tap of the state entering the base's first block.
-            taps: of the outputs of the L blocks.
-            contexts: what the base gave each block.
-            cache: the base's cache; this network's layers are numbers L .. 2L - 1 of it.
+            embedding: tap of the input of the base's first block.
+            taps: taps of the outputs of the L blocks.
+            contexts: the other arguments of each block.
+            cache: the base's cache; its layers L .. 2L - 1 are this network's.
 
         Returns:
             U(N_g(g_L)), [batch, seq, d_out].
@@ -185,7 +185,7 @@ class SideNetwork(nn.Module):
         for context in contexts:
             context.side_tables = tables
         for i, (tapped, context) in enumerate(zip(taps, contexts, strict=True)):
-            # Asked here and not in the step: a recomputed step must keep the tensors that it kept the first time.
+            # Decided here, because a recomputed step must save the same tensors as the first time.
             fused = self._fuses(i, side)
             if recompute is True:
                 random = self._has_dropout(i)
@@ -212,12 +212,12 @@ class SideNetwork(nn.Module):
         return self.blocks[i](mixed, context, cache, layer_idx, recompute_mlp)
 
     def _fuses(self, i: int, side: torch.Tensor) -> bool:
-        """Whether step `i` begins with one kernel: where that was measured to win and no dropout lies in between."""
+        """Whether step `i` begins with one fused kernel: no dropout is active and the kernel was measured to be faster."""
         dropout = self.downsample[i].dropout
-        # Without sizes the rule costs nothing, and says no on a CPU and to a compiler, which fuses the ops as they are.
+        # Without sizes the check is cheap; it fails on a CPU and under a compiler, which fuses the ops itself.
         if (dropout.training and dropout.p > 0) or not dispatch.runs_triton("norm_gate", side):
             return False
-        from hf_qst_kernels.gated_norm import table_sizes  # registers operators, which takes its time
+        from hf_qst_kernels.gated_norm import table_sizes  # imported late, because it registers operators
 
         return dispatch.runs_triton("norm_gate", side, table_sizes(side))
 

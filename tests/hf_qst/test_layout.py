@@ -104,7 +104,12 @@ def test_no_files_import_each_other_in_a_circle():
 
 def test_folders_import_one_way():
     files = modules()
-    assert {path.name for path in PACKAGES["hf_qst"].glob("*.py")} == {"__init__.py", "version.py", "decoder_stack.py"}
+    assert {path.name for path in PACKAGES["hf_qst"].glob("*.py")} == {
+        "__init__.py",
+        "errors.py",
+        "version.py",
+        "decoder_stack.py",
+    }
     for name, path in files.items():
         package, *inside = name.split(".")
         if package != "hf_qst" or len(inside) < 1 or (len(inside) == 1 and not path.name.startswith("__init__")):

@@ -58,7 +58,7 @@ def allocate(weights: TargetWeights, decomposition: Decomposition, fixed: dict[s
         if settings.residual:
             raise
         multiples = f"with ranks in multiples of {allocation.rank_multiple}"
-        raise budget.error("MixedRankConfig", error.smallest, multiples) from None
+        raise budget.error("MixedRankConfig.", error.smallest, multiples) from None
 
 
 def fixed_ranks(weights: TargetWeights, settings) -> dict[str, int]:

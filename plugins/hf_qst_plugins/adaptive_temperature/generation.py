@@ -1,4 +1,4 @@
-"""Putting the processor into `generate`: its keyword arguments, or an installation on a model or pipeline."""
+"""Adaptive temperature in `generate`: keyword arguments for one call, or installation on a model or pipeline."""
 
 from __future__ import annotations
 
@@ -17,17 +17,10 @@ from hf_qst_plugins.adaptive_temperature.processor import (
 logger = logging.getLogger(__name__)
 
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "num_beams": 1}
-"""The paper's settings beside the two temperatures. transformers multiplies `temperature` with the processor's and, when
-it is left out, takes a checkpoint's own `temperature` and `top_k=50`, so all of them are always given."""
+"""The paper's settings besides the two temperatures. All are passed always: transformers multiplies `temperature` with
+that of the processor, and would otherwise take a checkpoint's own `temperature` and `top_k=50`."""
 
-PROCESSOR_OPTIONS = (
-    "block_temperature",
-    "scope",
-    "language",
-    "region",
-    "rule",
-    "max_batch_size",
-)
+PROCESSOR_OPTIONS = ("block_temperature", "temperature", "scope", "language", "region", "rule", "max_batch_size")
 
 
 def _warn_greedy() -> None:
@@ -38,39 +31,38 @@ def _warn_greedy() -> None:
 
 
 def adaptive_generate_kwargs(tokenizer, preset: str = "default", **over) -> dict:
-    """The keyword arguments that make `model.generate` sample as the paper does.
+    """The keyword arguments with which `model.generate` samples as in the paper.
 
         model.generate(**inputs, **adaptive_generate_kwargs(tokenizer), max_new_tokens=200)
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase` or `VocabularyTable`): what the ids mean.
+        tokenizer (`PreTrainedTokenizerBase` or `VocabularyTable`): the model's tokenizer.
         preset (`str`): a pair of temperatures, see `PRESETS`.
         over: options of `AdaptiveTemperatureLogitsProcessor` (`block_temperature`, `scope`, `language`, ...) and of
-            `generate` (`top_p`, `min_p`, `max_new_tokens`, ...). `temperature` is the processor's: the argument of that
-            name in the result is always 1.0.
+            `generate` (`top_p`, `min_p`, `max_new_tokens`, ...). `temperature` belongs to the processor; the result always
+            has `temperature=1.0`.
 
     Returns:
-        `dict` with `logits_processor`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_beams` and what else was given.
+        `dict` with `logits_processor`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_beams` and the rest of `over`.
     """
-    options = {name: over.pop(name) for name in (*PROCESSOR_OPTIONS, "temperature") if name in over}
+    options = {name: over.pop(name) for name in PROCESSOR_OPTIONS if name in over}
     if options.get("rule") is None:
         options["preset"] = preset
-    given = over.pop("logits_processor", ())
+    others = over.pop("logits_processor", ())
     arguments = {**SAMPLING, **over}
     if not arguments["do_sample"]:
         _warn_greedy()
     processor = AdaptiveTemperatureLogitsProcessor(tokenizer, **options)
-    return {"logits_processor": LogitsProcessorList([*given, processor]), **arguments}
+    return {"logits_processor": LogitsProcessorList([*others, processor]), **arguments}
 
 
 class _Installed:
-    """Stands in for a method of one model. Holds the model and not a bound method, so that copies of the model work."""
+    """Replaces a method of one model. It holds the model, not a bound method, so that copies of the model work."""
 
     method: str
 
-    def __init__(self, model, processor):
-        self.model = model
-        self.processor = processor
+    def __init__(self, model, processor, settings: Mapping):
+        self.model, self.processor, self.settings = model, processor, dict(settings)
         self.previous = model.__dict__.get(self.method)
 
     def original(self, *args, **kwargs):
@@ -83,8 +75,7 @@ class _Generate(_Installed):
     method = "generate"
 
     def __init__(self, model, processor, settings: Mapping):
-        super().__init__(model, processor)
-        self.settings = dict(settings)
+        super().__init__(model, processor, settings)
         self.warned = False
 
     def __call__(self, *args, **kwargs):
@@ -98,25 +89,25 @@ class _Generate(_Installed):
         return self.original(*args, logits_processor=processors, **{**self.settings, **kwargs})
 
     def _samples(self, do_sample: bool | None, config) -> bool:
-        """What `generate` will do: the argument, else the given config, else the model's own."""
+        """Whether `generate` samples: by the argument, else by the given config, else by the model's."""
         choices = (do_sample, config and config.do_sample, self.model.generation_config.do_sample)
         return next((bool(choice) for choice in choices if choice is not None), False)
 
 
 def _by_name(model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """A call of `generate` with all arguments but the first by name, so that it is read in one way."""
+    """The arguments of a call of `generate`, all but the first by name."""
     signature = _generate_signature(model)
     if len(args) < 2 or signature is None:
         return args, kwargs
-    given = signature.bind_partial(model, *args).arguments  # refuses too many, as the call itself would
-    named = dict(list(given.items())[2:])
-    if twice := sorted(named.keys() & kwargs.keys()):
-        raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
+    positional = signature.bind_partial(model, *args).arguments  # refuses too many, as the call itself would
+    named = dict(list(positional.items())[2:])
+    if repeated := sorted(named.keys() & kwargs.keys()):
+        raise TypeError(f"generate() got multiple values for argument {repeated[0]!r}")
     return args[:1], {**named, **kwargs}
 
 
 def _generate_signature(model) -> inspect.Signature | None:
-    """That of the `generate` which names its arguments: wrappers such as `PeftModel` hand on `*args`."""
+    """Signature of the first `generate` that names its arguments; wrappers such as `PeftModel` pass `*args` on."""
     for kind in type(model).__mro__:
         if "generate" in vars(kind):
             signature = inspect.signature(vars(kind)["generate"])
@@ -126,13 +117,9 @@ def _generate_signature(model) -> inspect.Signature | None:
 
 
 class _ContinuousBatching(_Installed):
-    """`generate_batch` takes no processors: it asks the model for them by this method, with a generation config."""
+    """`generate_batch` takes no processors. It calls this method of the model to get them."""
 
     method = "_get_logits_processor"
-
-    def __init__(self, model, processor, settings: Mapping):
-        super().__init__(model, processor)
-        self.settings = dict(settings)
 
     def __call__(self, generation_config, *args, **kwargs):
         if args or kwargs or not generation_config.do_sample:  # called by `generate`, or greedy
@@ -143,9 +130,7 @@ class _ContinuousBatching(_Installed):
 
 
 def _model_of(model_or_pipeline):
-    model = (
-        getattr(model_or_pipeline, "model", None) if not hasattr(model_or_pipeline, "generate") else model_or_pipeline
-    )
+    model = model_or_pipeline if hasattr(model_or_pipeline, "generate") else getattr(model_or_pipeline, "model", None)
     if model is None or not hasattr(model, "generate") or not hasattr(model, "generation_config"):
         raise TypeError(
             f"expected a model with `generate` or a pipeline of one, got {type(model_or_pipeline).__name__}"
@@ -156,24 +141,24 @@ def _model_of(model_or_pipeline):
 def install_adaptive_temperature(model_or_pipeline, tokenizer=None, continuous_batching: bool = False, **options):
     """Make every sampling call of a model's `generate` use an adaptive temperature, until `uninstall_adaptive_temperature`.
 
-    Arguments of a call go before what is installed; `temperature`, `top_k`, `top_p` and `num_beams` of generation
-    configs, the checkpoint's among them, do not. Greedy calls are left alone, with one warning. Files that the model
-    saves, its generation config among them, are as before.
+    Arguments of a call override the installed settings. `temperature`, `top_k`, `top_p` and `num_beams` of generation
+    configs, the checkpoint's included, do not. Greedy calls are unchanged, with one warning, and so are the files that
+    the model saves.
 
     Args:
-        model_or_pipeline: a model with `generate` (a `PeftModel` too), or a transformers pipeline.
-        tokenizer (`PreTrainedTokenizerBase`, `VocabularyTable` or `LogitsProcessor`, *optional*): what the ids mean, or
-            a processor that is ready; a pipeline's own by default.
-        continuous_batching (`bool`): install for `generate_batch` in place of `generate`, with the rule that needs the
-            last token alone (`LastTokenTemperatureLogitsProcessor`).
+        model_or_pipeline: a model with `generate`, a `PeftModel`, or a transformers pipeline.
+        tokenizer (`PreTrainedTokenizerBase`, `VocabularyTable` or `LogitsProcessor`, *optional*): the model's tokenizer,
+            or the processor to install; by default the pipeline's tokenizer.
+        continuous_batching (`bool`): install for `generate_batch` instead of `generate`, with
+            `LastTokenTemperatureLogitsProcessor`.
         options: of `adaptive_generate_kwargs`.
 
     Returns:
-        The processor that was installed.
+        The installed processor.
 
     Raises:
-        ValueError: one is installed already, or an option is out of range.
-        TypeError: no model, or no tokenizer.
+        ValueError: an adaptive temperature is installed already, or an option is out of range.
+        TypeError: not a model, or no tokenizer.
     """
     model = _model_of(model_or_pipeline)
     if _installed(model):
@@ -205,7 +190,7 @@ def _installed(model) -> list[_Installed]:
 
 
 def uninstall_adaptive_temperature(model_or_pipeline) -> None:
-    """Undo `install_adaptive_temperature`; does nothing where nothing is installed."""
+    """Undo `install_adaptive_temperature`, if it was called on this model."""
     model = _model_of(model_or_pipeline)
     for stand_in in _installed(model):
         if stand_in.previous is None:

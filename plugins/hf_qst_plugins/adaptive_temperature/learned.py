@@ -1,8 +1,7 @@
 """A learned temperature: a logistic probe predicts how hard the next token is, and hard tokens are drawn hot.
 
-The features are what a logits processor can see: how sure the model is, and where on its line the next token stands.
-Fitted once per model on code the model was not trained on; what "hard" means is that the model's first choice is not
-the token that follows.
+A token is hard if the model's first choice is another token. The features are the certainty of the model and the
+position of the token on its line. The probe is fitted once per model, on code the model was not trained on.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +20,13 @@ from hf_qst_plugins.adaptive_temperature.distribution import certainty
 from hf_qst_plugins.adaptive_temperature.policies import WINDOWS, TemperaturePolicy, positive, temperature_range
 from hf_qst_plugins.adaptive_temperature.rules import BlockState, Place, block_rule
 from hf_qst_plugins.adaptive_temperature.token_automaton import DeviceCopies, TokenAutomaton
-from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable, require_tokenizer
+from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable, read_json, require_tokenizer
 
 FORMAT_VERSION = 1
 
 
 class Position(IntEnum):
-    """Where the next token stands."""
+    """Position of the next token."""
 
     OTHER = 0
     LINE_START = 1
@@ -36,9 +34,9 @@ class Position(IntEnum):
     INDENTED_LINE = 2
     """First on an indented line that opens no block."""
     BLOCK_START = 3
-    """First on the indented line behind a block opener."""
+    """First on the indented line after a block opener."""
     GAP = 4
-    """Behind whitespace within a line."""
+    """After whitespace within a line."""
 
 
 CERTAINTY_FEATURES = ("entropy", "1 - top probability", "top-two gap")
@@ -70,16 +68,13 @@ class PositionTable:
         return self._of_state.on(input_ids.device)[self.automaton.states(input_ids)]
 
     def along(self, ids: torch.Tensor) -> torch.Tensor:
-        """The position each token of one text was drawn at, int64 `[length]` from `[length]`."""
+        """The position of each token of one text, int64 `[length]` from `[length]`."""
         return self._of_state.on(ids.device)[self.automaton.states_along(ids)]
-
-
-# --- what a probe is fitted on ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Observations:
-    """Tokens of a corpus as a probe sees them; all on the CPU.
+    """Features and labels of the tokens of a corpus, on the CPU.
 
     Args:
         certainty (`torch.Tensor`): float32 `[tokens, 3]`, the `CERTAINTY_FEATURES`.
@@ -102,9 +97,9 @@ class Observations:
     def __len__(self) -> int:
         return len(self.hard)
 
-    def part(self, chosen) -> Observations:
+    def part(self, index) -> Observations:
         """The tokens that an index or mask selects."""
-        return Observations(self.certainty[chosen], self.position[chosen], self.hard[chosen])
+        return Observations(self.certainty[index], self.position[index], self.hard[index])
 
     @classmethod
     def join(cls, parts: list[Observations]) -> Observations:
@@ -115,18 +110,19 @@ class Observations:
 
 def certainty_features(scores: torch.Tensor) -> torch.Tensor:
     """The `CERTAINTY_FEATURES` of each row, float32 `[batch, 3]` from raw scores `[batch, vocabulary]`."""
-    sure = certainty(scores)
-    return torch.stack([sure.entropy, 1 - sure.top_probability, sure.top_two_gap], dim=-1)
+    nats, top_probability, top_two_gap = certainty(scores)
+    return torch.stack([nats, 1 - top_probability, top_two_gap], dim=-1)
 
 
 @torch.no_grad()
 def observe(model, table: VocabularyTable, texts: Iterable[torch.Tensor]) -> Observations:
-    """Run a model over texts it was not trained on and note every token but each text's first.
+    """Run a model over texts and record every token except each text's first.
 
     Args:
         model (`PreTrainedModel`): a causal language model, in evaluation mode.
         table (`VocabularyTable`): of the model's tokenizer.
-        texts (`Iterable[torch.Tensor]`): token ids, int64 `[length]` each, no longer than the model's context.
+        texts (`Iterable[torch.Tensor]`): token ids of texts that the model was not trained on, int64 `[length]` each, no
+            longer than the model's context.
 
     Raises:
         ValueError: no text has two tokens.
@@ -144,14 +140,11 @@ def observe(model, table: VocabularyTable, texts: Iterable[torch.Tensor]) -> Obs
     return Observations.join(parts)
 
 
-# --- the probe --------------------------------------------------------------------------------------------------------
-
-
 def area_under_curve(score: torch.Tensor, hard: torch.Tensor) -> float:
-    """The chance that a hard token scores above an easy one (ties count half): the AUC of `score` `[tokens]`.
+    """AUC of `score` `[tokens]`: the probability that a hard token scores above an easy one; ties count half.
 
     Raises:
-        ValueError: all tokens are hard, or none is.
+        ValueError: all tokens are hard, or all are easy.
     """
     hard = hard.bool()
     positives = int(hard.sum())
@@ -165,14 +158,14 @@ def area_under_curve(score: torch.Tensor, hard: torch.Tensor) -> float:
 
 @dataclass
 class DifficultyProbe:
-    """Logistic regression from the `FEATURES` to the chance that a token is hard.
+    """Logistic regression from the `FEATURES` to the probability that a token is hard.
 
     Args:
-        weights (`list[float]`): one a feature, on standardised certainty features.
+        weights (`list[float]`): one per feature; the certainty features are standardised.
         bias (`float`): of the regression.
         mean, std (`list[float]`): of the certainty features on the corpus.
-        tokenizer_hash (`str`): of the tokenizer it was fitted with.
-        report (`dict`): areas under the curve on held-out tokens, of the probe, the entropy and the position alone.
+        tokenizer_hash (`str`): of the corpus's tokenizer.
+        report (`dict`): AUC on held-out tokens of the probe, of the entropy alone and of the position alone.
 
     Raises:
         ValueError: a field of the wrong length.
@@ -192,17 +185,17 @@ class DifficultyProbe:
                 raise ValueError(f"DifficultyProbe.{name} must hold {length} numbers, got {len(getattr(self, name))}")
 
     def difficulty(self, certainty: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """The chance that a token is hard, float32 `[batch]`, from `[batch, 3]` and `[batch]`."""
+        """Probability that a token is hard, float32 `[batch]`, from `[batch, 3]` and `[batch]`."""
         features = _standardised(certainty, position, certainty.new_tensor(self.mean), certainty.new_tensor(self.std))
         return (features @ features.new_tensor(self.weights) + self.bias).sigmoid()
 
     @property
     def beats_its_parts(self) -> bool:
-        """Whether it tells hard from easy tokens better than the entropy alone and the position alone."""
+        """Whether its AUC is above that of the entropy alone and that of the position alone."""
         return self.report["probe"] > max(self.report["entropy"], self.report["position"])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write the probe as JSON, completely or not at all."""
         write_text(os.fspath(path), json.dumps({"version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
@@ -210,39 +203,34 @@ class DifficultyProbe:
         """Read a saved probe.
 
         Raises:
-            ValueError: the file is no probe of this version.
+            ValueError: the file is not a probe of this version.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
+        values = read_json(path)
         names = {"version", *cls.__dataclass_fields__}
         if not isinstance(values, dict) or values.keys() != names or values.pop("version") != FORMAT_VERSION:
             raise ValueError(f"{os.fspath(path)} is not a difficulty probe of version {FORMAT_VERSION}")
         return cls(**values)
 
 
-def _standardised(
-    certainty: torch.Tensor, position: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
-) -> torch.Tensor:
+def _standardised(certainty, position, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     return torch.cat([(certainty - mean) / std, F.one_hot(position, len(Position)).to(certainty.dtype)], dim=-1)
 
 
 def fit_difficulty_probe(
     observations: Observations, tokenizer_hash: str, held_out: float = 0.25, penalty: float = 1e-4
 ) -> DifficultyProbe:
-    """Fit the probe on the first tokens and report on the rest.
+    """Fit the probe on the first tokens and evaluate it on the last ones.
 
-    Hard and easy tokens weigh the same in total.
+    Hard tokens and easy tokens have the same total weight.
 
     Args:
-        observations (`Observations`): from `observe`, text after text; at least 100 tokens.
+        observations (`Observations`): at least 100 tokens.
         tokenizer_hash (`str`): `table.tokenizer_hash`.
-        held_out (`float`): the share of tokens, the last ones, that the report is made on.
-        penalty (`float`): weight of the squared weights in the loss.
+        held_out (`float`): share of the tokens, the last ones, in the report.
+        penalty (`float`): coefficient of the squared weights in the loss.
 
     Raises:
-        ValueError: a value out of range; too few tokens; a part without hard or without easy tokens.
+        ValueError: a value out of range, too few tokens, or a part without hard or without easy tokens.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be a share between 0 and 1, both excluded, got {held_out!r}")
@@ -288,14 +276,14 @@ def _logistic(features: torch.Tensor, hard: torch.Tensor, penalty: float) -> tup
 
 
 class LearnedTemperature(TemperaturePolicy):
-    """T = min + (max - min) * d^gamma, with d the probe's chance that the next token is hard.
+    """T = min + (max - min) * d^gamma, with d the probe's probability that the next token is hard.
 
     Args:
-        table (`VocabularyTable`): of the tokenizer the probe was fitted with.
+        table (`VocabularyTable`): of the probe's tokenizer.
         probe (`DifficultyProbe`): from `fit_difficulty_probe` or `DifficultyProbe.load`.
-        max_temperature (`float`): of a token that is surely hard.
-        min_temperature (`float`): of one that is surely easy.
-        gamma (`float`): above 1 only the hardest tokens are heated.
+        max_temperature (`float`): at d = 1.
+        min_temperature (`float`): at d = 0.
+        gamma (`float`): above 1, only the hardest tokens get a high temperature.
 
     Raises:
         TokenizerMismatchError: the probe was fitted with another tokenizer.
@@ -315,10 +303,9 @@ class LearnedTemperature(TemperaturePolicy):
         self.gamma = positive("gamma", gamma)
         self.probe = probe
         self._positions = PositionTable(table)
-        places = torch.tensor(probe.weights[len(CERTAINTY_FEATURES) :]) + probe.bias
         self._mean, self._std = DeviceCopies(torch.tensor(probe.mean)), DeviceCopies(torch.tensor(probe.std))
         self._slopes = DeviceCopies(torch.tensor(probe.weights[: len(CERTAINTY_FEATURES)]))
-        self._of_position = DeviceCopies(places)
+        self._of_position = DeviceCopies(torch.tensor(probe.weights[len(CERTAINTY_FEATURES) :]) + probe.bias)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         device = scores.device

@@ -1,7 +1,7 @@
-"""Policies: which temperature each row is drawn at. One interface, so that they can be exchanged and combined.
+"""Policies: the temperature of each row.
 
-A policy is a function of `(input_ids, scores)` without state: `generate` rewinds rows (assisted decoding), reorders
-them (beams) and uses one object for several models and calls, so anything counted between calls would be wrong.
+A policy is a function of `(input_ids, scores)` without state. `generate` rewinds rows (assisted decoding), reorders them
+(beams) and uses one object for several models and calls, so a counter across calls would be wrong.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
 Temperature = float | torch.Tensor
 REGIONS = ("all", "fenced")
 MOST_ROWS_PICKED = 0.75
-"""Beyond this share of the rows, the entropy of all costs no more than picking those it is asked of."""
+"""Above this share of the rows, computing the entropy of all rows is no slower than of the selected ones."""
 WINDOWS = {"line": 16, "line+col0": 16, "reference": 16, "block": 128}
-"""How many tokens back a scope looks: indentation is short, the end of the line before a block start less so."""
+"""Tokens that each scope looks back. The opener of a block can be much farther back than the indentation."""
 
 
 def positive(name: str, value: float, greedy: str = "do_sample=False") -> float:
-    """`value` as a float; `greedy` is how one asks for greedy decoding instead.
+    """`value` as a float; `greedy` tells the user how to get greedy decoding instead.
 
     Raises:
-        ValueError: it is no finite number above 0, or not one in float32, in which scores are divided.
+        ValueError: not a finite number above 0 in float32.
     """
     limits = torch.finfo(torch.float32)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not limits.tiny <= value <= limits.max:
@@ -38,7 +38,7 @@ def positive(name: str, value: float, greedy: str = "do_sample=False") -> float:
 
 
 class TemperaturePolicy(ABC):
-    """A temperature per row from the row's ids and its scores."""
+    """Computes a temperature per row from the row's ids and its scores."""
 
     @abstractmethod
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Temperature:
@@ -46,30 +46,29 @@ class TemperaturePolicy(ABC):
 
         Args:
             input_ids (`torch.LongTensor` `[batch, length]`): prompt and tokens so far; the length may be 0.
-            scores (`torch.FloatTensor` `[batch, vocabulary]`): raw logits of the next token, -inf where it is ruled out.
+            scores (`torch.FloatTensor` `[batch, vocabulary]`): raw logits of the next token, -inf for excluded tokens.
 
         Returns:
-            A float where all rows share one temperature, else float32 `[batch]`.
+            A float if all rows share one temperature, else float32 `[batch]`.
         """
 
 
 class BlockStart(TemperaturePolicy):
-    """The paper's rule: `block_temperature` where a block of code starts, `temperature` for all other tokens.
+    """The paper's rule: `block_temperature` for tokens that start a block of code, `temperature` for all others.
 
-    Zhu et al., "Hot or Cold? Adaptive Temperature Sampling for Code Generation with Large Language Models", AAAI 2024,
-    arXiv 2309.02772: T(t) = a if the token to be drawn is a challenging one, else b.
+    Zhu et al., arXiv 2309.02772: T(t) = a if the token to be drawn is a challenging one, else b.
 
     Args:
         table (`VocabularyTable`): the vocabulary, with the language.
         block_temperature (`float`): the paper's a.
         temperature (`float`): the paper's b.
-        scope (`str`): what counts as the start of a block. `"line"`: any indented line. `"line+col0"`: any line.
-            `"block"`: the first indented line behind a block opener. `"reference"`: what the authors' code does, behind
-            a newline token and one or more tab or four-space tokens.
-        region (`str`): `"all"`, or `"fenced"`: only within ``` fences, for chat answers. The fences of the whole row are
-            counted, the prompt's included, so a step then costs a gather over the row.
-        window (`int`, *optional*): how many tokens the rule looks back, a power of two; by default 16, for `"block"` 128.
-        rule (`TokenRule`, *optional*): a rule of your own in place of a scope.
+        scope (`str`): which tokens start a block. `"line"`: the first of any indented line. `"line+col0"`: of any line.
+            `"block"`: of the first indented line after a block opener. `"reference"`: as in the authors' code, after a
+            newline token and one or more tab or four-space tokens.
+        region (`str`): `"all"`, or `"fenced"`: only inside ``` fences, for chat answers. Fences of the prompt count, so
+            every step gathers over the whole row.
+        window (`int`, *optional*): tokens that the rule looks back, a power of two; by default 16, for `"block"` 128.
+        rule (`TokenRule`, *optional*): your own rule instead of a scope.
 
     Raises:
         ValueError: a value out of range, naming it.
@@ -123,7 +122,7 @@ class BlockStart(TemperaturePolicy):
         return torch.from_numpy(self._pair.take(hot))
 
     def hot_rows(self, input_ids: torch.LongTensor) -> list[bool]:
-        """Whether the next token of each row is drawn hot, `input_ids` `[batch, length]` on the CPU."""
+        """Whether the next token of each row is drawn hot; `input_ids` `[batch, length]` is on the CPU."""
         return self._hot_rows(input_ids).astype(bool).tolist()
 
     def _hot_rows(self, input_ids: torch.LongTensor) -> np.ndarray:
@@ -133,10 +132,7 @@ class BlockStart(TemperaturePolicy):
         return hot
 
     def hot_along(self, ids: torch.LongTensor) -> torch.Tensor:
-        """Whether each token of one text was drawn hot: bool `[length]` from `[length]`, the first from an empty row.
-
-        For analysis: the same verdicts as generating the text would have met, all at once.
-        """
+        """Whether each token of one text is drawn hot when the text is generated, bool `[length]` from `[length]`."""
         hot = self._hot_states.on(ids.device)[self.automaton.states_along(ids)]
         if self._fences is not None:
             marks = self._fence_counts(ids).cumsum(0)
@@ -152,10 +148,10 @@ class BlockStart(TemperaturePolicy):
 
 
 def _fences(table: VocabularyTable) -> DeviceCopies:
-    """How many fences each token holds, with one entry more for ids the table does not know.
+    """Number of fences in each token; the last entry is for ids that the table does not know.
 
     Raises:
-        ValueError: none holds one, so that fences are always spread over tokens.
+        ValueError: no token holds a whole fence.
     """
     counts = [(text or "").count("```") for text in table.texts]
     if not any(counts):
@@ -164,18 +160,18 @@ def _fences(table: VocabularyTable) -> DeviceCopies:
 
 
 class EntropyTemperature(TemperaturePolicy):
-    """Hot where the model is uncertain, whatever the position.
+    """A higher temperature where the model is uncertain, at any position.
 
     `kind="edt"` (Zhang et al., arXiv 2403.14541): T = max_temperature * 0.8^(theta / H).
-    `kind="power"` (llama.cpp's dynamic temperature): T = min + (max - min) * (H / ln V)^exponent, V the vocabulary.
-    H is the entropy in nats of the softmax of the raw scores. Both rise with H; `"edt"` is cut off at `min_temperature`.
+    `kind="power"` (llama.cpp's dynamic temperature): T = min + (max - min) * (H / ln V)^exponent, V the vocabulary size.
+    H is the entropy in nats of the softmax of the raw scores. Both rise with H; `"edt"` is at least `min_temperature`.
 
     Args:
-        max_temperature (`float`): of an uncertain row.
-        min_temperature (`float`): of a certain row.
+        max_temperature (`float`): upper limit.
+        min_temperature (`float`): lower limit.
         kind (`str`): `"edt"` or `"power"`.
-        theta (`float`): of `"edt"`, how uncertain a row must be to be hot, in units of 4.5 nats.
-        exponent (`float`): of `"power"`; below 1 heats sooner.
+        theta (`float`): of `"edt"`; the larger, the more entropy a high temperature needs.
+        exponent (`float`): of `"power"`; below 1, a high temperature needs less entropy.
 
     Raises:
         ValueError: a value out of range, naming it.
@@ -205,7 +201,7 @@ class EntropyTemperature(TemperaturePolicy):
         """The temperatures for entropies `[batch]` over a vocabulary of this size."""
         low, high = self.min_temperature, self.max_temperature
         if self.kind == "edt":
-            # H = 0 gives 0.8^inf = 0, which the clamp lifts to `min_temperature`.
+            # H = 0 gives 0.8^inf = 0, which the clamp raises to `min_temperature`.
             return (high * self.BASE ** (self.theta / nats)).clamp(min=low)
         share = (nats / math.log(max(vocabulary, 2))).clamp(0, 1)
         return low + (high - low) * share**self.exponent
@@ -215,7 +211,7 @@ def temperature_range(max_temperature: float, min_temperature: float) -> tuple[f
     """Both as floats.
 
     Raises:
-        ValueError: one is not above 0 and finite, or the maximum is below the minimum.
+        ValueError: a value is not finite and above 0, or the maximum is below the minimum.
     """
     high, low = positive("max_temperature", max_temperature), positive("min_temperature", min_temperature)
     if high < low:
@@ -224,13 +220,13 @@ def temperature_range(max_temperature: float, min_temperature: float) -> tuple[f
 
 
 class EntropyGate(TemperaturePolicy):
-    """Another policy's temperature where the model is uncertain, one cold temperature where it is not.
+    """Another policy's temperature where the model is uncertain, one low temperature elsewhere.
 
-    On most block starts a trained model is certain, and heating those can only do harm or nothing.
+    A trained model is certain at most block starts, and a high temperature cannot help there.
 
     Args:
-        policy (`TemperaturePolicy`): asked for the temperature of uncertain rows.
-        min_entropy (`float`): rows above it, in nats, are uncertain.
+        policy (`TemperaturePolicy`): gives the temperature of uncertain rows.
+        min_entropy (`float`): in nats; rows above it are uncertain.
         temperature (`float`, *optional*): of the other rows; by default the policy's own `temperature`.
 
     Raises:
@@ -251,10 +247,10 @@ class EntropyGate(TemperaturePolicy):
                 return temperatures
             temperatures = torch.full(scores.shape[:1], temperatures, device=scores.device)
         if runs_on_host(scores):
-            # The entropy is what costs: it is taken of the rows alone where it decides something.
-            asked = (temperatures != self.temperature).nonzero()[:, 0]
-            if len(asked) <= MOST_ROWS_PICKED * len(scores):
-                certain = asked[~(entropy(scores, asked) > self.min_entropy)]
+            # The entropy is expensive, so it is computed only for rows whose temperature it can change.
+            rows = (temperatures != self.temperature).nonzero()[:, 0]
+            if len(rows) <= MOST_ROWS_PICKED * len(scores):
+                certain = rows[~(entropy(scores, rows) > self.min_entropy)]
                 return temperatures.index_fill(0, certain, self.temperature)
         return torch.where(entropy(scores) > self.min_entropy, temperatures, self.temperature)
 
@@ -265,25 +261,20 @@ class _Combined(TemperaturePolicy):
         self.how = how
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
-        rows, device = scores.shape[0], scores.device
-        each = torch.stack(
-            [
-                torch.full((rows,), t, device=device) if isinstance(t, float) else t
-                for t in (policy(input_ids, scores) for policy in self.policies)
-            ]
-        )
+        temperatures = [policy(input_ids, scores) for policy in self.policies]
+        full = lambda t: torch.full(scores.shape[:1], t, device=scores.device) if isinstance(t, float) else t
+        each = torch.stack([full(t) for t in temperatures])
         if self.how == "product":
             return each.prod(0)
         return each.amax(0) if self.how == "max" else each.amin(0)
 
 
 def combine(*policies: TemperaturePolicy, how: str = "max", min_entropy: float = 0.05) -> TemperaturePolicy:
-    """One policy out of several.
+    """Combine policies into one.
 
     Args:
         policies (`TemperaturePolicy`): two or more; exactly one for `how="gate"`.
-        how (`str`): `"max"`, `"min"` or `"product"` of their temperatures, or `"gate"`: the policy's temperature where
-            the entropy is above `min_entropy`, else its cold one (`EntropyGate`).
+        how (`str`): `"max"`, `"min"` or `"product"` of their temperatures, or `"gate"` for `EntropyGate`.
         min_entropy (`float`): of `"gate"`, in nats.
 
     Raises:

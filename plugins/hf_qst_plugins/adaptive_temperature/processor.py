@@ -1,4 +1,4 @@
-"""The logits processors that `generate` calls: they divide each row's scores by the temperature a policy gives it."""
+"""Logits processors for `generate`: they divide the scores of each row by the temperature of a policy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers import LogitsProcessor
 
+from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.policies import BlockStart, Temperature, TemperaturePolicy, positive
 from hf_qst_plugins.adaptive_temperature.token_automaton import DeviceCopies
 from hf_qst_plugins.adaptive_temperature.vocabulary import TokenKind, VocabularyTable
@@ -18,8 +19,8 @@ PRESETS = {
     "mbpp-command": {"block_temperature": 0.6, "temperature": 0.5},
     "pass1": {"block_temperature": 0.2, "temperature": 0.01},
 }
-"""Pairs of temperatures. `humaneval` and `mbpp` are those of the authors' README for their benchmarks (for MBPP its text
-and its command differ, hence two), `pass1` is for drawing one sample; with all of them the authors use top_p=0.95."""
+"""Pairs of temperatures. All but `default` are from the authors' README, with top_p=0.95: `humaneval` and `mbpp` are for
+these benchmarks (for MBPP its text and its command differ), `pass1` is for one sample per task."""
 
 Rule = Callable[[VocabularyTable], TemperaturePolicy]
 
@@ -36,10 +37,10 @@ def preset_temperatures(preset: str) -> dict[str, float]:
 
 
 def table_of(tokenizer_or_table, language: str | None) -> VocabularyTable:
-    """The table itself, or the one of a tokenizer.
+    """The given table, or the table of a tokenizer.
 
     Raises:
-        ValueError: a table was given and a language that is not the table's.
+        ValueError: `language` is not that of the given table.
     """
     if not isinstance(tokenizer_or_table, VocabularyTable):
         return VocabularyTable.from_tokenizer(tokenizer_or_table, language=language or "python")
@@ -51,7 +52,7 @@ def table_of(tokenizer_or_table, language: str | None) -> VocabularyTable:
 
 
 def divided(scores: torch.FloatTensor, temperature: Temperature) -> torch.FloatTensor:
-    """`scores` `[batch, vocabulary]` over one temperature, or over one a row; a new tensor of the same dtype."""
+    """`scores` `[batch, vocabulary]` divided by one temperature, or by one per row; a new tensor of the same dtype."""
     if isinstance(temperature, float):
         return scores / temperature
     return (scores / temperature.unsqueeze(-1)).to(scores.dtype)
@@ -63,30 +64,29 @@ class AdaptiveTemperatureLogitsProcessor(LogitsProcessor):
         model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, top_p=0.95,
                        logits_processor=[AdaptiveTemperatureLogitsProcessor(tokenizer)])
 
-    The decision is made from `input_ids` alone and no text is decoded, so that one object serves batches, padded rows,
-    assisted decoding and several calls. `temperature=` of `generate` multiplies: leave it at 1.0. Under
-    `do_sample=False` it does nothing, for a positive temperature cannot change which score is largest.
+    The decision depends on `input_ids` alone and no text is decoded, so one object serves batches, padded rows, assisted
+    decoding and several calls. `temperature=` of `generate` multiplies: leave it at 1.0. With `do_sample=False` the
+    processor has no effect, because a temperature does not change which score is largest.
 
-    Zhu et al., "Hot or Cold? Adaptive Temperature Sampling for Code Generation with Large Language Models", AAAI 2024,
-    arXiv 2309.02772.
+    Zhu et al., arXiv 2309.02772.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase` or `VocabularyTable`): what the ids mean.
+        tokenizer (`PreTrainedTokenizerBase` or `VocabularyTable`): the model's tokenizer.
         block_temperature (`float`, *optional*): for tokens that start a block, the paper's a; 0.8 by default.
         temperature (`float`, *optional*): for all others, the paper's b; 0.5 by default.
         scope (`str`, *optional*): `"line"` (default), `"line+col0"`, `"block"` or `"reference"`; see `BlockStart`.
-        language (`str`, *optional*): of the code; `"python"` by default. Matters for `scope="block"` alone.
+        language (`str`, *optional*): of the code, for `scope="block"`; `"python"` by default.
         region (`str`, *optional*): `"all"` (default) or `"fenced"`; see `BlockStart`.
-        preset (`str`, *optional*): a pair of temperatures out of `PRESETS`; the two arguments above go before it.
-        rule (`Callable[[VocabularyTable], TemperaturePolicy]`, *optional*): makes the policy from the token table
-            itself; in place of the arguments from `block_temperature` to `preset`.
-        max_batch_size (`int`, *optional*): the most rows a call may have; more is an error.
+        preset (`str`, *optional*): a pair of temperatures of `PRESETS`; the two temperature arguments override it.
+        rule (`Callable[[VocabularyTable], TemperaturePolicy]`, *optional*): makes the policy from the table; instead of
+            the arguments from `block_temperature` to `preset`.
+        max_batch_size (`int`, *optional*): the most rows that a call may have.
 
     Raises:
-        ValueError: a value out of range, naming it; a tokenizer without newline or indentation tokens.
+        ValueError: a value out of range, or a tokenizer without newline or indentation tokens.
     """
 
-    # Continuous batching shows a processor the last token alone.
+    # Continuous batching passes a processor only the last token.
     supports_continuous_batching = False
 
     def __init__(
@@ -101,27 +101,30 @@ class AdaptiveTemperatureLogitsProcessor(LogitsProcessor):
         rule: Rule | None = None,
         max_batch_size: int | None = None,
     ):
-        if max_batch_size is not None and (
-            isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1
-        ):
+        if max_batch_size is not None and not is_count(max_batch_size):
             raise ValueError(f"max_batch_size must be an integer >= 1 or None, got {max_batch_size!r}")
         self.max_batch_size = max_batch_size
-        chosen = {"block_temperature": block_temperature, "temperature": temperature, "scope": scope, "region": region}
-        chosen = {name: value for name, value in chosen.items() if value is not None}
+        settings = {
+            "block_temperature": block_temperature,
+            "temperature": temperature,
+            "scope": scope,
+            "region": region,
+        }
+        settings = {name: value for name, value in settings.items() if value is not None}
         if rule is None:
             self.policy: TemperaturePolicy = BlockStart(
-                table_of(tokenizer, language), **{**preset_temperatures(preset or "default"), **chosen}
+                table_of(tokenizer, language), **{**preset_temperatures(preset or "default"), **settings}
             )
             return
-        if chosen or preset is not None:
-            also = ", ".join([*chosen, *(["preset"] if preset is not None else [])])
+        if settings or preset is not None:
+            also = ", ".join([*settings, *(["preset"] if preset is not None else [])])
             raise ValueError(f"rule makes the whole policy: leave out {also}, or set them in the rule")
         self.policy = rule(table_of(tokenizer, language))
         if not callable(self.policy):
             raise TypeError(f"rule must return a policy, called with (input_ids, scores), got {self.policy!r}")
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`scores` `[batch, vocabulary]` over the rows' temperatures, a new tensor; `input_ids` is `[batch, length]`."""
+        """`scores` `[batch, vocabulary]` divided by the rows' temperatures; `input_ids` is `[batch, length]`."""
         if input_ids.ndim != 2 or input_ids.shape[0] != scores.shape[0]:
             raise ValueError(
                 f"input_ids must be [batch, length] with the {scores.shape[0]} rows of scores, got "
@@ -136,16 +139,16 @@ class AdaptiveTemperatureLogitsProcessor(LogitsProcessor):
 
 
 class LastTokenTemperatureLogitsProcessor(LogitsProcessor):
-    """The rule `scope="line"` as far as one token can tell, for continuous batching, which shows no more than that.
+    """The rule `scope="line"` decided by the last token alone, for continuous batching, which passes no more than that.
 
-    Hot behind a token that ends in a line break and indentation, or that is nothing but three or more columns of
-    whitespace. Two short indentation tokens in a row, or whitespace in the middle of a line, are told wrongly.
+    Hot after a token that ends in a line break and indentation, or that is three or more columns of whitespace. Two
+    short indentation tokens in a row, and wide whitespace within a line, are misjudged.
 
     Args:
         tokenizer, block_temperature, temperature, preset: see `AdaptiveTemperatureLogitsProcessor`.
 
     Raises:
-        ValueError: a value out of range, naming it; no token of the vocabulary is hot.
+        ValueError: a value out of range, or no token of the vocabulary is hot.
     """
 
     supports_continuous_batching = True
@@ -158,11 +161,12 @@ class LastTokenTemperatureLogitsProcessor(LogitsProcessor):
         temperature: float | None = None,
         preset: str | None = None,
     ):
-        given = {"block_temperature": block_temperature, "temperature": temperature}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        chosen = {**preset_temperatures(preset or "default"), **chosen}
-        self.block_temperature = positive("block_temperature", chosen["block_temperature"])
-        self.temperature = positive("temperature", chosen["temperature"])
+        pair = preset_temperatures(preset or "default")
+        hot, cold = (
+            pair[name] if value is None else value
+            for name, value in (("block_temperature", block_temperature), ("temperature", temperature))
+        )
+        self.block_temperature, self.temperature = positive("block_temperature", hot), positive("temperature", cold)
         table = table_of(tokenizer, None)
         wide = (table.kinds == TokenKind.BLANK) & (table.widths >= self.MIN_WIDTH)
         hot = (table.kinds == TokenKind.INDENTED_NEWLINE) | wide
@@ -170,11 +174,11 @@ class LastTokenTemperatureLogitsProcessor(LogitsProcessor):
             raise ValueError(
                 "the rule would never fire: no single token of this vocabulary shows that a line is indented"
             )
-        hot = torch.cat([hot, hot.new_zeros(1)])  # ids the table does not know are content
+        hot = torch.cat([hot, hot.new_zeros(1)])  # ids that the table does not know count as content
         self._temperatures = DeviceCopies(torch.where(hot, self.block_temperature, self.temperature).to(torch.float32))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`scores` `[rows, vocabulary]` over the temperatures; `input_ids` is `[rows]`, or `[rows, length]`."""
+        """`scores` `[rows, vocabulary]` divided by the temperatures; `input_ids` is `[rows]` or `[rows, length]`."""
         last = input_ids if input_ids.ndim == 1 else input_ids[:, -1]
         table = self._temperatures.on(scores.device)
         return divided(scores, table[last.clamp(max=len(table) - 1)])

@@ -1,7 +1,7 @@
-"""Rules that say, from the text so far, whether the next token is a challenging one.
+"""Rules that decide from the text so far whether the next token is a challenging one.
 
-A rule is a small automaton that reads the text token by token; the next token is drawn hot when the rule is in a hot
-state. `token_automaton.py` turns a rule and a vocabulary into tables, so that no text is read while generating.
+A rule is a small automaton that reads the text token by token. The next token is drawn hot if the rule is in a hot
+state. `token_automaton.py` turns a rule and a vocabulary into tables, so no text is read during generation.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class TokenRule:
     """An automaton over the texts of tokens.
 
     Args:
-        start (hashable): the state where a text begins.
-        inside (hashable): the state assumed at the left edge of a window, where the text before it is not seen.
-        after (`Callable`): `after(state, text)` is the state once a token's text was read.
-        hot (`Callable`): `hot(state)` tells whether the token that follows is drawn at the hot temperature.
-        reduce (`Callable`): maps texts that `after` cannot tell apart to one text, which makes building tables fast.
+        start (hashable): the state at the start of a text.
+        inside (hashable): the state assumed at the left edge of a window.
+        after (`Callable`): `after(state, text)` is the state after a token's text.
+        hot (`Callable`): `hot(state)` says whether the next token is drawn at the hot temperature.
+        reduce (`Callable`): maps texts that `after` does not distinguish to one text, which makes building tables fast.
     """
 
     start: Hashable
@@ -47,9 +47,9 @@ def character_rule(
 
     Args:
         start, inside, hot: see `TokenRule`.
-        step (`Callable`): `step(state, character)` is the next state. It sees line breaks, whitespace and the
-            characters of `marks` as they are, and a run of any others as one `"x"`.
-        marks (`str`): the characters beside whitespace that the rule tells apart.
+        step (`Callable`): `step(state, character)` is the next state. It gets line breaks, whitespace and the characters
+            of `marks` unchanged, and one `"x"` for a run of any others.
+        marks (`str`): the characters besides whitespace that the rule distinguishes.
     """
     others = re.compile(f"[^\n{WHITESPACE}{re.escape(marks)}]+")
 
@@ -62,17 +62,17 @@ def character_rule(
 
 
 class Place(IntEnum):
-    """Where on its line the next token stands."""
+    """Position of the next token on its line."""
 
     INSIDE = 0
     LINE_START = 1
     """At column 0."""
     INDENTED = 2
-    """Behind indentation, at the line's first character that is not whitespace."""
+    """After indentation, at the line's first character that is not whitespace."""
 
 
 def next_place(place: Place, character: str) -> Place:
-    """The place after one more character; carriage returns and form feeds take no column."""
+    """The place after one more character. Carriage returns and form feeds take no column."""
     if character == "\n":
         return Place.LINE_START
     if place == Place.INSIDE or character not in WHITESPACE:
@@ -81,14 +81,14 @@ def next_place(place: Place, character: str) -> Place:
 
 
 class BlockState(NamedTuple):
-    """What the block rule knows of the text so far."""
+    """State of the block rule."""
 
     place: Place
     after_opener: bool
-    """The last character of code, comments and whitespace aside, opens a block."""
+    """Whether the last character of code, without comments and whitespace, opens a block."""
     reading: str
-    """`"code"`; `"gap"` (behind whitespace, where a comment may start); `"slash"`; `"comment"` (to the end of the
-    line); `"block comment"`; `"star"` (in a block comment, behind `*`)."""
+    """`"code"`; `"gap"` (after whitespace, where a comment may start); `"slash"`; `"comment"` (to the end of the line);
+    `"block comment"`; `"star"` (in a block comment, after `*`)."""
 
 
 def _next_reading(reading: str, character: str, line_comment: str) -> str:
@@ -123,16 +123,16 @@ def _block_step(opener: str, line_comment: str) -> Callable[[BlockState, str], B
 
 
 def line_rule(column_zero: bool = False) -> TokenRule:
-    """Hot where an indented line starts; with `column_zero` where any line starts."""
+    """Hot at the start of an indented line; with `column_zero`, of any line."""
     hot = (Place.INDENTED, Place.LINE_START) if column_zero else (Place.INDENTED,)
     return character_rule(Place.LINE_START, Place.INSIDE, next_place, hot.__contains__)
 
 
 def block_rule(language: str) -> TokenRule:
-    """Hot where an indented line starts and the last character of code before it opens a block.
+    """Hot at the start of an indented line if the last character of code before it opens a block.
 
-    The opener is `:` in Python and `{` in the other languages. A comment counts as one only behind whitespace, so that
-    `startswith("#")` and `"http://"` are none; strings are not told from code.
+    The opener is `:` in Python and `{` in the other languages. A comment starts only after whitespace, so
+    `startswith("#")` and `"http://"` start none. Strings are not distinguished from code.
     """
     opener, line_comment = (":", "#") if language == "python" else ("{", "//")
     return character_rule(
@@ -145,9 +145,9 @@ def block_rule(language: str) -> TokenRule:
 
 
 def reference_rule() -> TokenRule:
-    """The authors' released code: hot behind the newline token and one or more tab or four-space tokens.
+    """The rule of the authors' released code: hot after the newline token and one or more tab or four-space tokens.
 
-    Deeper indentation that is one token of its own, and a newline that is part of another token, stay cold.
+    Deeper indentation in a single token, and a newline that is part of another token, stay cold.
     """
 
     def after(state: str, text: str) -> str:
@@ -165,7 +165,7 @@ def reference_rule() -> TokenRule:
 
 
 def rule_for(scope: str, language: str) -> TokenRule:
-    """The rule of a scope.
+    """The rule of a scope, one of `SCOPES`.
 
     Raises:
         ValueError: an unknown scope.

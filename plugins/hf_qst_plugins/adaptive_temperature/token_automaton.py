@@ -1,7 +1,7 @@
-"""A rule over a vocabulary as tables: where a row of ids leaves the rule, without text and without a loop over rows.
+"""A rule over a vocabulary as tables, which give the rule's state after rows of ids without text or loops over rows.
 
-Each token is a function from states to states, so a window of tokens is the composition of their functions, which is
-associative: a window of W tokens needs log2(W) gathers, whatever the length of the row.
+Each token is a function from states to states, and a window of tokens is the composition of these functions. Composition
+is associative, so a window of W tokens needs log2(W) gathers.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.rules import TokenRule
 from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
 
 DEPENDS = 2
-"""In `_verdict`: whether the next token is hot depends on what came before the last one."""
+"""In `_verdict`: tokens before the last one decide whether the next token is hot."""
 
 
 class _BeforeText:
-    """The state before a text to which the tokenizer adds a space of its own."""
+    """The state before a text if the tokenizer adds a leading space to it."""
 
 
 class DeviceCopies:
-    """A constant tensor, copied once to each device that asks for it."""
+    """A constant tensor with one copy per device, made on first use."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
@@ -42,22 +43,22 @@ class DeviceCopies:
 
 
 class TokenAutomaton:
-    """The states a rule is in after rows of token ids.
+    """The states of a rule after rows of token ids.
 
-    Reads the last `window` ids of a row and nothing else, so that its answer is a function of the ids alone and its
-    work does not grow with the row. What lies before the window is taken for the middle of a line.
+    It reads only the last `window` ids of a row, so the cost does not grow with the row. The text before the window
+    counts as the middle of a line.
 
     Args:
         table (`VocabularyTable`): the vocabulary.
         rule (`TokenRule`): the rule.
-        window (`int`): how many ids it looks back, a power of two.
+        window (`int`): number of ids to look back, a power of two.
 
     Raises:
-        ValueError: `window` is no power of two; or no sequence of tokens can make the rule hot.
+        ValueError: `window` is not a power of two, or no sequence of tokens makes the rule hot.
     """
 
     def __init__(self, table: VocabularyTable, rule: TokenRule, window: int):
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1 or window & (window - 1):
+        if not is_count(window) or window & (window - 1):
             raise ValueError(f"window must be a power of two, got {window!r}")
         self.window = window
         self.state_values, transitions = _tabulate(table, rule)
@@ -75,7 +76,7 @@ class TokenAutomaton:
         hot = torch.tensor(self.hot_states)[transitions[: self._unknown + 1].long()]
         decided = hot.all(-1) | ~hot.any(-1)
         self._verdict = hot[:, 0].to(torch.uint8).masked_fill(~decided, DEPENDS).numpy()
-        # Few functions are different: a kind of tokens is those that share one.
+        # Few functions are different. Tokens with the same function are of one kind.
         numbers: dict[bytes, int] = {}
         functions = map(bytes, transitions[: self._unknown + 1].tolist())
         self._kinds = np.array([numbers.setdefault(function, len(numbers)) for function in functions], np.int32)
@@ -83,22 +84,20 @@ class TokenAutomaton:
         self._steps: dict[tuple, tuple] = {}
         self._transitions = DeviceCopies(transitions)
 
-    # --- on the host ---------------------------------------------------------------------------------------------------
-
     def is_hot(self, ids: Sequence[int]) -> bool:
-        """Whether the token behind `ids`, a row of integers (all of it, or its last `window`), is hot."""
+        """Whether the token after `ids` is hot; `ids` is a whole row of integers or its last `window`."""
         window = np.asarray(ids[-self.window :], np.int64)
         return self._is_hot_behind(self._kinds.take(window, mode="clip"), len(ids) < self.window)
 
     def hot_rows(self, input_ids: torch.Tensor) -> np.ndarray:
         """1 for each row whose next token is hot, else 0: uint8 `[batch]` from `[batch, length]` on the CPU.
 
-        Nearly always the last token decides; only the other rows are read further back.
+        The last token nearly always decides. Only the other rows are read further back.
         """
         ids = input_ids.numpy()
         if ids.shape[1] == 0:
             return np.full(len(ids), self.is_hot(()), np.uint8)
-        # `clip`: the last entries are those of ids the table does not know.
+        # `clip`: ids that the table does not know have the last entry.
         hot = self._verdict.take(ids[:, -1], mode="clip")
         if DEPENDS in hot.tobytes():
             rows = (hot == DEPENDS).nonzero()[0]
@@ -108,10 +107,10 @@ class TokenAutomaton:
         return hot
 
     def _is_hot_behind(self, kinds: np.ndarray, begins: bool) -> bool:
-        """Whether the token behind tokens of these kinds is hot; `begins` if nothing stands before them.
+        """Whether the token after tokens of these kinds is hot; with `begins`, the text starts with them.
 
-        Read from the end: `hot` is, for each state before a token, whether it leads to a hot one. It stops where that is
-        the same for all states.
+        Reads from the end. `hot` says for each state before a token whether it leads to a hot one; the loop stops when
+        that is the same for all states.
         """
         hot = self._hot
         for kind in memoryview(kinds[::-1]):
@@ -121,32 +120,30 @@ class TokenAutomaton:
         return hot[self._first if begins else self._inside]
 
     def _step(self, hot: tuple[bool, ...], kind: int) -> tuple[bool, ...]:
-        """`hot` one token earlier, noted for the next time; a single value if it is the same for all states."""
+        """`hot` one token earlier, cached; a single value if it is the same for all states."""
         before = tuple(hot[state] for state in self._functions[kind])
         self._steps[hot, kind] = before = before[:1] if len(set(before)) == 1 else before
         return before
 
-    # --- all rows at once, on any device -------------------------------------------------------------------------------
-
     def states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The index into `state_values` of each row's state: int64 `[batch]` from `[batch, length]`. No host sync."""
+        """Index into `state_values` of each row's state: int64 `[batch]` from `[batch, length]`. No host sync."""
         ids = input_ids[:, -self.window :].clamp(max=self._unknown)
         ids = F.pad(ids, (self.window - ids.shape[1], 0), value=self._before_text)
         return self._compose(ids)
 
     def states_of_windows(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """As `states`, of rows whose text may be shorter than the window. No host sync.
+        """Like `states`, for rows whose text may be shorter than the window. No host sync.
 
         Args:
-            ids (`torch.Tensor` `[batch, window]`): the last ids of each row; what stands before a text may be anything.
-            lengths (`torch.Tensor` `[batch]`): how many ids the text has.
+            ids (`torch.Tensor` `[batch, window]`): the last ids of each row; the values before a text are ignored.
+            lengths (`torch.Tensor` `[batch]`): number of ids in each text.
         """
         ids = torch.where(ids < 0, self._unknown, ids.clamp(max=self._unknown))
         places = torch.arange(self.window, 0, -1, device=ids.device)
         return self._compose(torch.where(places <= lengths.unsqueeze(-1), ids, self._before_text))
 
     def states_along(self, ids: torch.Tensor) -> torch.Tensor:
-        """The state before each token of one text: int64 `[length]` from `[length]`, as `states(ids[:t])` gives it."""
+        """The state before each token t of one text, `states(ids[:t])`: int64 `[length]` from `[length]`."""
         padded = F.pad(ids[:-1].clamp(max=self._unknown), (self.window, 0), value=self._before_text)
         windows = padded.unfold(0, self.window, 1)
         return torch.cat([self._compose(part) for part in windows.split(4096)])
@@ -159,9 +156,9 @@ class TokenAutomaton:
 
 
 def _tabulate(table: VocabularyTable, rule: TokenRule) -> tuple[list[Hashable], torch.Tensor]:
-    """(states, next state of each token and state): uint8 `[vocabulary + 2, states]`.
+    """The states, and the next state for each token and state, uint8 `[vocabulary + 2, states]`.
 
-    The two last rows are an id the table does not know, which is content, and the place before a text.
+    The last two rows are for ids that the table does not know (content) and for the position before a text.
     """
     start = _BeforeText if table.adds_leading_space else rule.start
 
@@ -175,7 +172,7 @@ def _tabulate(table: VocabularyTable, rule: TokenRule) -> tuple[list[Hashable], 
     states = list(dict.fromkeys([start, rule.inside]))
     index = {state: i for i, state in enumerate(states)}
     functions: dict[str | None, list[int]] = {text: [] for text in kinds_of_text}
-    for state in states:  # grows as states are found
+    for state in states:  # grows during the loop
         for text, targets in functions.items():
             target = after(state, text)
             if target not in index:

@@ -1,6 +1,6 @@
-"""What text each id of a vocabulary adds to the text before it.
+"""The text that each id of a vocabulary adds to the text before it.
 
-This is the only place that asks a tokenizer for text, once per vocabulary; generation then works with ids alone.
+It is read from the tokenizer once per vocabulary. Generation then works with ids alone.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Mapping
 
 WHITESPACE = " \t\r\f\v"
 UNASSIGNED = "\ufffd"
-"""Text of an id that the tokenizer does not use: something that is neither a line break nor indentation."""
+"""Text of an id that the tokenizer does not use: neither a line break nor indentation."""
 
 
 def byte_of_character() -> dict[str, int]:
-    """The byte-level alphabet of GPT-2: 256 printable characters that stand for the 256 bytes."""
+    """GPT-2's byte-level alphabet: the byte of each of its 256 printable characters."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _backend_description(tokenizer) -> dict | None:
-    """The `tokenizers` description without the padding and truncation that calls leave behind; None without one."""
+    """The description by `tokenizers`, without the padding and truncation of earlier calls; None for slow tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -31,7 +31,7 @@ def _backend_description(tokenizer) -> dict | None:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """SHA-256 (hex) of everything that decides which text an id adds: vocabulary, merges, decoder, special ids."""
+    """SHA-256 (hex) of all that determines the texts: vocabulary, merges, decoder, special ids."""
     described = _backend_description(tokenizer) or {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     added = {index: [str(token), token.special] for index, token in tokenizer.added_tokens_decoder.items()}
     parts = [described, added, sorted(tokenizer.all_special_ids)]
@@ -39,13 +39,13 @@ def tokenizer_hash(tokenizer) -> str:
 
 
 def is_byte_level(tokenizer) -> bool:
-    """Whether tokens are bytes in GPT-2's alphabet, so that their text needs no decoding."""
+    """Whether tokens are bytes in GPT-2's alphabet, so their text needs no decoding."""
     described = _backend_description(tokenizer)
     return bool(described) and (described.get("decoder") or {}).get("type") == "ByteLevel"
 
 
 def _special_ids(tokenizer) -> set[int]:
-    """Padding, begin, end and chat markers. An added token of nothing but whitespace is text, whatever its flag."""
+    """Padding, begin, end and chat markers. An added token that is only whitespace counts as text in any case."""
     added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
     return {index for index in special if not (index in added and str(added[index]).isspace())}
@@ -58,12 +58,12 @@ def _from_bytes(tokenizer, vocabulary: Mapping[str, int]) -> dict[int, str]:
         for token, index in vocabulary.items()
         if all(character in byte_of for character in token)
     }
-    # Added tokens are stored as they read, not in the alphabet of bytes.
+    # Added tokens are stored as text, not in the byte alphabet.
     return texts | {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
 
 
 def _from_decoding(tokenizer, ids) -> dict[int, str]:
-    """Decode each id behind an anchor, which keeps SentencePiece from stripping the first space of the text."""
+    """Decode each id after an anchor token, because SentencePiece strips the first space of a text."""
 
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -78,33 +78,32 @@ def _from_decoding(tokenizer, ids) -> dict[int, str]:
 
 
 def token_texts(tokenizer, byte_level: bool | None = None) -> list[str | None]:
-    """The text each id adds, None for ids that stand between texts (padding, begin, end, chat markers).
+    """The text that each id adds; None for ids between texts (padding, begin, end, chat markers).
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): any tokenizer of transformers.
-        byte_level (`bool`, *optional*): True reads the bytes off the vocabulary's strings, False decodes every id
-            behind an anchor (slower, any tokenizer). None chooses.
+        byte_level (`bool`, *optional*): True reads the bytes from the vocabulary's strings. False decodes every id after
+            an anchor, which is slower and works for any tokenizer. None decides by the tokenizer.
 
     Returns:
-        `list[str | None]` of length (largest id + 1). Bytes that are no whole character read as U+FFFD, and so do ids
-        that the tokenizer does not use.
+        `list[str | None]` of length (largest id + 1). Incomplete characters and unused ids are U+FFFD.
     """
     vocabulary = tokenizer.get_vocab()
     known = set(vocabulary.values()) | set(tokenizer.added_tokens_decoder)
     if is_byte_level(tokenizer) if byte_level is None else byte_level:
-        found = _from_bytes(tokenizer, vocabulary)
+        texts = _from_bytes(tokenizer, vocabulary)
     else:
-        found = _from_decoding(tokenizer, sorted(known))
+        texts = _from_decoding(tokenizer, sorted(known))
     special = _special_ids(tokenizer)
-    return [None if index in special else found.get(index, UNASSIGNED) for index in range(max(known) + 1)]
+    return [None if index in special else texts.get(index, UNASSIGNED) for index in range(max(known) + 1)]
 
 
 def adds_leading_space(tokenizer, texts: list[str | None]) -> bool:
-    """Whether the tokenizer puts a space of its own before a text, as SentencePiece's dummy prefix does."""
+    """Whether the tokenizer adds a leading space to a text, as SentencePiece's dummy prefix does."""
     first = [index for index in tokenizer.encode("x", add_special_tokens=False) if texts[index] is not None]
     return bool(first) and texts[first[0]].startswith(" ")
 
 
 def drops_line_breaks(tokenizer, texts: list[str | None]) -> bool:
-    """Whether encoding loses line breaks (a normaliser that turns them into spaces)."""
+    """Whether encoding loses line breaks, for example to a normaliser that turns them into spaces."""
     return not any("\n" in (texts[index] or "") for index in tokenizer.encode("x\nx", add_special_tokens=False))

@@ -1,7 +1,7 @@
-"""The same rule for vLLM's engine, written against its interfaces and not its package.
+"""The same rule for vLLM, written against vLLM's interfaces without importing it.
 
-vLLM has two: one of its V1 model runner and one of its V2 model runner. It wants a subclass of its own base class, by
-name, so a user of vLLM writes a module of a few lines, which serves both:
+vLLM has two interfaces, of its V1 and of its V2 model runner, and loads a subclass of its own base class by name. A user
+of vLLM writes a module of a few lines that serves both:
 
     from vllm.v1.sample.logits_processor import LogitsProcessor
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -24,16 +24,16 @@ from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
 
 
 class VLLMAdaptiveTemperature:
-    """The paper's rule with the methods of both kinds of vLLM's logits processors.
+    """The paper's rule as a logits processor for vLLM, with the methods of both interfaces.
 
-    vLLM divides by `SamplingParams.temperature` too: leave it at 1.0. A request may bring its own two temperatures:
-    `SamplingParams(extra_args={"block_temperature": 0.8, "temperature": 0.5})`. Under speculative decoding vLLM allows
-    processors in its V2 model runner alone.
+    vLLM also divides by `SamplingParams.temperature`: leave it at 1.0. A request can have its own two temperatures:
+    `SamplingParams(extra_args={"block_temperature": 0.8, "temperature": 0.5})`. With speculative decoding, vLLM allows
+    processors only in its V2 model runner.
 
     Args:
-        vllm_config: vLLM's configuration; the tokenizer is `tokenizer_name`, else its `model_config.tokenizer`.
-        device (`torch.device` or `LogitsProcRequestState`): where the logits are (V1), or the token ids of all requests
-            (V2), of which `device`, `max_num_reqs` and `all_token_ids.gpu` are read.
+        vllm_config: vLLM's configuration; its `model_config.tokenizer` is used if `tokenizer_name` is None.
+        device (`torch.device` or `LogitsProcRequestState`): the device of the logits (V1), or the state of all requests
+            (V2: `device`, `max_num_reqs` and `all_token_ids.gpu` are read).
         is_pin_memory (`bool`, *optional*): whether vLLM uses pinned memory (V1); not used.
     """
 
@@ -48,9 +48,9 @@ class VLLMAdaptiveTemperature:
         policy = BlockStart(table, **preset_temperatures(self.preset), scope=self.scope)
         self.automaton = policy.automaton
         self._default = {"block_temperature": policy.block_temperature, "temperature": policy.temperature}
-        # V1. Per row: its temperatures, the end of its prompt, its output so far (vLLM's own list, which grows).
+        # V1. Per row: its temperatures, the end of its prompt, and its output (vLLM's own list, which grows).
         self._rows: dict[int, tuple[dict[str, float], list[int], list[int]]] = {}
-        # V2. Per slot of a request: the temperature elsewhere and at block starts, on the host and on the device.
+        # V2. Per request slot: the two temperatures (other tokens, block starts), on the host and on the device.
         self._requests = None
         if hasattr(device, "all_token_ids"):
             self._requests = device
@@ -65,18 +65,16 @@ class VLLMAdaptiveTemperature:
         """Check a request's own temperatures; vLLM calls this before the request reaches the engine.
 
         Raises:
-            ValueError: one of them is no finite number above 0.
+            ValueError: one of them is not a finite number above 0.
         """
         _asked(sampling_params, preset_temperatures(cls.preset))
 
-    # --- V1 model runner -----------------------------------------------------------------------------------------------
-
     def is_argmax_invariant(self) -> bool:
-        """True: a temperature does not change which logit is largest, so vLLM skips this for greedy requests."""
+        """True, because a temperature does not change which logit is largest; vLLM then skips greedy requests (V1)."""
         return True
 
     def update_state(self, batch_update) -> None:
-        """Follow the requests as vLLM adds, removes and moves their rows.
+        """Update the rows after vLLM added, removed or moved requests (V1).
 
         Args:
             batch_update (`BatchUpdate`, *optional*): vLLM's, with `removed` (rows), `added` (tuples of row, sampling
@@ -104,10 +102,8 @@ class VLLMAdaptiveTemperature:
         ids = [*prompt_ids, *output_ids[-self.automaton.window :]]
         return temperatures["block_temperature" if self.automaton.is_hot(ids) else "temperature"]
 
-    # --- V2 model runner -----------------------------------------------------------------------------------------------
-
     def add_request(self, req_idx: int, sampling_params) -> bool:
-        """Note the temperatures of the request that takes the slot `req_idx`; False for a greedy one, left alone."""
+        """Store the temperatures of the request in slot `req_idx` (V2). Returns False for a greedy request."""
         greedy = sampling_params.temperature == 0
         asked = _asked(sampling_params, self._default)
         self._slots[req_idx] = 1.0 if greedy else torch.tensor([asked["temperature"], asked["block_temperature"]])
@@ -115,13 +111,13 @@ class VLLMAdaptiveTemperature:
         return not greedy
 
     def apply_staged_writes(self) -> None:
-        """Copy what `add_request` noted to the device."""
+        """Copy the temperatures stored by `add_request` to the device (V2)."""
         if self._slots_changed:
             self._slots_on_device.copy_(self._slots)
             self._slots_changed = False
 
     def _temperatures(self, ctx) -> torch.Tensor:
-        """float32 `[rows]`. Tokens drafted in this step stand in `ctx.input_ids`, earlier ones with the request."""
+        """float32 `[rows]`. Tokens drafted in this step are in `ctx.input_ids`, earlier ones in the request's state."""
         slots, rows = ctx.expanded_idx_mapping.long(), torch.arange(len(ctx.pos), device=ctx.pos.device)
         places = ctx.pos.long().unsqueeze(-1) - self._back
         ids = self._requests.all_token_ids.gpu[slots.unsqueeze(-1), places.clamp(min=0)].long()
@@ -130,13 +126,11 @@ class VLLMAdaptiveTemperature:
         hot = self._hot_states[self.automaton.states_of_windows(ids, ctx.pos.long() + 1)]
         return self._slots_on_device[slots, hot]
 
-    # --- both ----------------------------------------------------------------------------------------------------------
-
     def apply(self, logits: torch.Tensor, ctx=None) -> torch.Tensor:
-        """`logits` `[rows, vocabulary]` over the temperatures.
+        """`logits` `[rows, vocabulary]` divided by the temperatures.
 
         Args:
-            ctx (`LogitsContext`, *optional*): vLLM's V2 layout of the batch; in V1 a row is a request.
+            ctx (`LogitsContext`, *optional*): the batch's layout in V2; in V1, each row is a request.
         """
         if self._requests is not None:
             return divided(logits, self._temperatures(ctx))
@@ -145,7 +139,7 @@ class VLLMAdaptiveTemperature:
 
 
 def _asked(sampling_params, default: dict[str, float]) -> dict[str, float]:
-    """The two temperatures of a request: its own where it brings them."""
+    """The two temperatures of a request: its own, else the default ones."""
     own = getattr(sampling_params, "extra_args", None) or {}
     return {
         name: positive(f"extra_args[{name!r}]", own.get(name, value), "temperature=0")

@@ -1,4 +1,4 @@
-"""The vocabulary as rules about lines need it: the text of every id, built once per tokenizer and cached."""
+"""The text of every id of a vocabulary, read once per tokenizer and cached."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hf_qst.saved.whole_files import write_text
+from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.token_text import (
     WHITESPACE,
     adds_leading_space,
@@ -28,22 +29,22 @@ LANGUAGES = ("python", "c", "cpp", "java", "javascript", "go", "rust")
 FORMAT_VERSION = 1
 
 _built: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-"""Per tokenizer object: the tokens it had and the texts they add; spares hashing it again."""
+"""Per tokenizer object: its number of tokens and special ids, and the result of `_texts`."""
 
 
 class TokenKind(IntEnum):
-    """What a token leaves behind it, as far as lines and indentation go."""
+    """How a token ends, with regard to lines and indentation."""
 
     CONTENT = 0
     """Ends in something other than whitespace."""
     BLANK = 1
-    """Only whitespace without a line break, or no text: transparent."""
+    """Only whitespace without a line break, or no text."""
     NEWLINE = 2
-    """Ends in a line break: a line begins, with no indentation yet."""
+    """Ends in a line break."""
     INDENTED_NEWLINE = 3
     """Ends in a line break and indentation."""
     BOUNDARY = 4
-    """Padding, begin, end and chat markers: a text begins."""
+    """Padding, begin, end or chat marker; a text starts after it."""
 
 
 class TokenizerMismatchError(ValueError):
@@ -62,26 +63,25 @@ def _kind(text: str | None) -> TokenKind:
 
 
 def indentation_width(whitespace: str, tab_width: int = 8) -> int:
-    """Columns that leading whitespace takes: a space is one, a tab fills up to `tab_width`; \\r, \\f and \\v are none."""
+    """Columns of leading whitespace: a space is one, a tab goes to the next multiple of `tab_width`, \\r, \\f, \\v are none."""
     return len("".join(c for c in whitespace if c in " \t").expandtabs(tab_width))
 
 
 class VocabularyTable:
-    """The text of every id of a vocabulary, and what follows from it about lines.
+    """The text of every id of a vocabulary, with the kind and indentation width of each.
 
-    Ids at or above `len(table)` (checkpoints pad their vocabularies) count as content wherever a table is used.
+    Checkpoints pad their vocabularies. Ids at or above `len(table)` count as content.
 
     Args:
-        texts (`Sequence[str | None]`): the text each id adds behind another token; None for a boundary.
-        language (`str`): `"python"`, `"c"`, `"cpp"`, `"java"`, `"javascript"`, `"go"` or `"rust"`; decides what opens a
-            block and what a comment is.
+        texts (`Sequence[str | None]`): the text that each id adds after another token; None for a boundary.
+        language (`str`): one of `LANGUAGES`; determines how blocks are opened and comments start.
         tab_width (`int`): columns of a tab in `widths`.
-        adds_leading_space (`bool`): the tokenizer puts a space of its own before a text.
-        tokenizer_hash (`str`): of the tokenizer the texts were read from; `""` for a table made by hand.
+        adds_leading_space (`bool`): whether the tokenizer adds a leading space to a text.
+        tokenizer_hash (`str`): of the tokenizer; `""` for a table made by hand.
 
     Raises:
-        ValueError: an unknown language, a `tab_width` below 1, or no token with a line break, or none with
-            indentation: a rule about lines would then silently never fire.
+        ValueError: an unknown language, a `tab_width` below 1, or no token with a line break or none with indentation,
+            so that a rule about lines would silently never fire.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class VocabularyTable:
     ):
         if language not in LANGUAGES:
             raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}")
-        if isinstance(tab_width, bool) or not isinstance(tab_width, int) or tab_width < 1:
+        if not is_count(tab_width):
             raise ValueError(f"tab_width must be an integer >= 1, got {tab_width!r}")
         self.texts = list(texts)
         self.language = language
@@ -129,12 +129,10 @@ class VocabularyTable:
 
     @functools.cached_property
     def widths(self) -> torch.Tensor:
-        """Columns of whitespace each id ends in if it is blank, newline or indented newline, int16 `[vocabulary]`."""
+        """Columns of whitespace at the end of each id's text, 0 for content, int16 `[vocabulary]`."""
         tails = [(text or "").rpartition("\n")[2] for text in self.texts]
         widths = [0 if tail.strip(WHITESPACE) else indentation_width(tail, self.tab_width) for tail in tails]
         return torch.tensor(widths, dtype=torch.int32).clamp(max=32_767).to(torch.int16)
-
-    # --- from a tokenizer ----------------------------------------------------------------------------------------------
 
     @classmethod
     def from_tokenizer(
@@ -145,21 +143,21 @@ class VocabularyTable:
         overrides: Mapping[int, str | None] | None = None,
         disk_cache: bool = True,
     ) -> VocabularyTable:
-        """Read the table off a tokenizer, or from the cache.
+        """The table of a tokenizer.
 
-        The texts are kept in memory per tokenizer and on disk under `$HF_QST_CACHE` (else `~/.cache/hf_qst`), keyed by
-        a hash of the tokenizer.
+        The texts are cached in memory and on disk under `$HF_QST_CACHE` (else `~/.cache/hf_qst`), keyed by a hash of the
+        tokenizer.
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`): any tokenizer of transformers.
             language (`str`): see the class.
             tab_width (`int`): see the class.
-            overrides (`Mapping[int, str | None]`, *optional*): the text of ids that the tokenizer decodes to something
-                else than what they mean (CodeGeeX's `<|extratoken_12|>` is four spaces); None makes one a boundary.
-            disk_cache (`bool`): whether to read and write the file.
+            overrides (`Mapping[int, str | None]`, *optional*): the text of ids that the tokenizer decodes wrongly
+                (CodeGeeX's `<|extratoken_12|>` means four spaces); None makes an id a boundary.
+            disk_cache (`bool`): whether to use the cache on disk.
 
         Raises:
-            ValueError: as the class does; also when encoding drops line breaks, or an overridden id does not exist.
+            ValueError: as the class; also if encoding drops line breaks, or an id in `overrides` does not exist.
         """
         texts, leading_space, key = _texts(tokenizer, disk_cache)
         texts = list(texts)
@@ -175,10 +173,8 @@ class VocabularyTable:
             )
         return table
 
-    # --- files ---------------------------------------------------------------------------------------------------------
-
     def save(self, path: str | os.PathLike) -> None:
-        """Write the table as JSON, whole or not at all."""
+        """Write the table as JSON, completely or not at all."""
         values = {
             "version": FORMAT_VERSION,
             "tokenizer_hash": self.tokenizer_hash,
@@ -194,14 +190,14 @@ class VocabularyTable:
         """Read a saved table.
 
         Args:
-            path: a file that `save` wrote.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*): the one it is to be used with.
+            path: a file written by `save`.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): the tokenizer that the table must belong to.
 
         Raises:
-            ValueError: the file is not such a table, or one of another version.
-            TokenizerMismatchError: the table was made from another tokenizer than the one given.
+            ValueError: the file is not a table of this version.
+            TokenizerMismatchError: the table belongs to another tokenizer.
         """
-        values = _read_json(path)
+        values = read_json(path)
         fields = {"version", "tokenizer_hash", "adds_leading_space", "language", "tab_width", "texts"}
         if not isinstance(values, dict) or values.keys() != fields or values["version"] != FORMAT_VERSION:
             raise ValueError(f"{os.fspath(path)} is not a vocabulary table of version {FORMAT_VERSION}")
@@ -219,7 +215,12 @@ def require_tokenizer(saved: str, given: str, what: str) -> None:
         )
 
 
-def _read_json(path: str | os.PathLike):
+def read_json(path: str | os.PathLike):
+    """The values in a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON; the message names it.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -227,12 +228,12 @@ def _read_json(path: str | os.PathLike):
 
 
 def cache_folder() -> Path:
-    """Where tables are kept: `$HF_QST_CACHE`, else `~/.cache/hf_qst`."""
+    """Folder of cached tables: `$HF_QST_CACHE`, else `~/.cache/hf_qst`."""
     return Path(os.environ.get("HF_QST_CACHE") or Path.home() / ".cache" / "hf_qst")
 
 
 def _texts(tokenizer, disk_cache: bool) -> tuple[list[str | None], bool, str]:
-    """(text of each id, whether a text gets a leading space, tokenizer hash), built at most once per tokenizer."""
+    """(text of each id, whether the tokenizer adds a leading space, its hash), built at most once per tokenizer."""
     state = (len(tokenizer), tuple(tokenizer.all_special_ids))
     known = _built.get(tokenizer)
     if known is not None and known[0] == state:
@@ -253,7 +254,7 @@ def _cached_texts(path: Path, key: str) -> tuple[list[str | None], bool, str] | 
     if not path.exists():
         return None
     try:
-        values = _read_json(path)
+        values = read_json(path)
         if values["version"] == FORMAT_VERSION and values["tokenizer_hash"] == key:
             return values["texts"], values["adds_leading_space"], key
     except (ValueError, KeyError, TypeError, OSError) as error:

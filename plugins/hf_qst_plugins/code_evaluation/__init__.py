@@ -1,12 +1,24 @@
-"""Evaluation of code models: pass@k by execution in a sandbox, and which tokens of code are hard to predict."""
+"""Evaluation of code models.
 
-from .completion import truncate
+`python -m hf_qst_plugins.code_evaluation` measures pass@k; `python -m hf_qst_plugins.code_evaluation.difficulty` shows
+which tokens of code are hard to predict. The guide is `docs/code_evaluation.md`.
+
+- `runner`: `evaluate`, which draws completions, executes them and reports.
+- `report`, `pass_at_k`: the figures of an evaluation, and the comparison of two.
+- `samples_file`, `run_settings`: the file of samples, which a run can resume.
+- `problems`: problem files, and the project's own generated problems.
+- `sampling`: completions from a model.
+- `sandbox`: execution of one untrusted program.
+- `difficulty`: losses of a model over source files by class of token.
+"""
+
 from .pass_at_k import Difference, paired_bootstrap, pass_at_k, task_pass_at_k
 from .problems import SHIPPED, Problem, ProblemFileError, read_problems
 from .report import Report, read_report
 from .runner import evaluate
-from .sampler import GENERATE_DEFAULTS, Sampler
 from .samples_file import SamplesFile, SamplesFileError, read_samples
+from .sampling.completion import truncate
+from .sampling.sampler import GENERATE_DEFAULTS, Sampler
 from .sandbox import OUTCOMES, ExecutionNotAllowedError, Limits, Outcome, Sandbox, SandboxError
 
 __all__ = [

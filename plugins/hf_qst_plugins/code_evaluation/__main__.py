@@ -1,4 +1,4 @@
-"""pass@k of a model on a file of problems.
+"""Measure pass@k of a model on a file of problems.
 
     python -m hf_qst_plugins.code_evaluation --model examples/base_model --prefix '<|endoftext|>' \\
         --out samples.jsonl --allow-execution
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         "--problems", type=Path, default=SHIPPED, help="JSONL or .gz in HumanEval's or MBPP's format (default: shipped)"
     )
     parser.add_argument("--limit", type=int, help="only the first so many problems")
-    parser.add_argument("--samples", type=int, default=15, help="completions of each problem")
+    parser.add_argument("--samples", type=int, default=15, help="completions per problem")
     parser.add_argument("--batch-size", type=int, help="completions drawn at once (default: all of a problem)")
     parser.add_argument("--temperature", type=float, default=defaults["temperature"])
     parser.add_argument("--top-p", type=float, default=defaults["top_p"])
@@ -40,18 +40,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=defaults["max_new_tokens"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", help="text that ends a completion; may be given more than once")
-    parser.add_argument(
-        "--keep-prompt-end", action="store_true", help="do not leave a prompt's last line break to the model"
-    )
+    parser.add_argument("--keep-prompt-end", action="store_true", help="keep the whitespace at a prompt's end")
     parser.add_argument("--prefix", default="", help="text before each prompt, such as a begin-of-text token")
-    parser.add_argument("--out", type=Path, help="JSONL of the samples; a run that stopped goes on there")
-    parser.add_argument("--overwrite", action="store_true", help="start anew where --out exists")
+    parser.add_argument("--out", type=Path, help="JSONL of the samples; an interrupted run continues there")
+    parser.add_argument("--overwrite", action="store_true", help="discard the samples in --out")
     parser.add_argument("--report", type=Path, help="write the figures as JSON")
-    parser.add_argument("--workers", type=int, help="programs executed at a time (default: one a processor)")
-    parser.add_argument("--wall-seconds", type=int, default=limits.wall_seconds, help="for one program")
+    parser.add_argument("--workers", type=int, help="programs that run at a time (default: one per processor)")
+    parser.add_argument("--wall-seconds", type=int, default=limits.wall_seconds, help="time limit of one program")
     parser.add_argument("--isolation", default="auto", help="auto, namespaces or guard")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--allow-execution", action="store_true", help="execute what the model wrote, in a sandbox")
+    parser.add_argument("--allow-execution", action="store_true", help="execute the completions in a sandbox")
     args = parser.parse_args(argv)
 
     problems = read_problems(args.problems)[: args.limit]
@@ -67,13 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer,
         problems,
         samples=args.samples,
-        generate_kwargs={
-            "do_sample": True,
-            "temperature": args.temperature,
-            "top_p": args.top_p,
-            "top_k": args.top_k,
-            "max_new_tokens": args.max_new_tokens,
-        },
+        generate_kwargs={name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")},
         out=args.out,
         batch_size=args.batch_size,
         seed=args.seed,

@@ -1,6 +1,6 @@
-"""pass@k: the chance that at least one of k completions of a task passes, and how two decoders differ in it.
+"""pass@k, the probability that at least one of k completions of a task passes, and its difference between two decoders.
 
-Unbiased estimator of Chen et al., *Evaluating Large Language Models Trained on Code*, arXiv 2107.03374, equation 1.
+The unbiased estimator of Chen et al., *Evaluating Large Language Models Trained on Code*, arXiv 2107.03374, equation 1.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def _whole(name: str, value: object, least: int) -> int:
 def task_pass_at_k(n: int, c: int, k: int) -> float:
     """1 - C(n-c, k) / C(n, k) for one task: `n` samples of which `c` pass.
 
-    As the product of 1 - k/j over j = n-c+1 .. n, whose factors never overflow.
+    Computed as 1 - the product of (1 - k/j) over j = n-c+1 .. n, which cannot overflow.
 
     Raises:
-        ValueError: a value is no whole number, `k` < 1 or `k` > `n`, `c` outside 0 to `n`.
+        ValueError: a value is not a whole number, `k` is outside 1 to `n`, or `c` outside 0 to `n`.
     """
     n, c, k = _whole("n", n, 1), _whole("c", c, 0), _whole("k", k, 1)
     if k > n:
@@ -61,7 +61,7 @@ def pass_at_k(n: int | Sequence[int], c: Sequence[int], k: int) -> float:
 
 
 class Difference(NamedTuple):
-    """pass@k of `a` minus `b`, the mean over tasks and the ends of its confidence interval."""
+    """pass@k of `a` minus that of `b`: mean over tasks and confidence interval."""
 
     mean: float
     low: float
@@ -77,19 +77,21 @@ def paired_bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """Difference in pass@k between two decoders on the same tasks, with a percentile interval.
+    """Difference in pass@k between two decoders on the same tasks, with a percentile bootstrap interval.
 
-    Tasks are drawn with replacement, both decoders on the same ones: what makes a task hard for both cancels. The
-    interval says how far the result depends on the choice of tasks, not on the samples' seed.
+    Each resample draws tasks with replacement and uses the same tasks for both decoders, so the difficulty of a task
+    cancels. The interval covers the choice of tasks, not the seed of the samples.
 
     Args:
-        n: samples a task, as in `pass_at_k`.
-        a: passing samples of the first decoder [tasks]; `b`: of the second, on the same tasks in the same order.
-        draws: bootstrap resamples.
-        confidence: share of them inside the interval, between 0 and 1.
+        n: samples per task, as in `pass_at_k`.
+        a, b: passing samples of the first and of the second decoder, in the same order of tasks [tasks].
+        k: the k of pass@k.
+        draws: number of resamples.
+        confidence: share of the resamples inside the interval, in (0, 1).
+        seed: of the resamples.
 
     Raises:
-        ValueError: `a` and `b` of different lengths or empty, or an argument out of its range.
+        ValueError: `a` and `b` differ in length or are empty, or an argument is out of range.
     """
     if len(a) != len(b) or len(a) == 0:
         raise ValueError(f"a and b must hold the same tasks and at least one, got {len(a)} and {len(b)}")
@@ -97,12 +99,8 @@ def paired_bootstrap(
         raise ValueError(f"confidence must lie between 0 and 1, both excluded, got {confidence!r}")
     draws = _whole("draws", draws, 1)
     counts = _per_task("n", n, len(a))
-    gains = np.array(
-        [
-            task_pass_at_k(total, first, k) - task_pass_at_k(total, second, k)
-            for total, first, second in zip(counts, a, b, strict=True)
-        ]
-    )
+    triples = zip(counts, a, b, strict=True)
+    gains = np.array([task_pass_at_k(n, first, k) - task_pass_at_k(n, second, k) for n, first, second in triples])
     chosen = np.random.default_rng(seed).integers(len(gains), size=(draws, len(gains)))
     tail = (1.0 - confidence) / 2
     low, high = np.quantile(gains[chosen].mean(axis=1), [tail, 1.0 - tail])

@@ -1,4 +1,4 @@
-"""What the samples of an evaluation say, as figures and as a table."""
+"""The figures of an evaluation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from .pass_at_k import pass_at_k
 from .samples_file import read_samples
@@ -19,14 +20,14 @@ class Report:
     """The figures of one evaluation.
 
     Args:
-        tasks, samples: problems, and completions drawn of all of them together.
-        pass_at_k: by k, those of `KS` that every task has samples for.
-        parse_rate: share of samples whose prompt and completion together are Python (`ast.parse`).
-        outcomes: samples by how their program ended, every one of `sandbox.OUTCOMES`.
-        distinct: mean over tasks of the share of different completions among a task's samples.
-        tokens: generated, all samples together.
-        seconds: of generating and executing, summed over samples.
-        passed, drawn: samples that passed, and all, by task; for `paired_bootstrap`.
+        tasks, samples: number of problems, and of completions in total.
+        pass_at_k: by k, for every k of `KS` that no task has fewer samples than.
+        parse_rate: share of samples whose prompt and completion together parse as Python.
+        outcomes: number of samples by outcome (`sandbox.OUTCOMES`).
+        distinct: share of different completions among a task's samples, mean over tasks.
+        tokens: tokens generated in total.
+        seconds: time of generating and executing, summed over samples.
+        passed, drawn: samples that passed, and samples, by task; for `paired_bootstrap`.
     """
 
     tasks: int
@@ -42,10 +43,10 @@ class Report:
 
     @classmethod
     def of(cls, samples: Sequence[dict], ks: Sequence[int] = KS) -> Report:
-        """From the samples of a `SamplesFile`.
+        """The report of the samples of a `SamplesFile`.
 
         Raises:
-            ValueError: there is no sample.
+            ValueError: there are no samples.
         """
         if not samples:
             raise ValueError("samples is empty; there is nothing to report yet")
@@ -58,13 +59,10 @@ class Report:
         return cls(
             tasks=len(by_task),
             samples=len(samples),
-            pass_at_k={
-                k: pass_at_k(list(drawn.values()), list(passed.values()), k) for k in ks if k <= min(drawn.values())
-            },
+            pass_at_k={k: pass_at_k([*drawn.values()], [*passed.values()], k) for k in ks if k <= min(drawn.values())},
             parse_rate=sum(sample["program_parses"] for sample in samples) / len(samples),
             outcomes={name: outcomes[name] for name in OUTCOMES},
-            distinct=sum(len({row["completion"] for row in rows}) / len(rows) for rows in by_task.values())
-            / len(by_task),
+            distinct=fmean(len({row["completion"] for row in rows}) / len(rows) for rows in by_task.values()),
             tokens=sum(sample["tokens"] for sample in samples),
             seconds=sum(sample["seconds"] for sample in samples),
             passed=passed,
@@ -72,25 +70,20 @@ class Report:
         )
 
     def as_dict(self) -> dict:
-        """For JSON."""
+        """The report as JSON values."""
         return asdict(self)
 
     def summary(self) -> str:
         """A few lines for a terminal."""
         rates = "  ".join(f"pass@{k} {rate:.3f}" for k, rate in self.pass_at_k.items())
         outcomes = ", ".join(f"{name} {count}" for name, count in self.outcomes.items() if count)
-        return "\n".join(
-            (
-                rates,
-                f"{self.samples} samples of {self.tasks} tasks; {self.parse_rate:.1%} parse, {self.distinct:.1%} of a "
-                "task's completions differ",
-                f"outcomes: {outcomes}",
-                f"{self.tokens} tokens ({self.tokens / self.samples:.1f} a sample), {self.seconds:.1f} s "
-                "of generating and executing",
-            )
+        return (
+            f"{rates}\n{self.samples} samples of {self.tasks} tasks; {self.parse_rate:.1%} parse, {self.distinct:.1%} of a "
+            f"task's completions differ\noutcomes: {outcomes}\n{self.tokens} tokens ({self.tokens / self.samples:.1f} a "
+            f"sample), {self.seconds:.1f} s of generating and executing"
         )
 
 
 def read_report(path: str | Path, ks: Sequence[int] = KS) -> Report:
-    """The report of a file of samples, finished or not."""
+    """The report of a samples file, complete or not."""
     return Report.of(read_samples(path)[1], ks)

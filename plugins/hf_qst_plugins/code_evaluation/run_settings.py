@@ -1,4 +1,4 @@
-"""What the header of a samples file says of a run: every setting by its value, so that another value is another run."""
+"""The settings of a run as JSON, for the header of a samples file. Runs differ if any setting differs by value."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LONGEST_SHOWN = 2000
-"""Characters of an object's values in the header; of longer ones it holds a digest."""
+"""The header shows an object's values up to this many characters, else a digest of them."""
 VALUES_READ = 64
-"""Elements that a model's digest reads of each tensor: enough to tell checkpoints apart, few enough for any model."""
-# Of a saved adapter's config: what loading changes and no output depends on.
+"""Elements of each tensor in a model's digest: enough to tell checkpoints apart, few enough for any model."""
+# Fields of an adapter's config that loading changes and that no output depends on.
 _NOT_THE_FUNCTION = {"inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"}
 
 
 def digest(data: bytes | str) -> str:
-    """16 hexadecimal digits."""
+    """The first 16 hexadecimal digits of the SHA-256."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
 def canonical(value: object) -> str:
-    """JSON text that equal descriptions share."""
+    """JSON text with sorted keys, the same for equal values."""
     return json.dumps(value, sort_keys=True)
 
 
 def model_settings(model, inside: tuple[int, ...] = ()) -> dict:
-    """Name, adapters by value, generation config, and a digest that covers some elements of every tensor."""
+    """Name, adapters, generation config, a replaced `generate`, and a digest of the weights."""
     configs = getattr(model, "peft_config", None) or {}
     active = getattr(model, "active_adapters", None)
     name = getattr(model, "name_or_path", "") or type(model).__name__
@@ -59,43 +59,40 @@ def model_settings(model, inside: tuple[int, ...] = ()) -> dict:
 
 
 def _replaced_generate(model, inside: tuple[int, ...]) -> object:
-    """What stands in for `generate` on this one object, an installed sampling rule say."""
-    for holder in (
-        model,
-        getattr(model, "base_model", None),
-        getattr(getattr(model, "base_model", None), "model", None),
-    ):
+    """The function that replaces `generate` on this object, for example an installed sampling rule; None without one."""
+    base = getattr(model, "base_model", None)
+    for holder in (model, base, getattr(base, "model", None)):
         if holder is not None and "generate" in vars(holder):
             return described(vars(holder)["generate"], (*inside, id(model), id(holder)))
     return None
 
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """Of names, types, shapes and `VALUES_READ` evenly spaced elements of every tensor of its state."""
-    found = hashlib.sha256()
+    """Digest of name, dtype, shape and `VALUES_READ` evenly spaced elements of every tensor of the state dict."""
+    hashed = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
             continue
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         if tensor.device.type == "meta" or not tensor.numel():
             continue
         try:
             at = torch.linspace(0, tensor.numel() - 1, min(VALUES_READ, tensor.numel()), dtype=torch.float64)
             read = tensor.detach().reshape(-1)[at.long().to(tensor.device)].cpu()
-            found.update(read.contiguous().view(torch.uint8).numpy().tobytes())
+            hashed.update(read.contiguous().view(torch.uint8).numpy().tobytes())
         except (RuntimeError, NotImplementedError, TypeError):
-            continue  # a quantized tensor that cannot be indexed: its name, type and shape are all there is
-    return found.hexdigest()[:16]
+            continue  # a quantized tensor that cannot be indexed: only name, dtype and shape count
+    return hashed.hexdigest()[:16]
 
 
 def described(value: object, inside: tuple[int, ...] = ()) -> object:
-    """`value` as JSON, the same for equal values in every process and another one for others.
+    """`value` as JSON: the same in every process for equal values, different for different ones.
 
-    Objects are recorded by class and attributes, `to_dict()` or pickled state; functions by their code and what they
-    close over. Containers in private attributes are taken for caches unless they are constructor arguments.
+    Objects are described by class and attributes, `to_dict()` or pickled state; functions by code and closure. Containers
+    in private attributes count as caches and are skipped, unless a constructor argument has their name.
 
     Args:
-        inside: ids of the objects that hold this one.
+        inside: ids of the objects that contain this one.
     """
     plain = _plain(value)
     if plain is not None or value is None:
@@ -114,16 +111,14 @@ def described(value: object, inside: tuple[int, ...] = ()) -> object:
         return _array("tensor", value.dtype, value.shape, value.contiguous().reshape(-1).view(torch.uint8).numpy())
     if isinstance(value, np.ndarray):
         return _array("array", value.dtype, value.shape, np.ascontiguousarray(value))
-    shown = {"class": f"{type(value).__module__}.{type(value).__qualname__}", **_contents(value, inside)}
-    return (
-        shown
-        if len(canonical(shown)) <= LONGEST_SHOWN
-        else {"class": shown["class"], "digest": digest(canonical(shown))}
-    )
+    name = _plain(type(value))
+    shown = {"class": name, **_contents(value, inside)}
+    text = canonical(shown)
+    return shown if len(text) <= LONGEST_SHOWN else {"class": name, "digest": digest(text)}
 
 
 def _plain(value: object) -> object:
-    """Of values that are one JSON scalar; else None."""
+    """The JSON scalar for a value that one scalar describes; else None."""
     if isinstance(value, enum.Enum):
         return f"{type(value).__qualname__}.{value.name}"
     if isinstance(value, np.generic):
@@ -153,7 +148,7 @@ def _array(kind: str, dtype: object, shape: tuple, values: np.ndarray) -> dict:
 
 
 def _contents(value: object, inside: tuple[int, ...]) -> dict:
-    """What makes one object differ from others of its class."""
+    """The contents of an object, which tell it from others of its class."""
     if isinstance(value, types.FunctionType):
         held = [value.__defaults__, value.__kwdefaults__, inspect.getclosurevars(value).nonlocals]
         return {"function": value.__qualname__, "code": _code(value.__code__), "holds": described(held, inside)}
@@ -175,13 +170,13 @@ def _contents(value: object, inside: tuple[int, ...]) -> dict:
 
 
 def _code(code: types.CodeType) -> str:
-    """A digest of what the code does, without where it stands."""
+    """A digest of the code without file name and line numbers."""
     constants = [_code(item) if isinstance(item, types.CodeType) else repr(item) for item in code.co_consts]
     return digest(canonical([code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, constants]))
 
 
 def _state(value: object) -> object:
-    """The attributes of an object, or what `pickle` would keep of it; None where there is neither."""
+    """The attributes of an object, else its pickled state; None if it has neither."""
     own = getattr(type(value), "__getstate__", None)
     if own is not None and own is not getattr(object, "__getstate__", None):
         return value.__getstate__()
@@ -193,7 +188,7 @@ def _state(value: object) -> object:
     reduce = copyreg.dispatch_table.get(type(value), lambda it: it.__reduce_ex__(2))
     try:
         reduced = reduce(value)
-    except TypeError:  # it cannot be pickled: a lock, an open file
+    except TypeError:  # not picklable: a lock, an open file
         return None
     return reduced if isinstance(reduced, str) else list(reduced[1:3])
 
@@ -207,7 +202,7 @@ def _slots(base: type) -> tuple[str, ...]:
 def _constructor_arguments(kind: type) -> frozenset[str]:
     try:
         return frozenset(inspect.signature(kind.__init__).parameters)
-    except (TypeError, ValueError):  # a class of C
+    except (TypeError, ValueError):  # a class written in C
         return frozenset()
 
 

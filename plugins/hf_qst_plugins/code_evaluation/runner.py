@@ -1,7 +1,8 @@
-"""An evaluation: completions are drawn, executed and written down as they come."""
+"""One evaluation: completions are drawn, executed and written to a file as they come."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,22 +15,24 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .completion import parses
+from hf_qst.tuner.config import is_count
+
 from .problems import Problem
 from .report import Report
 from .run_settings import canonical, described, digest, model_settings
-from .sampler import Sampler
 from .samples_file import SamplesFile
+from .sampling.completion import parses
+from .sampling.sampler import Sampler
 from .sandbox import Limits, Sandbox
 
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 256
-"""Samples whose programs have not run yet; generation waits when there are more."""
+"""The most samples whose programs have not run yet; beyond that, generation waits."""
 
 
 def _seed(seed: int, task_id: str, batch: int) -> int:
-    """The seed of one batch of samples: it depends on nothing that ran before."""
+    """The seed of one batch of samples. It does not depend on earlier batches."""
     hashed = hashlib.sha256(json.dumps([seed, task_id, batch]).encode()).digest()
     return int.from_bytes(hashed[:7], "big")
 
@@ -55,45 +58,42 @@ def evaluate(
     allow_execution: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Draw `samples` completions of every problem, execute them with the problem's tests, and report.
+    """Draw `samples` completions of every problem, execute each with the problem's tests, and report.
 
-    With `out` every sample is written as a JSON line as soon as it is judged, and a run that was cut short goes on where
-    it stopped, with the samples it would have drawn. Programs that occur twice among a task's samples run once.
+    With `out`, every sample is written as a JSON line as soon as it is judged, and an interrupted run continues with the
+    samples it would have drawn. Equal completions of one task run once.
 
     Args:
         model, tokenizer: a causal language model and its tokenizer; the model is put in eval mode for the run.
         problems: from `read_problems`.
-        samples: completions a problem.
-        generate_kwargs: for `model.generate`, over the values of a `generation_config` among them, over
-            `GENERATE_DEFAULTS`.
-        out: JSONL file to write and to resume, or None.
-        batch_size: completions drawn at once, of one problem (default: all of them). Part of what the seed means.
-        seed: each batch of a task is drawn with a seed made of this, the task's name and the batch's number.
-        label: a name for what the settings cannot show in the file, such as a patched library.
-        stop_strings, strip_prompt, prefix: as in `Sampler`.
-        limits, isolation, allow_execution: as in `Sandbox`.
-        workers: programs executed at a time (default: one a processor).
-        overwrite: start anew where `out` exists.
-        progress: show a bar.
+        samples: completions per problem.
+        generate_kwargs: arguments of `model.generate`; see `Sampler`.
+        out: JSONL file to write or to resume.
+        batch_size: completions of one problem drawn at once (default: all). Other batch sizes give other samples.
+        seed: each batch's seed is derived from this, the `task_id` and the batch's number.
+        label: a note in the file for what the settings cannot show, such as a patched library.
+        stop_strings, strip_prompt, prefix: see `Sampler`.
+        limits, isolation, allow_execution: see `Sandbox`.
+        workers: programs that run at a time (default: one per processor).
+        overwrite: discard the samples in `out`.
+        progress: whether to show a progress bar.
 
     Raises:
         ExecutionNotAllowedError: `allow_execution` is not True.
-        SamplesFileError: `out` holds another run's samples, is damaged, or in use.
-        ValueError: an argument out of its range, or a prompt that does not fit the model; before anything is drawn.
+        SamplesFileError: `out` holds samples of another run, is damaged, or in use.
+        ValueError: an argument out of range, or a prompt that does not fit the model; raised before anything is drawn.
     """
     sandbox = Sandbox(allow_execution=allow_execution, limits=limits, isolation=isolation)
     for name, value in (("samples", samples), ("batch_size", batch_size), ("workers", workers)):
-        optional = name != "samples" and value is None
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if not is_count(value) and (name == "samples" or value is not None):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if not problems:
         raise ValueError("problems is empty; give at least one")
     counts = Counter(str(problem.task_id) for problem in problems)
-    twice = [task for task, count in counts.items() if count > 1]
-    if twice:
+    if repeated := [task for task, count in counts.items() if count > 1]:
         raise ValueError(
-            f"problems holds the task_id {twice[0]!r} {counts[twice[0]]} times, and {len(twice) - 1} others more than "
-            "once; samples are counted by it, so give each problem its own"
+            f"problems holds the task_id {repeated[0]!r} {counts[repeated[0]]} times, and {len(repeated) - 1} others more "
+            "than once; samples are counted by it, so give each problem its own"
         )
     batch_size = batch_size or samples
     sampler = Sampler(model, tokenizer, generate_kwargs, stop_strings, strip_prompt, prefix)
@@ -119,19 +119,18 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            if out is None:
-                return Report.of(_run(sampler, sandbox, pool, problems, settings, _InMemory(), progress))
-            with SamplesFile(out, settings, overwrite) as file:
-                return Report.of(_run(sampler, sandbox, pool, problems, settings, file, progress))
+        samples_file = _InMemory() if out is None else SamplesFile(out, settings, overwrite)
+        with ThreadPoolExecutor(workers) as pool, samples_file as file:
+            return Report.of(_run(sampler, sandbox, pool, problems, settings, file, progress))
     finally:
         model.train(training)
 
 
-class _InMemory:
-    """Samples of a run that is not written down."""
+class _InMemory(contextlib.nullcontext):
+    """Samples of a run without a file."""
 
     def __init__(self):
+        super().__init__(self)
         self.samples: list[dict] = []
 
     def append(self, sample: dict) -> None:
@@ -139,10 +138,10 @@ class _InMemory:
 
 
 def _run(sampler, sandbox, pool, problems, settings, file, progress) -> list[dict]:
-    """Generate batch after batch; programs run meanwhile, and their samples are written in order."""
+    """Generate batch by batch while programs run, and write the samples in order."""
     done = {(sample["task_id"], sample["sample"]) for sample in file.samples}
     if done:
-        logger.info("%d of %d samples were there", len(done), settings["samples"] * len(problems))
+        logger.info("%d of %d samples are in the file", len(done), settings["samples"] * len(problems))
     waiting: deque = deque()
     bar = tqdm(
         total=settings["samples"] * len(problems), initial=len(done), desc="samples", unit="", disable=not progress

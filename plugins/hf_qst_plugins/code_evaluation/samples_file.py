@@ -1,4 +1,4 @@
-"""The JSONL file of an evaluation: a header with the settings, then one line a sample, whole lines only."""
+"""The JSONL file of an evaluation: a header with the settings, then one line per sample."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ KEYS = ("task_id", "sample", "completion", "program_parses", "outcome", "detail"
 
 
 class SamplesFileError(ValueError):
-    """A file of samples belongs to a run with other settings, or is damaged."""
+    """A samples file belongs to a run with other settings, or is damaged."""
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict, list[dict], int]:
-    """Settings, samples, and how many bytes of the file are whole lines."""
+    """Settings, samples, and the number of bytes in complete lines."""
     whole = data.rfind(b"\n") + 1
     settings: dict = {}
     samples: list[dict] = []
@@ -25,9 +25,8 @@ def _parse(path: Path, data: bytes) -> tuple[dict, list[dict], int]:
             if number == 1:
                 settings = record["settings"]
                 continue
-            missing = [key for key in KEYS if key not in record]
-            if missing:
-                raise ValueError(f"{missing[0]!r} is missing")
+            if absent := [key for key in KEYS if key not in record]:
+                raise ValueError(f"{absent[0]!r} is missing")
             key = (record["task_id"], record["sample"])
             if key in seen:
                 raise ValueError(f"sample {key} was there before")
@@ -39,10 +38,10 @@ def _parse(path: Path, data: bytes) -> tuple[dict, list[dict], int]:
 
 
 def read_samples(path: str | Path) -> tuple[dict, list[dict]]:
-    """(settings, samples) of a file; a line cut short at its end is left out.
+    """(settings, samples) of a file. An incomplete last line is ignored.
 
     Raises:
-        SamplesFileError: naming file and line.
+        SamplesFileError: the file is damaged; the message names file and line.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -53,7 +52,7 @@ def read_samples(path: str | Path) -> tuple[dict, list[dict]]:
 
 
 def _differing(one: object, other: object) -> tuple[object, object]:
-    """Both values, dictionaries without the entries that agree."""
+    """Both values; of dictionaries only the entries that differ."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return one, other
     names = [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
@@ -62,7 +61,7 @@ def _differing(one: object, other: object) -> tuple[object, object]:
 
 
 class SamplesFile:
-    """Appends samples to `path`; opens an earlier file of the same settings and goes on behind its last whole line.
+    """Appends samples to `path`. An existing file with the same settings continues after its last complete line.
 
     Raises:
         SamplesFileError: the file has other settings (named, with both values), is damaged, or another process is
@@ -71,7 +70,7 @@ class SamplesFile:
 
     def __init__(self, path: str | Path, settings: Mapping, overwrite: bool = False):
         self.path = Path(path)
-        settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+        settings = json.loads(json.dumps(settings))  # as read back from the file, where tuples are lists
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  (closed by __exit__)
         try:
@@ -88,14 +87,14 @@ class SamplesFile:
         except BlockingIOError:
             raise SamplesFileError(f"{self.path}: another run is writing to this file; give another one") from None
         self._file.seek(0)
-        found, samples, whole = ({}, [], 0) if overwrite else _parse(self.path, self._file.read())
+        saved, samples, whole = ({}, [], 0) if overwrite else _parse(self.path, self._file.read())
         self._file.truncate(whole)
         if not whole:
             self._write({"settings": settings})
             return []
-        for name in sorted(found.keys() | settings.keys()):
-            if found.get(name) != settings.get(name):
-                there, here = _differing(found.get(name), settings.get(name))
+        for name in sorted(saved.keys() | settings.keys()):
+            if saved.get(name) != settings.get(name):
+                there, here = _differing(saved.get(name), settings.get(name))
                 raise SamplesFileError(
                     f"{self.path}: holds samples made with {name}={there!r}, this run has {here!r}; use another file, "
                     "the same setting, or overwrite=True (--overwrite)"
@@ -103,10 +102,10 @@ class SamplesFile:
         return samples
 
     def _write(self, record: Mapping) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")  # one write of one line
+        self._file.write(json.dumps(record).encode() + b"\n")  # a single write, so that the line is complete
 
     def append(self, sample: Mapping) -> None:
-        """Add one sample with the keys `KEYS`."""
+        """Write one sample, a mapping with the keys `KEYS`."""
         record = {key: sample[key] for key in KEYS}
         self._write(record)
         self.samples.append(record)

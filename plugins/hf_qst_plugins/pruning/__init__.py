@@ -1,4 +1,4 @@
-"""What drives DISP from an ordinary Trainer: the callback and its plots."""
+"""DISP in an ordinary Trainer: the callback and its plots."""
 
 from hf_qst_plugins.pruning.callback import DISPCallback
 

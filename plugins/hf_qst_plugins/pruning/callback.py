@@ -1,6 +1,6 @@
-"""The callback for DISP: checks before training, logs and shows during it, hardens and exports after it.
+"""The callback for DISP: checks before training, logs and plots during it, hardens and exports after it.
 
-The loss term itself is in the model: a callback sees neither losses nor batches.
+The budget term is inside the model, because a callback gets neither losses nor batches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from hf_qst.disp import DISPLayer, PruningReport
+from hf_qst.tuner.config import is_count, is_number
 from hf_qst.tuner.stack_tuner import with_head
 from hf_qst_plugins.pruning.plots import plot_widths, require_matplotlib
 
@@ -33,29 +34,28 @@ class DISPCallback(TrainerCallback):
         trainer.train()
         small = trainer.model.merge_and_unload()
 
-    Adds to the Trainer's log, in `trainer.state.log_history`: `kept_ratio` (of the last sampled channels),
-    `kept_ratio_threshold` (if every channel above the threshold were kept; far from the former means that the choice is
-    not yet made and hardening will hurt) and `budget_term`. A step whose gradients are not finite is not taken and ends
-    the training: the parameters are the last good ones.
+    It adds to the Trainer's log (`trainer.state.log_history`): `kept_ratio` (of the last sampled channels),
+    `kept_ratio_threshold` (if all channels above the threshold were kept) and `budget_term`. If the two ratios differ
+    much, the choice is not settled and hardening will hurt. A step with gradients that are not finite is skipped and
+    ends the training.
 
     Args:
         export_directory (`str`, *optional*):
-            Where to save the smaller model at the end, a folder that is not there or empty. A copy of the model is
-            pruned for it, so there must be room for one; the trained model stays as it is. Needs a model made by
-            `get_peft_model`.
-        plot_directory (`str`, *optional*): where to draw the widths by layer, as `widths.png`.
-        plot_steps (`int`): how often.
+            New or empty folder for the smaller model. At the end, a copy of the model is pruned and saved there, which
+            takes memory for the copy. Needs a model made by `get_peft_model`.
+        plot_directory (`str`, *optional*): folder for `widths.png`, the kept widths by layer.
+        plot_steps (`int`): steps between two plots.
         schedule (`Callable[[float], dict]`, *optional*):
-            From the done part of the training, in [0, 1], to values of `keep_ratio` (of the blocks' matrices),
-            `regularization` or `temperature` for the next step. The final choice is on the configuration's budget.
-        freeze_at (`float`): the part of the training, in (0, 1], at which the choice is made for good and training ends.
-        progress (`bool`): whether to show a progress bar, and at the end what was done.
+            Maps the fraction of training done, in [0, 1], to values of `keep_ratio` (of the blocks' matrices),
+            `regularization` or `temperature` for the next step. The final choice meets the configuration's budget.
+        freeze_at (`float`): fraction of training, in (0, 1], at which the choice is fixed and training ends.
+        progress (`bool`): whether to show a progress bar and a summary at the end.
 
     Raises:
-        ValueError: a value out of range; at the start of training: no DISP model, float16, a trainable base, a hardened or
-            merged choice, an export directory with something in it or that cannot be made, or an export of an adapter
+        ValueError: a value out of range. At the start of training: no DISP model, float16, a trainable base, a hardened
+            or merged adapter, an export directory that is not empty or cannot be created, or an export of an adapter
             that was added by transformers' own `add_adapter`.
-        ImportError: at the start of training: a plot directory without matplotlib.
+        ImportError: at the start of training, a plot directory without matplotlib.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class DISPCallback(TrainerCallback):
         freeze_at: float = 1.0,
         progress: bool = True,
     ):
-        if isinstance(plot_steps, bool) or not isinstance(plot_steps, int) or plot_steps < 1:
+        if not is_count(plot_steps):
             raise ValueError(f"plot_steps must be an integer of at least 1, got {plot_steps!r}")
-        if not isinstance(freeze_at, (int, float)) or isinstance(freeze_at, bool) or not 0 < freeze_at <= 1:
+        if not is_number(freeze_at) or not 0 < freeze_at <= 1:
             raise ValueError(f"freeze_at must be in (0, 1], got {freeze_at!r}")
         if schedule is not None and not callable(schedule):
             raise ValueError(f"schedule must be a function of the done part of the training, got {schedule!r}")
@@ -77,13 +77,11 @@ class DISPCallback(TrainerCallback):
         self.plot_directory = None if plot_directory is None else os.fspath(plot_directory)
         self.plot_steps, self.schedule, self.freeze_at, self.progress = plot_steps, schedule, freeze_at, progress
         self.report: PruningReport | None = None
-        """What the hardening kept; after training."""
+        """The report of the hardening, after training."""
         self._layer: DISPLayer | None = None
         self._bar: tqdm | None = None
         self._micro_batches = 0
         self._failed = False
-
-    # --- before --------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._layer = _disp_layer(model)
@@ -121,19 +119,17 @@ class DISPCallback(TrainerCallback):
         if self.plot_directory is not None:
             require_matplotlib()
 
-    # --- during --------------------------------------------------------------------------------------------------------
-
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         length = _length(train_dataloader)
         steps = math.ceil(length / args.gradient_accumulation_steps) if length else 0
-        # A resumed epoch passes over the batches it has seen.
+        # A resumed epoch skips the batches it has seen.
         self._micro_batches = state.global_step % steps * args.gradient_accumulation_steps if steps else 0
 
     def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
         length = _length(train_dataloader)
-        left = length - self._micro_batches if length else args.gradient_accumulation_steps
-        # The last step of an epoch may have fewer.
-        self._layer.accumulation_steps = max(1, min(args.gradient_accumulation_steps, left))
+        remaining = length - self._micro_batches if length else args.gradient_accumulation_steps
+        # The last step of an epoch may have fewer batches.
+        self._layer.accumulation_steps = max(1, min(args.gradient_accumulation_steps, remaining))
         self._apply_schedule(state)
 
     def _apply_schedule(self, state) -> None:
@@ -179,7 +175,7 @@ class DISPCallback(TrainerCallback):
             "budget_term": round(float(self._layer.last_penalty), 5),
         }
         logs.update(values)
-        state.log_history[-1].update(values)  # written before this event
+        state.log_history[-1].update(values)  # the Trainer added this entry before the event
         if self._bar is not None:
             self._bar.set_postfix(
                 loss=f"{float(logs['loss']):.3f}",
@@ -187,8 +183,6 @@ class DISPCallback(TrainerCallback):
                 threshold=f"{values['kept_ratio_threshold']:.3f}",
                 budget=f"{network.keep_share:.3f}",
             )
-
-    # --- after ---------------------------------------------------------------------------------------------------------
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self._bar is not None:
@@ -240,15 +234,17 @@ def _disp_layer(model) -> DISPLayer:
 def _require_free(directory: str) -> None:
     if os.path.exists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
         raise ValueError(f"export_directory must be a folder that is not there or empty, {directory!r} is not")
-    there = os.path.abspath(directory)
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"export_directory must be a folder that can be made, but nothing can be written to {there!r}")
+    parent = os.path.abspath(directory)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"export_directory must be a folder that can be made, but nothing can be written to {parent!r}"
+        )
 
 
 def _length(dataloader) -> int | None:
     try:
         return len(dataloader)
-    except TypeError:  # an iterable dataset has none
+    except TypeError:  # an iterable dataset has no length
         return None

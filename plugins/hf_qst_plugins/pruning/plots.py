@@ -1,4 +1,4 @@
-"""Plots of what a pruning method keeps."""
+"""Plots of the widths that a pruning method keeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_qst.saved.whole_files import whole_file
 
 
 def require_matplotlib() -> None:
-    """Raise now what a plot would raise later.
+    """Check for matplotlib before training.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -21,11 +21,11 @@ def require_matplotlib() -> None:
 
 
 def plot_widths(masks: Sequence[Mapping[str, torch.Tensor]], path: str, title: str) -> None:
-    """Draw the kept part of each selection by layer; the file is written whole or not at all.
+    """Draw the kept share of each selection by layer.
 
     Args:
-        masks: for each layer its five selections by name, bool [size].
-        path (`str`): a `.png`; its folder is made.
+        masks: the five selections of each layer by name, bool [size] each.
+        path (`str`): a `.png` file; its folder is created.
         title (`str`)
 
     Raises:

@@ -14,7 +14,7 @@ def test_a_budget_counts_what_its_scope_holds(scope, ratio, expected):
 
 @pytest.mark.parametrize("scope", ["targets", "model"])
 def test_the_ratio_that_the_error_names_is_met(scope):
-    error = Budget(0.1, scope, 997, 503).error("SomeConfig", 331, "at the least widths")
+    error = Budget(0.1, scope, 997, 503).error("SomeConfig.", 331, "at the least widths")
     total = 997 if scope == "targets" else 1500
     assert str(error).startswith(
         f"SomeConfig.keep_ratio=0.1 of the {scope}'s {total} parameters cannot be met at the least"

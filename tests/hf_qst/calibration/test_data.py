@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from hf_qst.calibration import CalibrationError, as_batches
-from hf_qst.disp.methods import prune_model
 from hf_qst.mixed_rank import MixedRankConfig, compress
+from hf_qst.pruning import prune_model
 from tests.architectures import side_tuned, tiny, token_batch
 
 IDS = token_batch(16, 12)

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from hf_qst import QSTConfig
+from hf_qst.errors import CalibrationError
 from tests.architectures import digest, side_network, side_tuned, tiny, token_batch, wake
 
 
@@ -148,7 +149,7 @@ def test_no_batches_are_refused(data):
 
 
 def test_without_data_directions_are_orthonormal_and_said_to_be_random(caplog):
-    with caplog.at_level(logging.WARNING, logger="hf_qst.qst.calibrate"):
+    with caplog.at_level(logging.WARNING, logger="hf_qst.qst.principal_directions"):
         model = side_tuned("llama", downsample="principal")
     assert caplog.text.count("random and orthonormal") == 1
     directions = side_network(model).downsample[0].directions
@@ -162,3 +163,11 @@ def test_generator_of_batches_is_read_once():
     reference = side_tuned("llama", downsample="principal", calibration_data=batches())
     ours, theirs = (side_network(m).downsample[2].directions for m in (model, reference))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_states_that_are_not_finite_are_refused_and_their_block_is_named():
+    base = tiny("llama")
+    with torch.no_grad():
+        base.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"states of module 'layers\.1' hold NaN"):
+        side_tuned(model=base, downsample="principal", calibration_data=batches())

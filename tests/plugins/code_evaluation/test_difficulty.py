@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_qst_plugins.adaptive_temperature.rules import line_rule
 from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
-from hf_qst_plugins.code_evaluation.difficulty import hot_steps, main, measure_difficulty, ranks, token_losses
-from hf_qst_plugins.code_evaluation.source_classes import POSITIONS, SYNTAX, SourceClasses
+from hf_qst_plugins.code_evaluation.difficulty import hot_steps, measure_difficulty, ranks, token_losses
+from hf_qst_plugins.code_evaluation.difficulty.__main__ import main
+from hf_qst_plugins.code_evaluation.difficulty.source_classes import POSITIONS, SYNTAX, SourceClasses
 
 BASE = Path(__file__).parents[3] / "examples" / "base_model"
 SOURCE = '''import os  # paths

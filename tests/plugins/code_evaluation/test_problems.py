@@ -8,8 +8,8 @@ import re
 import pytest
 
 from hf_qst_plugins.code_evaluation import SHIPPED, Problem, ProblemFileError, Sandbox, read_problems
-from hf_qst_plugins.code_evaluation.generated_problems import held_out_problems, training_pairs
 from hf_qst_plugins.code_evaluation.problems import as_record
+from hf_qst_plugins.code_evaluation.problems.generated import held_out_problems, training_pairs
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",

@@ -11,7 +11,7 @@ import pytest
 
 from hf_qst_plugins.code_evaluation import OUTCOMES, ExecutionNotAllowedError, Limits, Sandbox, SandboxError
 from hf_qst_plugins.code_evaluation import sandbox as sandbox_module
-from hf_qst_plugins.code_evaluation.run_folder import run_folder
+from hf_qst_plugins.code_evaluation.sandbox.run_folder import run_folder
 
 LIMITS = Limits(wall_seconds=4, cpu_seconds=2)
 STARTED = pytest.mark.parametrize("isolation", ["namespaces", "guard"])
@@ -161,7 +161,7 @@ def _sandbox_processes() -> set[int]:
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"sandbox_child.py" in (folder / "cmdline").read_bytes():
+            if b"confined_process.py" in (folder / "cmdline").read_bytes():
                 found.add(int(folder.name))
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
@@ -193,11 +193,11 @@ def test_namespaces_hide_the_host_and_cannot_be_undone():
 KERNEL = """
 import ctypes, os, sys
 sys.path.insert(0, {folder!r})
-import sandbox_child
-sandbox_child.enter_namespaces(1 << 20)
+import confined_process
+confined_process.enter_namespaces(1 << 20)
 if os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
-sandbox_child.drop_privileges(sandbox_child.FIRST_UID)
+confined_process.drop_privileges(confined_process.FIRST_UID)
 libc = ctypes.CDLL(None, use_errno=True)
 libc.unshare(0x10000000 | 0x20000)
 assert libc.mount(b"none", b"/", None, 32 | 4096, None) == -1

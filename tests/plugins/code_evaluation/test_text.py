@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_qst_plugins.code_evaluation import Problem, Sampler, truncate
-from hf_qst_plugins.code_evaluation.completion import parses
-from hf_qst_plugins.code_evaluation.generated_text import GeneratedText
+from hf_qst_plugins.code_evaluation.sampling.completion import parses
+from hf_qst_plugins.code_evaluation.sampling.generated_text import GeneratedText
 from tests.plugins.code_tokenizers import KINDS, tokenizer
 
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x1c", "\x1d", "\x1e", "\x0b", "\x0c"]

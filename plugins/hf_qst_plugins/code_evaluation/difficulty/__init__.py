@@ -1,19 +1,16 @@
-"""Which tokens of code are hard to predict: a model's losses over files, by place on the line and by lexical class.
+"""Which tokens of code are hard to predict: a model's losses over files, by position on the line and lexical class.
 
     table = measure_difficulty(model, tokenizer, [(name, text), ...])
     print(table.markdown())
     table.save("difficulty")            # difficulty.md, difficulty.json, difficulty.png in that folder
 
-    python -m hf_qst_plugins.code_evaluation.difficulty --model examples/base_model --files some/package --output difficulty
-
-*Prediction difficulty* (PD) of a token is the rank of its loss among the tokens of its own file, from 0 (the easiest) to
-1: it can be compared across models and tokenizers, where losses cannot. This definition is ours; the text of Zhu et
-al., *Hot or Cold?*, arXiv 2309.02772, was not at hand for theirs.
+The *prediction difficulty* (PD) of a token is the rank of its loss among the tokens of its file, from 0 (the easiest) to
+1. Unlike losses, it can be compared across models and tokenizers. The definition is ours, not that of Zhu et al., *Hot
+or Cold?*, arXiv 2309.02772.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import tokenize
@@ -27,6 +24,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from hf_qst.saved.whole_files import whole_file, write_text
+from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.rules import TokenRule, block_rule, line_rule
 from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
 
@@ -35,12 +33,12 @@ from .source_classes import GROUP_OF_POSITION, GROUPS, POSITIONS, SYNTAX, Source
 logger = logging.getLogger(__name__)
 
 UNCERTAIN = 0.05
-"""Nats of entropy below which a temperature changes next to nothing."""
+"""Entropy in nats below which a temperature has almost no effect."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One class of tokens: how many, their share of all, mean loss and entropy in nats, mean PD."""
+    """One class of tokens: count, share of all tokens, mean loss and entropy in nats, mean PD."""
 
     split: str
     name: str
@@ -53,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class HotSteps:
-    """Share of steps that a rule draws hot, and of those where the model also hesitates (entropy > `UNCERTAIN`)."""
+    """Share of the steps that a rule draws hot, and share where the entropy is also above `UNCERTAIN`."""
 
     scope: str
     hot: float
@@ -62,7 +60,7 @@ class HotSteps:
 
 @dataclass(frozen=True)
 class DifficultyTable:
-    """Losses of a model over files, split by class of the token that is predicted."""
+    """Losses of a model over files, by class of the predicted token."""
 
     files: int
     skipped: int
@@ -94,7 +92,7 @@ class DifficultyTable:
         return "\n".join(lines) + "\n"
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write `difficulty.md`, `difficulty.json` and `difficulty.png`; their paths."""
+        """Write `difficulty.md`, `difficulty.json` and `difficulty.png`; returns their paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"difficulty.{suffix}" for suffix in ("md", "json", "png")]
@@ -104,35 +102,29 @@ class DifficultyTable:
         return paths
 
     def _plot(self, path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
+        from matplotlib.figure import Figure
 
         rows = [row for row in self.rows if row.split in ("position", "syntax")][::-1]
         colours = ["C0" if row.split == "position" else "C1" for row in rows]
-        figure, axes = plt.subplots(1, 2, figsize=(10, 0.32 * len(rows) + 1), sharey=True)
+        figure = Figure(figsize=(10, 0.32 * len(rows) + 1), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
         axes[0].barh([row.name for row in rows], [row.pd for row in rows], color=colours)
         axes[0].axvline(0.5, color="gray", linewidth=1)
         axes[0].set(xlabel="prediction difficulty (0.5: the average token)")
         axes[1].barh([row.name for row in rows], [row.loss for row in rows], color=colours)
         axes[1].set(xlabel="loss (nats)")
-        figure.tight_layout()
-        try:
-            with whole_file(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=120)
-        finally:
-            plt.close(figure)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
 
 
 @torch.no_grad()
 def token_losses(
     model, ids: Sequence[int], start: int | None, context: int, batch_size: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and entropy, float32 [tokens] each in nats at temperature 1, of every token given those before it.
+    """Loss and entropy in nats at temperature 1 of every token given the ones before it, float32 [tokens] each.
 
-    Longer rows than `context` are read in windows that overlap by half, so that each token behind the first window has
-    at least `context // 2` tokens before it. Without a `start` token the first token has nothing before it: NaN.
+    Rows longer than `context` are read in windows that overlap by half, so each token after the first window has at
+    least `context // 2` tokens before it. Without a `start` token, the values of the first token are NaN.
     """
     row = [] if start is None else [start]
     row += ids
@@ -142,7 +134,7 @@ def token_losses(
     for at in range(0, len(starts), batch_size):
         parts = [row[begin : begin + context] for begin in starts[at : at + batch_size]]
         width = max(map(len, parts))
-        # Padding on the right: causal attention never looks there, and what is predicted there is not read.
+        # Padding goes to the right, where causal attention never looks; its predictions are not read.
         batch = torch.tensor([part + [0] * (width - len(part)) for part in parts], device=model.device)
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         logs = F.log_softmax(logits, dim=-1)
@@ -150,7 +142,7 @@ def token_losses(
         entropy = -torch.where(logs.isfinite(), logs.exp() * logs, 0.0).sum(-1)
         for number, part in enumerate(parts):
             begin = starts[at + number]
-            new = 1 if begin == 0 else context - step  # what the window before has predicted is left as it is
+            new = 1 if begin == 0 else context - step  # keep the predictions of the previous window
             for target, values in ((losses, loss), (entropies, entropy)):
                 target[begin + new : begin + len(part)] = values[number, new - 1 : len(part) - 1].cpu().numpy()
     skip = 0 if start is None else 1
@@ -158,7 +150,7 @@ def token_losses(
 
 
 def ranks(losses: np.ndarray) -> np.ndarray:
-    """PD of each token of one file: the rank of its loss, 0 the smallest and 1 the largest, float64 [tokens]."""
+    """PD of each token of one file, float64 [tokens]: 0 for the smallest loss, 1 for the largest."""
     order = np.argsort(losses, kind="stable")
     result = np.empty(len(losses))
     result[order] = np.arange(len(losses)) / max(1, len(losses) - 1)
@@ -166,7 +158,7 @@ def ranks(losses: np.ndarray) -> np.ndarray:
 
 
 def hot_steps(rule: TokenRule, table: VocabularyTable, ids: Sequence[int]) -> np.ndarray:
-    """Whether `rule` draws each token hot, bool [tokens], given those before it."""
+    """Whether `rule` draws each token hot given the ones before it, bool [tokens]."""
     state, hot = rule.start, np.zeros(len(ids), dtype=bool)
     for index, token in enumerate(ids):
         hot[index] = rule.hot(state)
@@ -184,25 +176,25 @@ def measure_difficulty(
     start_token: int | None = None,
     progress: bool = True,
 ) -> DifficultyTable:
-    """Split a model's losses over Python files by what the predicted tokens are.
+    """Measure a model's losses over Python files, by class of the predicted token.
 
     Args:
         model, tokenizer: a causal language model in eval mode and its fast tokenizer.
-        files: pairs of name and text. Files that `tokenize` refuses are counted and left out.
-        context: tokens a prediction sees at most (default: the model's positions, at most 1024).
-        batch_size: windows at once.
-        start_token: put before each file (default: the tokenizer's begin-of-text token, else its end-of-text token).
-        progress: show a bar.
+        files: pairs of name and text. Files that `tokenize` rejects are counted and skipped.
+        context: the most tokens that a prediction sees (default: the model's positions, at most 1024).
+        batch_size: windows per forward pass.
+        start_token: id before each file (default: the tokenizer's begin-of-text token, else its end-of-text token).
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: no usable file, a slow tokenizer (it has no character offsets), or `context` below 4 or above the
-            model's positions.
+        ValueError: no usable file, a tokenizer without character offsets, or `context` below 4 or above the model's
+            positions.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer={type(tokenizer).__name__} has no character offsets; give a fast tokenizer")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
     context = min(positions, 1024) if context is None else context
-    if isinstance(context, bool) or not isinstance(context, int) or not 4 <= context <= positions:
+    if not is_count(context, 4) or context > positions:
         raise ValueError(f"context must be a whole number from 4 to the model's {positions} positions, got {context!r}")
     if start_token is None:
         start_token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -241,14 +233,10 @@ def measure_difficulty(
 def _table(files: int, skipped: int, columns: dict[str, np.ndarray]) -> DifficultyTable:
     total = len(columns["loss"])
     groups = np.array(GROUP_OF_POSITION)[columns["position"]]
+    splits = [("group", GROUPS, groups), ("position", POSITIONS, columns["position"])]
+    splits += [("syntax", SYNTAX, columns["syntax"]), ("all", ("all",), np.zeros(total, dtype=int))]
     rows = []
-    everything = ("all", ("all",), np.zeros(total, dtype=int))
-    for split, names, classes in (
-        ("group", GROUPS, groups),
-        ("position", POSITIONS, columns["position"]),
-        ("syntax", SYNTAX, columns["syntax"]),
-        everything,
-    ):
+    for split, names, classes in splits:
         for index, name in enumerate(names):
             chosen = classes == index
             count = int(chosen.sum())
@@ -261,28 +249,3 @@ def _table(files: int, skipped: int, columns: dict[str, np.ndarray]) -> Difficul
         for scope in ("line", "block")
     )
     return DifficultyTable(files, skipped, total, tuple(rows), hot)
-
-
-def main(argv: list[str] | None = None) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="causal language model: a folder or a hub name")
-    parser.add_argument("--files", type=Path, nargs="+", required=True, help="Python files, or folders of them")
-    parser.add_argument("--limit", type=int, help="only the first so many files")
-    parser.add_argument("--context", type=int, help="tokens a prediction sees at most")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the table and the plot")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    paths = [path for root in args.files for path in (sorted(root.rglob("*.py")) if root.is_dir() else [root])]
-    files = [(str(path), path.read_text(encoding="utf-8", errors="replace")) for path in paths[: args.limit]]
-    dtype = torch.float32 if args.device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
-    table = measure_difficulty(model, AutoTokenizer.from_pretrained(args.model), files, args.context)
-    print(table.markdown())
-    for path in table.save(args.output):
-        print(f"Wrote {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
-"""The project's own problems: small functions made from a grammar, for fine-tuning a small model and for testing it.
+"""The project's own problems: small functions drawn from a grammar, to fine-tune a small model and to test it.
 
-A problem is drawn as a *specification*: a source of elements, a condition, a change, a result, with constants; or a
-branch; or an operation on a list. Its key is a hash away from one of two sides: held-out problems and training problems
-never share a specification, whatever they are called.
+A hash of each specification's key decides whether it is held out. So held-out problems and training problems never share
+a specification, whatever their functions are called.
 
     held_out_problems(120, seed=0)      # list[Problem], the file that is shipped
     training_pairs(8000, seed=0)        # list of (prompt, solution)
 
-    python -m hf_qst_plugins.code_evaluation.generated_problems OUTPUT.jsonl     # writes the shipped file
+    python -m hf_qst_plugins.code_evaluation.problems.generated OUTPUT.jsonl     # writes the shipped file
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from pathlib import Path
 
 from hf_qst.saved.whole_files import write_text
 
-from .problem_grammar import Specification, draw
-from .problems import Problem, as_record
+from . import Problem, as_record
+from .grammar import Specification, draw
 
 CALLS = 5
 
@@ -41,14 +40,14 @@ def _body(lines: tuple[str, ...]) -> str:
 
 
 def _expected(specification: Specification, solution: tuple[str, ...], arguments: tuple) -> object:
-    """What one of the grammar's own solutions returns; these are ours and need no sandbox."""
+    """The result of one of the grammar's solutions. This is our own code, so it needs no sandbox."""
     namespace: dict = {}
     exec(_prompt(specification, "function") + _body(solution), namespace)
     return namespace["function"](*json.loads(json.dumps(arguments)))
 
 
 def _tests(specification: Specification, rng: random.Random) -> str | None:
-    """`check(candidate)` with `CALLS` asserts, or None when they would let a constant or the argument itself pass."""
+    """`check(candidate)` with `CALLS` asserts; None if more than half of them accept one constant or the argument."""
     calls: dict[str, object] = {}
     for _ in range(20 * CALLS):
         arguments = specification.call(rng)
@@ -67,7 +66,7 @@ def _tests(specification: Specification, rng: random.Random) -> str | None:
 
 
 def held_out_problems(count: int = 120, seed: int = 0) -> list[Problem]:
-    """`count` problems of held-out specifications, each specification once."""
+    """`count` problems of different held-out specifications."""
     rng = random.Random(seed)
     seen: set[tuple] = set()
     problems: list[Problem] = []
@@ -90,7 +89,7 @@ def held_out_problems(count: int = 120, seed: int = 0) -> list[Problem]:
 def training_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """`count` pairs of prompt and solution, none of a held-out specification.
 
-    The same one may come twice: the small specifications are few and should not be crowded out.
+    Specifications repeat: the simple ones are few, and without repeats they would be rare in a large set.
     """
     rng = random.Random(f"training {seed}")
     pairs: list[tuple[str, str]] = []

@@ -10,17 +10,17 @@ from hf_qst.base_model.budget import BudgetError
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.calibration import CalibrationError
 from hf_qst.disp import DISPConfig
-from hf_qst.disp.methods import (
+from hf_qst.pruning.branch import PrunedBranch
+from hf_qst.pruning.by_scores import prune_model
+from hf_qst.pruning.layout import SELECTIONS, PruningLayout
+from hf_qst.pruning.scores import (
     PRUNING_METHODS,
     PruningTask,
     flap_scores,
     magnitude_scores,
-    prune_model,
     register_pruning_method,
     wanda_scores,
 )
-from hf_qst.pruning.branch import PrunedBranch
-from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from tests.architectures import CONFIGS, digest, tiny, token_batch
 
 METHODS = tuple(PRUNING_METHODS)

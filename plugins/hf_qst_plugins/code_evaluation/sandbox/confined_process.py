@@ -1,12 +1,12 @@
-"""What runs on the other side of the sandbox: confine this process, execute one program in a child of it, judge it.
+"""The sandbox's process: confines itself, executes one program in a child process, and judges it.
 
-Started by `sandbox.py` as a script of its own interpreter, without site packages. Standard input brings the job as one
-line of JSON and then stays open for as long as the evaluator lives. Standard output takes the verdict as JSON:
-`{"setup": what failed}` when nothing was run, else `{"ended": status, "passed": bool, "kind": ..., "detail": ...}`.
+`Sandbox` starts this file as a script in a new interpreter without site packages. Standard input carries the job as one
+line of JSON and stays open while the evaluator lives. Standard output carries the verdict as JSON: `{"setup": reason}` if
+nothing was run, else `{"ended": status, "passed": bool, "kind": ..., "detail": ...}`.
 
-Processes, each killed with the one before it: this one, in a session of its own; with namespaces, the first process of
-a new PID namespace, with which every process in it ends; the program. The program has no descriptor of the evaluator's,
-only the writing end of a pipe of this process. This process takes nothing for a pass but a random secret in that pipe.
+There are three processes, and each dies with its parent: this one, in a session of its own; the first process of a new
+PID namespace, whose end kills every process in it (with namespaces); and the program. The program has none of the
+evaluator's descriptors, only the writing end of a pipe to this process. Only a random secret in that pipe is a pass.
 """
 
 import ctypes
@@ -19,35 +19,30 @@ import signal
 import sys
 import types
 
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
-    0x20000,
-    0x8000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x8000000, 0x10000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 0x1, 0x2, 0x4
 SYS_MOUNT_SETATTR, SYS_CAPSET = 442, {"x86_64": 126, "aarch64": 91}
 AT_FDCWD, AT_RECURSIVE, O_PATH = -100, 0x8000, 0o10000000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 CAPABILITY_VERSION = 0x20080522
-# A user of its own for each run, far from any real one: RLIMIT_NPROC counts by user and does not bind root.
+# Each run gets its own user id, far from real ones: RLIMIT_NPROC counts per user and does not bind root.
 FIRST_UID = 0x70000000
-# Places of Unix sockets, of other processes' files, and the host's temporary files. They are empty inside.
+# Folders with Unix sockets, with files of other processes, and the host's shared memory. They are empty inside.
 HIDDEN = ("/proc", "/run", "/dev/shm")
 FOLDER = "/tmp/work"
 LIBRARY = "/tmp/lib"
 
-# Ways for a program to reach what executes it, or to jump over its own tests.
+# Ways for a program to reach its caller's frames, or to skip its own tests.
 INSPECTION_EVENTS = ("gc.get_", "sys.settrace", "sys.setprofile", "sys.monitoring", "ctypes.")
 INSPECTION_EVENTS += ("cpython.PyInterpreterState_New",)
-# Native code, and other interpreters, into which audit hooks do not reach (Python 3.13 has no event for them).
+# Native code and other interpreters, which audit hooks do not see (Python 3.13 has no event for them).
 REFUSED_MODULES = ("ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_testlimitedcapi")
 REFUSED_MODULES += ("_xxsubinterpreters", "_interpreters", "_xxinterpchannels", "_interpchannels")
 PROC_DEVICE = os.stat("/proc").st_dev if os.path.isdir("/proc") else None
 AF_UNIX = 1
-# What the weak guard refuses besides: other processes, and changes outside the folder.
+# The weak guard also refuses other processes and changes outside the folder.
 PROCESS_EVENTS = ("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "subprocess.", "pty.")
 PROCESS_EVENTS += ("os.kill", "os.killpg")
 CHANGE_EVENTS = ("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink")
@@ -56,19 +51,18 @@ WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 MOST_CHANGES = 256
 REPORT_BYTES = 4096
 DETAIL_CHARACTERS = 300
-FAILURES = (
-    (AssertionError, "wrong"),
-    (SyntaxError, "syntax"),
-    (NameError, "name"),
-    (TypeError, "type"),
-    (MemoryError, "memory"),
-)
+FAILURES = ((AssertionError, "wrong"), (SyntaxError, "syntax"), (NameError, "name"), (TypeError, "type"))
+FAILURES += ((MemoryError, "memory"),)
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _call(name: str, *arguments) -> None:
-    """A libc function that returns -1 on failure."""
+    """Call a libc function that returns -1 on failure.
+
+    Raises:
+        OSError: naming the function.
+    """
     if getattr(libc, name)(*arguments) == -1:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
@@ -84,14 +78,11 @@ def _die_with_parent() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-# --- namespaces --------------------------------------------------------------------------------------------------------
-
-
 def enter_namespaces(files: int) -> None:
-    """No network, no foreign processes, and a file system that is read-only but for `FOLDER`, which holds `files`
-    bytes in all and is memory of this namespace: it goes with it.
+    """Leave network and other processes, and make the file system read-only except for `FOLDER`, a folder in memory of
+    at most `files` bytes that disappears with the namespace.
 
-    Root does without a user namespace, since only so it can become another user afterwards.
+    Root uses no user namespace, because it could not become another user in one.
     """
     uid, gid = os.geteuid(), os.getegid()
     flags = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
@@ -101,7 +92,7 @@ def enter_namespaces(files: int) -> None:
         _write("/proc/self/uid_map", f"{uid} {uid} 1")
         _write("/proc/self/gid_map", f"{gid} {gid} 1")
     _mount(b"none", "/", None, MS_REC | MS_PRIVATE)
-    # The interpreter's library may lie where only its owner can reach it, and this process may change its user.
+    # Only its owner may be able to reach the interpreter's library, and this process may change its user.
     library = os.open(os.path.dirname(os.__file__), O_PATH)
     _mount(b"tmpfs", "/tmp", b"mode=0755,size=1m,nr_inodes=64", MS_NOSUID | MS_NODEV)
     os.mkdir(LIBRARY)
@@ -119,7 +110,7 @@ def enter_namespaces(files: int) -> None:
 
 
 def search_library(folder: str) -> None:
-    """Import from the standard library in `folder` and nowhere else; also the submodules of what is loaded."""
+    """Import from the standard library in `folder` only, submodules of loaded packages included."""
     loaded_from = os.path.dirname(os.__file__)
     sys.path[:] = [folder, os.path.join(folder, "lib-dynload")]
     for module in list(sys.modules.values()):
@@ -139,7 +130,7 @@ def _mount_attributes(path: str, flags: int, add: int, remove: int) -> None:
 
 
 def drop_privileges(uid: int) -> None:
-    """Become a user without rights (root), or give up the rights that a new user namespace gives (anyone else)."""
+    """Root becomes a user without rights; other users give up the rights that a new user namespace gives."""
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.geteuid() == 0:
         os.setgroups([])
@@ -150,15 +141,12 @@ def drop_privileges(uid: int) -> None:
     _call("syscall", SYS_CAPSET[os.uname().machine], header, none)
 
 
-# --- the guard inside the interpreter ------------------------------------------------------------------------------------
-
-
 def guard(weak: bool, folder: str) -> None:
-    """Refuse native code, inspection of the interpreter and network use; when nothing stronger holds (`weak`), also
-    other processes, `/proc` and changes outside `folder`.
+    """Install an audit hook that refuses native code, inspection of the interpreter, `/proc` and network use; with
+    `weak` (without namespaces) also other processes and changes outside `folder`.
 
-    A program can change every name of `builtins` and of this module, and reaches the frame of a hook that raises. So
-    `hook`, on which the verdict depends, uses the defaults of its arguments alone. `confine` is against accidents.
+    A program can change every name of `builtins` and of this module, and can reach the frame of a hook that raises. The
+    verdict depends on `hook`, which therefore uses only the defaults of its arguments. `confine` only stops accidents.
     """
     for name in [name for name in sys.modules if name.partition(".")[0] in REFUSED_MODULES]:
         del sys.modules[name]
@@ -189,7 +177,7 @@ def guard(weak: bool, folder: str) -> None:
         arguments,
         *,
         starts=str.startswith,
-        exact=str.__str__,  # of a str whose class overrides the rest
+        exact=str.__str__,  # the text of an instance of a subclass of str
         first=str.partition,
         inspection=INSPECTION_EVENTS,
         modules=REFUSED_MODULES,
@@ -198,7 +186,7 @@ def guard(weak: bool, folder: str) -> None:
         kind=type,
         number=int,
         refused=PermissionError,
-        missing=ModuleNotFoundError,
+        not_found=ModuleNotFoundError,
         failed=(OSError, ValueError, TypeError),
         code=errno.EPERM,
         confine=confine,
@@ -206,11 +194,11 @@ def guard(weak: bool, folder: str) -> None:
         if starts(event, inspection):
             raise refused(code, f"{event}: not in the sandbox")
         if event == "import" and first(exact(arguments[0]), ".")[0] in modules:
-            raise missing(f"{exact(arguments[0])} is not in the sandbox")
+            raise not_found(f"{exact(arguments[0])} is not in the sandbox")
         if event == "open" and kind(arguments[0]) is not number:
             try:
                 device = stat(arguments[0]).st_dev
-            except failed:  # `open` will say so
+            except failed:  # `open` will report it
                 device = None
             if device is not None and device == proc:
                 raise refused(code, "open: /proc is not in the sandbox")
@@ -225,7 +213,7 @@ def guard(weak: bool, folder: str) -> None:
 
 
 def _is_local(event: str, arguments: tuple) -> bool:
-    """Whether a socket event needs no network: every event loop makes a pair of Unix sockets."""
+    """Whether a socket event needs no network. Every event loop creates a pair of Unix sockets."""
     if event == "socket.__new__":
         return arguments[1] == AF_UNIX
     if event == "socket.sendmsg":
@@ -233,11 +221,8 @@ def _is_local(event: str, arguments: tuple) -> bool:
     return event == "socket.gethostname"
 
 
-# --- the program -------------------------------------------------------------------------------------------------------
-
-
 def limit(job: dict) -> None:
-    """Limits that the program and all it starts inherit; none can be raised again."""
+    """Set limits, which the program and its children inherit and cannot raise."""
     cpu = job["cpu_seconds"]
     limits = {
         resource.RLIMIT_CPU: (cpu, cpu + 1),  # SIGXCPU, then SIGKILL
@@ -245,12 +230,12 @@ def limit(job: dict) -> None:
         resource.RLIMIT_NOFILE: (64, 64),
         resource.RLIMIT_CORE: (0, 0),
     }
-    if job["namespaces"]:  # counted by user; elsewhere the user's own processes would leave none for its threads
+    if job["namespaces"]:  # counted per user; a real user's processes would count too
         limits[resource.RLIMIT_NPROC] = (job["processes"],) * 2
-    if sys.platform == "linux":  # macOS refuses it
+    if sys.platform == "linux":  # macOS refuses this limit
         limits[resource.RLIMIT_AS] = (job["memory_bytes"],) * 2
     for name, values in limits.items():
-        hardest = resource.getrlimit(name)[1]  # of the caller; nobody may go above it
+        hardest = resource.getrlimit(name)[1]  # the caller's own, which cannot be raised
         bounded = values if hardest == resource.RLIM_INFINITY else tuple(min(value, hardest) for value in values)
         resource.setrlimit(name, bounded)
 
@@ -264,7 +249,7 @@ def describe(
     name_of=type.__dict__["__name__"].__get__,
     text=str,
 ) -> bytes:
-    """How a program failed and what it raised: two lines, from its class as the interpreter knows it."""
+    """Two lines: the kind of failure, by the exception's real class, and the exception."""
     own = kind_of(error)
     outcome = "other"
     for expected, name in kinds:
@@ -274,15 +259,15 @@ def describe(
     try:
         message = text(error)[:DETAIL_CHARACTERS]
         return f"{outcome}\n{name_of(own)}: {message}".encode("utf-8", "replace")
-    except:  # noqa: E722  (its __str__ may be the program's)
+    except:  # noqa: E722  (its __str__ may be code of the program)
         return f"{outcome}\n{name_of(own)}: ".encode("utf-8", "replace")
 
 
 def run_program(job: dict, secret: list[bytes], report: int) -> None:
-    """The last process: never returns.
+    """Body of the program's process; never returns.
 
-    Writes the secret alone when the program ran to its end; the secret and a reason when it was not run; else what
-    `describe` makes, which the program may have a hand in, and which can only say that it failed.
+    Writes to the pipe: the secret alone if the program ran to its end; the secret and a reason if it was not run; else
+    the result of `describe`, which the program can influence but which can only report a failure.
     """
     write, leave, number, execute, caught = os.write, os._exit, os.getpid, exec, sys.exc_info
     myself = number()
@@ -296,29 +281,29 @@ def run_program(job: dict, secret: list[bytes], report: int) -> None:
             os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
             limit(job)
             if job["namespaces"]:
-                os.setsid()  # else it could kill its group, which reaches out of the namespace
+                os.setsid()  # its old process group reaches out of the namespace, and it could kill it
                 drop_privileges(FIRST_UID + job["number"])
             guard(not job["namespaces"], os.path.realpath(os.getcwd()))
             module = types.ModuleType("__problem__")
-            sys.modules["__problem__"] = module  # dataclasses and pickle look a class's module up
+            sys.modules["__problem__"] = module  # dataclasses and pickle look up a class's module
         except (OSError, ValueError, KeyError) as error:
             write(report, secret.pop() + f"{type(error).__name__}: {error}".encode()[:DETAIL_CHARACTERS])
             leave(0)
         try:
             program = compile(job["source"], "<program>", "exec")
-            # The secret leaves its list before the program starts and is from then on in a dict that only this frame's
-            # evaluation stack holds, as are the functions that will take it out and write it. No name leads there.
-            # The key is this process's number: a fork that the program made of itself has another one.
+            # The secret leaves its list before the program starts. From then on it is in a dict on this frame's evaluation
+            # stack, as are the functions that will read and write it, so no name leads to it. The key is the id of this
+            # process: a fork made by the program has another one.
             write(report, {myself: secret.pop()}.pop((number, execute(program, module.__dict__))[0](), b""))
         except:  # noqa: E722  (the program may have replaced the name BaseException)
             if number() == myself:
                 write(report, describe(caught()[1]))
     finally:
-        leave(0)  # without waiting for the program's threads or running its exit handlers
+        leave(0)  # without the program's threads and exit handlers
 
 
 def wait_for(child: int) -> int:
-    """Wait status of `child`. Other children that end meanwhile (orphans of the program) are reaped."""
+    """Wait status of `child`; orphans of the program that end meanwhile are reaped."""
     while True:
         ended, status = os.wait()
         if ended == child:
@@ -326,7 +311,7 @@ def wait_for(child: int) -> int:
 
 
 def run_confined(job: dict) -> dict:
-    """Run the program as a grandchild of this process, and judge it by what is in the pipe when it has ended."""
+    """Run the program as a grandchild of this process and return the verdict, made from the pipe after its end."""
     secret = [os.urandom(32)]
     report, program_end = os.pipe()
     alive, first_process_end = os.pipe()
@@ -345,13 +330,13 @@ def run_confined(job: dict) -> dict:
         os.kill(first_process, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(wait_for(first_process))
     if alive not in ready and job["folder"] is not None:
-        import shutil  # slow, and hardly ever needed
+        import shutil  # a slow import that is rarely needed
 
         shutil.rmtree(job["folder"], ignore_errors=True)
     os.set_blocking(report, False)
     try:
         written = os.read(report, REPORT_BYTES)
-    except BlockingIOError:  # a process that outlives its namespace's first does not exist; with the guard it may
+    except BlockingIOError:  # empty, and with the guard a process may still hold it open
         written = b""
     if written.startswith(secret[0]) and written != secret[0]:
         return {"setup": written[len(secret[0]) :].decode("utf-8", "replace")}
@@ -361,7 +346,7 @@ def run_confined(job: dict) -> dict:
 
 def main() -> None:
     job = json.loads(sys.stdin.buffer.readline())
-    signal.alarm(int(job["wall_seconds"]) + 5)  # should the process that started this one neither end nor kill it
+    signal.alarm(int(job["wall_seconds"]) + 5)  # in case the parent neither ends nor kills this process
     job["null"] = os.open(os.devnull, os.O_RDWR)
     search_library(os.path.dirname(os.__file__))
     try:
@@ -371,7 +356,7 @@ def main() -> None:
     except (OSError, KeyError) as error:
         verdict = {"setup": str(error)}
     os.write(1, json.dumps(verdict).encode())
-    os.killpg(0, signal.SIGKILL)  # this process too, and whatever the program left in its group
+    os.killpg(0, signal.SIGKILL)  # this process and all that the program left in its group
 
 
 if __name__ == "__main__":

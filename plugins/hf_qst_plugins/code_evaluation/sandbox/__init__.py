@@ -1,17 +1,17 @@
-"""Execution of programs that nobody has read: each in a process of its own, confined, limited and then gone.
+"""Execution of untrusted programs, each in a confined and limited process of its own.
 
     sandbox = Sandbox(allow_execution=True)
     sandbox.run("assert 1 + 1 == 3")        # Outcome(outcome="wrong", detail="AssertionError: ", seconds=0.06)
     sandbox.run_all(programs, workers=2)    # the outcomes in the order of the programs
 
-What holds depends on what the machine allows (`Sandbox.isolation`, `docs/code_evaluation.md`):
+There are two isolations (`docs/code_evaluation.md` says what each guarantees):
 
-- `"namespaces"` (Linux, as root or where users may make namespaces): the kernel gives the program no network, no view of
-  other processes, a file system that is read-only but for its own folder in memory, and no rights.
+- `"namespaces"` (Linux, as root or where users may create namespaces): the kernel gives the program no network, no view
+  of other processes, no rights, and a file system that is read-only except for a folder in memory.
 - `"guard"`: an audit hook in the interpreter refuses network, other processes and writes outside a temporary folder.
   It stops accidents, not attacks.
 
-Whether a program passed is decided outside its process.
+The verdict on a program is made outside its process.
 """
 
 from __future__ import annotations
@@ -32,40 +32,41 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_qst.tuner.config import is_count
+
 from .run_folder import remove_leftovers, run_folder
 
 logger = logging.getLogger(__name__)
 
 OUTCOMES = ("passed", "wrong", "syntax", "name", "type", "other", "timeout", "memory", "killed")
-"""How a program can end. `wrong` is an AssertionError, `syntax` a SyntaxError or IndentationError, `name` a NameError,
-`type` a TypeError, `other` any further exception, SystemExit among them; `killed` is a process that was gone before its
-tests were done."""
+"""How a program can end. `wrong` is an AssertionError, `syntax` a SyntaxError, `name` a NameError, `type` a TypeError,
+`other` any other exception, SystemExit included; `killed` is a process that ended before its tests were done."""
 
 ISOLATIONS = ("auto", "namespaces", "guard")
-_FAILURES = ("wrong", "syntax", "name", "type", "memory", "other")  # those that an exception tells
+_FAILURES = ("wrong", "syntax", "name", "type", "memory", "other")  # outcomes that an exception decides
 _VERDICT_BYTES = 1 << 16
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD = Path(__file__).with_name("confined_process.py")
 
 
 class ExecutionNotAllowedError(PermissionError):
-    """Generated programs are executed only for a caller who said so."""
+    """The caller did not allow the execution of generated programs."""
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself could not be set up; no statement about a program."""
+    """The sandbox could not be set up. This says nothing about the program."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """Limits of one program.
 
     Args:
-        wall_seconds: from the start of its interpreter to its end.
-        cpu_seconds: of processor time, a process.
-        memory_bytes: of address space, a process.
-        file_bytes: the largest file.
-        folder_bytes: all its files together (with `"namespaces"`; otherwise 256 changes to files).
-        processes: it and its children at one time (with `"namespaces"`; otherwise it may start none).
+        wall_seconds: time from the start of its interpreter to its end.
+        cpu_seconds: processor time per process.
+        memory_bytes: address space per process.
+        file_bytes: size of one file.
+        folder_bytes: size of all files (`"namespaces"`; with `"guard"` the limit is 256 changes to files).
+        processes: processes at one time (`"namespaces"`; with `"guard"` it may start none).
     """
 
     wall_seconds: int = 10
@@ -77,12 +78,12 @@ class Limits:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"Limits.{name} must be a whole number of at least 1, got {value!r}")
 
 
 class Outcome(NamedTuple):
-    """How one program ended: one of `OUTCOMES`, the exception or the reason in a line, wall-clock seconds."""
+    """One of `OUTCOMES`, the exception or the reason in one line, and wall-clock seconds."""
 
     outcome: str
     detail: str
@@ -101,7 +102,7 @@ def _execute(source: str, limits: Limits, isolation: str) -> Outcome:
             "folder": folder,
             "number": secrets.randbelow(1 << 27),
         }
-        # -I but for the hash seed: sets iterate in the same order in every run.
+        # Like -I, but with a hash seed: sets iterate in the same order in every run.
         process = subprocess.Popen(
             [sys.executable, "-S", "-s", str(_CHILD)],
             stdin=subprocess.PIPE,
@@ -112,20 +113,20 @@ def _execute(source: str, limits: Limits, isolation: str) -> Outcome:
             start_new_session=True,
             bufsize=0,
         )
-        stack.callback(process.stdin.close)  # open until then: its end tells the child that this process is gone
+        stack.callback(process.stdin.close)  # when it closes, the child knows that this process is gone
         stack.callback(process.stdout.close)
         timed_out = False
         try:
-            with contextlib.suppress(BrokenPipeError):  # the child is gone, and without a verdict; `_judge` says so
+            with contextlib.suppress(BrokenPipeError):  # the child ended without a verdict; `_judge` reports that
                 _write_all(process.stdin, json.dumps(job).encode() + b"\n")
             process.wait(limits.wall_seconds)
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
             if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)  # still ours: it has not been waited for
+                os.killpg(process.pid, signal.SIGKILL)  # the id is still valid: nobody has waited for the process
                 process.wait()
-        # One read of what is there: the writer has ended, and no program holds this pipe.
+        # One read is enough: the writer has ended, and no program has this pipe.
         os.set_blocking(process.stdout.fileno(), False)
         verdict = process.stdout.read(_VERDICT_BYTES) or b""
     return Outcome(*_judge(verdict, timed_out, limits), time.perf_counter() - started)
@@ -137,27 +138,27 @@ def _write_all(file, data: bytes) -> None:
 
 
 def _judge(verdict: bytes, timed_out: bool, limits: Limits) -> tuple[str, str]:
-    """Outcome and detail from the verdict of the process that started the program."""
+    """Outcome and detail from the verdict that `confined_process.py` wrote."""
     if timed_out:
         return "timeout", f"stopped after {limits.wall_seconds} s"
     try:
-        said = json.loads(verdict)
+        judged = json.loads(verdict)
     except ValueError:
         raise SandboxError(f"the sandbox's own process failed; its verdict is {verdict[-200:]!r}") from None
-    if "setup" in said:
-        raise SandboxError(f"a program could not be confined on this machine: {said['setup']}")
-    if said["passed"]:
+    if "setup" in judged:
+        raise SandboxError(f"a program could not be confined on this machine: {judged['setup']}")
+    if judged["passed"]:
         return "passed", ""
-    if said["kind"] in _FAILURES:
-        return said["kind"], said["detail"]
-    if said["ended"] == 128 + signal.SIGXCPU:
+    if judged["kind"] in _FAILURES:
+        return judged["kind"], judged["detail"]
+    if judged["ended"] == 128 + signal.SIGXCPU:
         return "timeout", f"used {limits.cpu_seconds} s of processor time"
-    return "killed", f"ended with status {said['ended']} before its tests were done"
+    return "killed", f"ended with status {judged['ended']} before its tests were done"
 
 
 @functools.cache
 def _strongest_isolation() -> str:
-    """`"namespaces"` where a program runs in them, else `"guard"`, said once."""
+    """`"namespaces"` if a program runs in them here, else `"guard"` with one warning."""
     try:
         outcome = _execute("import math", Limits(), "namespaces")
         if outcome.outcome == "passed":
@@ -173,17 +174,17 @@ def _strongest_isolation() -> str:
 
 
 class Sandbox:
-    """Runs programs, each confined to its own process.
+    """Runs each program in a confined process.
 
     Args:
-        allow_execution: must be True: the programs are code that nobody has read.
-        limits: what each may use.
+        allow_execution: must be True, because the programs are untrusted code.
+        limits: of each program.
         isolation: `"namespaces"`, `"guard"`, or `"auto"` for the stronger one that works here.
 
     Raises:
         ExecutionNotAllowedError: `allow_execution` is not True.
         ValueError: `isolation` is unknown.
-        SandboxError: not a POSIX system; from `run`, `"namespaces"` was asked for where it is not allowed.
+        SandboxError: not a POSIX system; raised by `run` if `"namespaces"` does not work here.
     """
 
     def __init__(self, *, allow_execution: bool = False, limits: Limits | None = None, isolation: str = "auto"):
@@ -201,14 +202,14 @@ class Sandbox:
         self.isolation = _strongest_isolation() if isolation == "auto" else isolation
 
     def run(self, source: str) -> Outcome:
-        """Execute one program; it passes when it runs to its end without an exception."""
+        """Execute one program. It passes if it runs to its end without an exception."""
         if not isinstance(source, str):
             raise ValueError(f"source must be the text of a program, got {type(source).__name__}")
         return _execute(source, self.limits, self.isolation)
 
     def run_all(self, sources: Iterable[str], workers: int | None = None) -> Iterator[Outcome]:
-        """The outcomes of many programs in their order, `workers` at a time (default: one a processor)."""
-        if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        """Outcomes in the order of the programs; `workers` run at a time (default: one per processor)."""
+        if workers is not None and not is_count(workers):
             raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}")
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             yield from pool.map(self.run, sources)

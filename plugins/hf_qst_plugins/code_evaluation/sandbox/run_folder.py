@@ -1,4 +1,4 @@
-"""The temporary folder of one program, and the removal of those whose evaluation was killed."""
+"""The temporary folder of one program, and removal of folders that killed evaluations left behind."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PREFIX = "hf_qst_run_"
 
 @contextlib.contextmanager
 def run_folder() -> Iterator[str]:
-    """A new folder, removed afterwards. It is locked for as long as this process lives, and the kernel takes the lock
-    away from a process that is killed: so `remove_leftovers` knows which folders are nobody's."""
+    """A new folder, removed afterwards. This process holds a lock on it, which the kernel releases if the process is
+    killed; `remove_leftovers` removes folders without a lock."""
     while True:
         path = tempfile.mkdtemp(prefix=PREFIX)
         handle = _locked(path)
         if handle is not None and os.path.isdir(path):
             break
-        if handle is not None:  # another process took the new folder for a leftover before it was locked
+        if handle is not None:  # another process removed the folder before it was locked
             os.close(handle)
     try:
         yield path
@@ -32,13 +32,13 @@ def run_folder() -> Iterator[str]:
 
 
 def remove_leftovers() -> None:
-    """Remove this user's folders that no living process holds."""
+    """Remove this user's folders that no running process holds."""
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
             status = path.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 continue
-            if not status.st_mode & stat.S_IRUSR:  # its program may have shut it
+            if not status.st_mode & stat.S_IRUSR:  # the program may have removed the right
                 path.chmod(0o700)
         except FileNotFoundError:
             continue  # another process removed it meanwhile
@@ -49,7 +49,7 @@ def remove_leftovers() -> None:
 
 
 def _locked(path: str | Path, wait: bool = True) -> int | None:
-    """A descriptor of the folder that holds its lock, or None if the folder is gone or, without `wait`, in use."""
+    """A descriptor of the locked folder; None if the folder is gone or, without `wait`, if it is in use."""
     import fcntl  # POSIX only, like the sandbox
 
     try:
@@ -65,7 +65,7 @@ def _locked(path: str | Path, wait: bool = True) -> int | None:
 
 
 def _remove(path: str | Path) -> None:
-    """Remove a folder, also one in which a program took its own rights away."""
+    """Remove a folder, also if the program removed its own rights in it."""
     shutil.rmtree(path, ignore_errors=True)
     if not os.path.isdir(path):
         return

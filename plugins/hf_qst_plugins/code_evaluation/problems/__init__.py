@@ -1,4 +1,4 @@
-"""Function-completion problems: a prompt to complete, tests to run, read from JSONL files in two known formats."""
+"""Function-completion problems, read from JSONL files in HumanEval's or MBPP's format."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-SHIPPED = Path(__file__).parent / "data" / "function_problems.jsonl"
+SHIPPED = Path(__file__).with_name("function_problems.jsonl")
 """The project's own problems, in HumanEval's format."""
 
 
 class ProblemFileError(ValueError):
-    """A file of problems cannot be used; the message names file and line."""
+    """A problem file is invalid. The message names the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Problem:
     """One function to write.
 
     Args:
-        task_id: its name, unique in a file.
-        prompt: the text a model completes, as the file gives it.
-        canonical_solution: a completion that passes; may be empty when the file has none.
-        test: source that is run after the completed function and raises when it is wrong.
-        entry_point: the function's name, or None where the format does not tell.
+        task_id: unique in a file.
+        prompt: the text that a model completes.
+        canonical_solution: a completion that passes; may be empty.
+        test: source that runs after the completed function and raises if the function is wrong.
+        entry_point: the function's name; None in MBPP's format.
     """
 
     task_id: str
@@ -35,8 +35,8 @@ class Problem:
     entry_point: str | None = None
 
     def program(self, completion: str, prompt: str | None = None) -> str:
-        """The source to execute: prompt, completion, tests. `prompt` is the text that was really completed, when it
-        differs from the problem's own."""
+        """The source to execute: prompt, completion, tests. `prompt` replaces the problem's own if the completed text
+        differed from it."""
         return f"{self.prompt if prompt is None else prompt}{completion}\n\n{self.test}\n"
 
 
@@ -71,7 +71,7 @@ def _from_humaneval(record: Mapping) -> Problem:
 
 
 def _from_mbpp(record: Mapping) -> Problem:
-    """MBPP has no signature to complete: as in its paper the prompt is the task and the tests, here as a docstring."""
+    """MBPP has no signature to complete. As in its paper, the prompt is the task and the tests, here as a docstring."""
     tests = record["test_list"]
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise ValueError(f"'test_list' must be a list of at least one assert as text, got {tests!r}")
@@ -112,15 +112,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_problems(path: str | Path = SHIPPED) -> list[Problem]:
-    """The problems of a JSONL file, plain or `.gz`, in HumanEval's or MBPP's format (told apart line by line).
+    """The problems of a JSONL file, plain or `.gz`. Each line is in HumanEval's or MBPP's format.
 
     HumanEval: `task_id`, `prompt`, `entry_point`, `canonical_solution`, `test`.
-    MBPP: `task_id`, `text` or `prompt`, `code`, `test_list` and, where needed, `test_setup_code` and the sanitized
-    form's `test_imports`.
+    MBPP: `task_id`, `text` or `prompt`, `code`, `test_list`, optionally `test_setup_code` and `test_imports` (the
+    sanitized version).
 
     Raises:
-        ProblemFileError: naming the file, the line and what is wrong with it: no JSON, a key missing or of another
-            type, a task twice, a file without any problem.
+        ProblemFileError: invalid JSON, a missing key or one of another type, a repeated task, or no problem at all.
     """
     path = Path(path)
     problems: dict[str, Problem] = {}
@@ -143,7 +142,7 @@ def read_problems(path: str | Path = SHIPPED) -> list[Problem]:
 
 
 def as_record(problem: Problem) -> dict:
-    """A problem with an entry point as a record in HumanEval's format; `read_problems` gives the same problem back."""
+    """The HumanEval record of a problem with an entry point; `read_problems` reads the same problem from it."""
     record = asdict(problem)
     record["test"] = problem.test.removesuffix(f"\ncheck({problem.entry_point})")
     return record

@@ -1,6 +1,6 @@
-"""What each token of a Python file is: where on its line and in its block it stands, and its lexical class.
+"""Position on the line and in the block, and lexical class, of each token of a Python file.
 
-Read off the file's text with `tokenize`; a model's token counts as what its first visible character is.
+Both come from Python's `tokenize`. A model's token has the class of its first visible character.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .completion import WHITESPACE
+from ..sampling.completion import WHITESPACE
 
 POSITIONS = (
     "first of a block",
@@ -30,7 +30,7 @@ POSITIONS = (
 GROUPS = ("block start", "line start", "rest")
 GROUP_OF_POSITION = (0, 1, 1, 1, 1, 1, 2, 2, 2, 2)
 SYNTAX = ("identifier", "keyword", "number", "string", "operator", "comment", "newline/indent", "later piece")
-"""Lexical class of the tokens that begin a lexical token; `later piece` are those that go on with one."""
+"""Lexical class of a token that begins a lexical token; a token that continues one is a `later piece`."""
 
 _WHITESPACE = SYNTAX.index("newline/indent")
 _BLOCK, _INDENTED, _COLUMN_0, _CONTINUATION, _IN_STRING, _COMMENT, _SECOND, _LATER, _INDENTATION, _NEWLINE = range(10)
@@ -57,7 +57,7 @@ class SourceClasses:
         text: the file, line breaks as `\\n`.
 
     Raises:
-        SyntaxError, tokenize.TokenError: it is not Python.
+        SyntaxError, tokenize.TokenError: the text is not Python.
     """
 
     def __init__(self, text: str):
@@ -95,8 +95,11 @@ class SourceClasses:
         return _IN_STRING if kind == "string" and not self._lexical_start[at] else _CONTINUATION
 
     def classify(self, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Indices into `POSITIONS` and into `SYNTAX`, uint8 [tokens] each, of tokens with `spans` (start, end) of
-        characters in the order of the text."""
+        """Index into `POSITIONS` and index into `SYNTAX` of each token, uint8 [tokens] each.
+
+        Args:
+            spans: first and last + 1 character of each token, in the order of the text.
+        """
         positions, syntax = np.full(len(spans), _LATER, np.uint8), np.full(len(spans), _WHITESPACE, np.uint8)
         first_on_line = -1
         for index, (start, end) in enumerate(spans):

@@ -1,4 +1,4 @@
-"""The text of generated tokens, exactly as it continues the prompt."""
+"""Decoding of generated tokens to the exact text that continues the prompt."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Sequence
 
 
 class GeneratedText:
-    """Decodes the tokens behind a prompt.
+    """Decodes the tokens that follow a prompt.
 
-    Two things go wrong when they are decoded by themselves. SentencePiece takes the first space off a text. And in a run
-    of byte tokens (`<0x0A>`) that is not UTF-8 as a whole, since a character is not finished say, every byte becomes a
-    replacement character, line breaks too. So they are decoded behind a token of known text, and byte tokens apart.
-
-    Args:
-        tokenizer: the model's tokenizer.
+    Decoding them alone fails in two ways. SentencePiece strips the first space of a text. And in a run of byte tokens
+    (`<0x0A>`) that is not valid UTF-8, for example because its last character is incomplete, every byte becomes a
+    replacement character, line breaks included. So the tokens are decoded after a token of known text (the anchor), and
+    runs of byte tokens are decoded separately.
     """
 
     def __init__(self, tokenizer):
@@ -28,7 +26,7 @@ class GeneratedText:
         return self.tokenizer.decode([*self._anchor, *ids], clean_up_tokenization_spaces=False)[self._skip :]
 
     def _find_anchor(self) -> tuple[list[int], int]:
-        """A token whose text does not change with what follows, and the length of that text."""
+        """A token whose text does not depend on the next token, and the length of that text."""
         for character in "x0a:":
             ids = self.tokenizer(character, add_special_tokens=False)["input_ids"][-1:]
             alone, twice = (self.tokenizer.decode(ids * n, clean_up_tokenization_spaces=False) for n in (1, 2))
@@ -37,7 +35,7 @@ class GeneratedText:
         return [], 0
 
     def _find_bytes(self) -> dict[int, int]:
-        """Byte of each byte token; none where the tokenizer spells bytes otherwise."""
+        """Token id to byte; empty if the tokenizer has no such byte tokens."""
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         ids = self.tokenizer.convert_tokens_to_ids(names)
         if None in ids or self.tokenizer.convert_ids_to_tokens(ids) != names or self._decode([ids[10]]) != "\n":
