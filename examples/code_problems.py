@@ -18,8 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from examples.demo import BASE, load_base
 from hf_qst import QSTConfig
-from hf_qst_plugins.code_evaluation import evaluate, read_problems
-from hf_qst_plugins.code_evaluation.problems.generated import training_pairs
+from hf_qst_plugins.code_evaluation import evaluate, read_problems, training_pairs
 
 LEARNING_RATE = {"qst": 4e-3, "lora": 4e-3}
 

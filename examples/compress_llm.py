@@ -14,27 +14,19 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.corpus import blocks, held_out_loss, split, stdlib_files, tokens
-from hf_qst import MixedRankConfig
-from hf_qst.mixed_rank import rank_report
+from examples.demo import BASE, complete, nf4
+from hf_qst import MixedRankConfig, rank_report
 
-BASE = Path(__file__).parent / "base_model"
+PROMPT = "def read_lines(path):"
 
 
 def report(what: str, model, held: torch.Tensor) -> None:
     """One line: bytes of the tensors and perplexity on the held-out blocks."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"{what:<12} {size / 1e6:>9.1f} MB, perplexity {math.exp(held_out_loss(model, held)):.2f}")
-
-
-def complete(model, tokenizer, prompt: str, length: int = 32) -> str:
-    """A greedy completion."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(output[0])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,17 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save_pretrained(args.output)
     again = AutoModelForCausalLM.from_pretrained(args.output, dtype=dtype).to(args.device).eval()
     report("reloaded", again, held)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
     quantized = AutoModelForCausalLM.from_pretrained(
-        args.output, quantization_config=nf4, dtype=dtype, device_map={"": args.device}
+        args.output, quantization_config=nf4(dtype), dtype=dtype, device_map={"": args.device}
     ).eval()
     report("in 4 bits", quantized, held)
-    print(f"Wrote {args.output}\n---\n{complete(again, tokenizer, 'def read_lines(path):')}\n---")
+    print(f"Wrote {args.output}\n---\n{PROMPT}{complete(again, tokenizer, PROMPT, 32)}\n---")
     with torch.no_grad():
         logits = [one(input_ids=held[:2].to(args.device)).logits for one in (small.eval(), again)]
     if not torch.equal(*logits):

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+
+from hf_qst.saved import whole_file
 
 MIN_BYTES, MAX_BYTES = 200, 400_000
 """Files below are empty stubs, files above are generated tables: neither looks like code someone wrote."""
@@ -46,26 +47,19 @@ def cache_folder() -> Path:
 
 
 def _cached(name: str, make: Callable[[], object], write: Callable, read: Callable) -> object:
-    """What `make()` returns, from the cache when it is there. Written beside its place and renamed into it, so that a
-    run cut short, or two runs at once, never leave half a file under the final name."""
+    """The result of `make()`, from the cache when it is there; a run cut short leaves no half file in it."""
     path = cache_folder() / name
     if not path.exists():
         value = make()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file, value)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            write(file, value)
     return read(path)
 
 
 def _is_python(text: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes and the like: the file's business, not ours
+            warnings.simplefilter("ignore")  # the file may have invalid escapes
             ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
@@ -93,7 +87,7 @@ def python_files(root: str | Path, exclude: Iterable[str] = ()) -> list[SourceFi
             found.append(SourceFile(name, data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")))
         except UnicodeDecodeError:
             continue
-    # Parsing tens of megabytes takes a while, and its answer depends on nothing but the texts: remember it.
+    # Parsing tens of megabytes takes a while, and its answer depends on the texts alone: it is cached.
     key = hashlib.sha256("\0".join(f.name + "\0" + f.text for f in found).encode()).hexdigest()[:24]
     bad = _cached(
         f"unparsed-{key}.json",

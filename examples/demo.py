@@ -31,8 +31,8 @@ from transformers.utils import logging as transformers_logging
 
 from examples.corpus import BlockDataset, blocks, held_out_loss, split, stdlib_files, tokens, transformers_files
 from hf_qst import QSTConfig
-from hf_qst.base_model.packed_weights import forbid_packing
-from hf_qst.planning.saved_bytes import SavedForBackward
+from hf_qst.base_model import forbid_packing
+from hf_qst.planning import SavedForBackward
 
 BASE = Path(__file__).parent / "base_model"
 # The best of those tried for each method on this base and task, by held-out loss (docs/results.md).
@@ -42,7 +42,7 @@ SIDE_R = 2
 
 @dataclass
 class Run:
-    """What one method did: curve of (seconds of training, held-out loss) and the figures of the table."""
+    """The run of one method: curve of (seconds of training, held-out loss) and the figures of the table."""
 
     name: str
     curve: list[tuple[float, float]] = field(default_factory=list)
@@ -55,19 +55,25 @@ class Run:
     old_loss: float = math.nan
 
 
+def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
 def load_base(model: str, device: str):
-    """The base in NF4 with double quantisation, computing in float32 on a CPU and bfloat16 on a GPU.
+    """The base in NF4, computing in float32 on a CPU and bfloat16 on a GPU.
 
     Both methods get the float32 product, on processors with AVX512-BF16 too: LoRA needs it, see `forbid_packing`.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+    base = AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=nf4(dtype), dtype=dtype, device_map={"": device}
     )
-    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4, dtype=dtype, device_map={"": device})
     forbid_packing(base)
     return base
 

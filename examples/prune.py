@@ -15,8 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from examples.compress_llm import BASE, complete, report
+from examples.compress_llm import PROMPT, report
 from examples.corpus import BlockDataset, blocks, split, stdlib_files, tokens
+from examples.demo import BASE, complete
 from hf_qst import DISPCallback, DISPConfig
 
 
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     report("recovered", recovered, held)
     recovered.save_pretrained(args.output / "recovered")
     tokenizer.save_pretrained(args.output / "recovered")
-    print(f"Wrote {args.output}\n---\n{complete(recovered, tokenizer, 'def read_lines(path):')}\n---")
+    print(f"Wrote {args.output}\n---\n{PROMPT}{complete(recovered, tokenizer, PROMPT, 32)}\n---")
 
 
 if __name__ == "__main__":

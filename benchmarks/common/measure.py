@@ -1,25 +1,27 @@
-"""What the benchmarks measure with: peak memory, the machine, files written whole."""
+"""Peak memory, the machine a benchmark ran on, and its files."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import io
+import hashlib
 import json
 import os
 import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from hf_qst.saved import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-# --- memory of the process and the device ----------------------------------------------------------------------------
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def _status(field: str) -> int | None:
@@ -52,10 +54,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- where and with what it ran --------------------------------------------------------------------------------------
-
-
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -67,7 +66,8 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with a mark if tracked files differ from it."""
+    """The commit of the working tree, with a mark if tracked files differ from it; `HF_QST_COMMIT` names it for a copy
+    without a repository."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -76,66 +76,52 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("HF_QST_COMMIT", "unknown")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"  # installed under another name
 
 
 def environment(device: torch.device) -> dict:
-    """Versions, commit and machine, as they go into every result file."""
-    machine = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-        machine["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    versions = {name: metadata.version(name) for name in packages}
-    return {"versions": {"python": platform.python_version(), **versions}, "commit": commit(), "machine": machine}
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename, so that a run cut short never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Versions, commit, machine and driver, as they go into every result file."""
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger_kernel")
+    versions = {name: _version(name) for name in packages if find_spec(name)}
+    where = {"versions": {"python": platform.python_version(), **versions}, "commit": commit(), "machine": machine}
+    if device.type != "cuda":
+        return where
+    machine["gpu"] = torch.cuda.get_device_name(device)
+    machine["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {**where, "driver": driver, "cuda": torch.version.cuda}
+
+
+def message(error: BaseException) -> str:
+    """The reason of a failed row: the error's class and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+
+
+def python_path() -> str:
+    """Where this project's packages lie, before what was set."""
+    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def hashes_of(files: Iterable[Path], root: Path) -> dict[str, str]:
+    """SHA-256 of each file by its name from `root`, by which a result shows whether it is of these sources."""
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
 def write_json(path: Path, value: object) -> None:
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def save_figure(figure, path: Path) -> Path:
-    """Write a matplotlib figure as PNG, whole or not at all, and close it."""
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    write_whole(path, buffer.getvalue())
-    return path
-
-
-class ResultFile:
-    """A JSON file of results: parts by name, each with the machine and the arguments it was made with.
-
-    Args:
-        path: the file; what it holds is kept unless `fresh`.
-        device: what new parts are made on.
-    """
-
-    def __init__(self, path: Path, device: torch.device, fresh: bool):
-        self.path, self.device = path, device
-        self.parts: dict[str, dict] = json.loads(path.read_text()) if path.exists() and not fresh else {}
-
-    def begun(self, part: str, used: dict) -> dict:
-        """What is there of a part that was made with the same arguments."""
-        found = self.parts.get(part, {})
-        return found.get("result", {}) if found.get("arguments") == used else {}
-
-    def put(self, part: str, used: dict, result: dict) -> None:
-        self.parts[part] = {**environment(self.device), "arguments": used, "result": result}
-        write_json(self.path, self.parts)
-
-    def results(self) -> dict[str, dict]:
-        return {part: entry["result"] for part, entry in self.parts.items()}
+    """Write `value` to `path`, whose folder is made."""
+    text = json.dumps(value, indent=1) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)

@@ -13,13 +13,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from benchmarks.compression.methods import DEFAULT, compressed, config
-from hf_qst import MixedRankConfig
-from hf_qst.base_model.linear_layers import dense_weight
+from benchmarks.compression.methods import DEFAULT, compressed, config, target_shapes
+from hf_qst.base_model import dense_weight
 from hf_qst.calibration import CalibrationRun, calibration_mode, collect_statistics, hooks, input_groups
-from hf_qst.mixed_rank import compress, factorize, output_energies
-from hf_qst.mixed_rank.decomposition import output_error
-from hf_qst.mixed_rank.targets import find_targets
+from hf_qst.mixed_rank import compress, factorize, output_energies, output_error
 
 STREAM_METHODS = ("svd-llm", "mix", DEFAULT)
 
@@ -32,8 +29,8 @@ def against_optimum(
     `calibration_optimum` is the least on the calibration data and `floor` the least on the held-out data, which only
     factors fitted to the held-out data reach.
     """
-    found = compress(model, config("mix", keep, calibration, progress=False))
-    names = list(found.factors)
+    small = compress(model, config("mix", keep, calibration))
+    names = list(small.factors)
     groups = input_groups(model, names, calibration[0])
     seen, new = (
         collect_statistics(model, groups, data, progress=False, label=label)
@@ -43,8 +40,8 @@ def against_optimum(
     for group in groups:
         before, after = seen[group].second_moment(), new[group].second_moment()
         for name in group:
-            weight, rank = dense_weight(model.get_submodule(name)).double(), found.ranks[name]
-            missing = weight - found.factors[name].weight.T.double()
+            weight, rank = dense_weight(model.get_submodule(name)).double(), small.ranks[name]
+            lost = weight - small.factors[name].weight.T.double()
             plain = weight - torch.mm(*factorize(weight, rank))
             energies = [output_energies(weight, moment) for moment in (before, after)]
             totals = [energy.sum().item() for energy in energies]
@@ -54,10 +51,10 @@ def against_optimum(
                     "name": name,
                     "shape": list(weight.shape),
                     "rank": rank,
-                    "shrinkage": found.statistics[name]["shrinkage"],
-                    "calibration": output_error(missing, before) / totals[0],
+                    "shrinkage": small.statistics[name]["shrinkage"],
+                    "calibration": output_error(lost, before) / totals[0],
                     "calibration_optimum": least[0] / totals[0],
-                    "held": output_error(missing, after) / totals[1],
+                    "held": output_error(lost, after) / totals[1],
                     "held_plain": output_error(plain, after) / totals[1],
                     "floor": least[1] / totals[1],
                 }
@@ -69,12 +66,11 @@ def in_the_model(
     model: nn.Module, calibration: Sequence[Mapping], held: Sequence[Mapping], keep: float
 ) -> dict[str, dict[str, float]]:
     """By method and layer: E||y' - y||^2 / E||y||^2 of the layer's output y' in the compressed model, y in the dense one."""
-    names = find_targets(model, MixedRankConfig())
-    result = {}
-    for method in tqdm(STREAM_METHODS, desc="errors in the model", unit="method"):
-        small, _ = compressed(model, method, keep, calibration, progress=False)
-        result[method] = _output_errors(model, small, names, held)
-    return result
+    names = list(target_shapes(model))
+    return {
+        method: _output_errors(model, compressed(model, method, keep, calibration)[0], names, held)
+        for method in tqdm(STREAM_METHODS, desc="errors in the model", unit="method")
+    }
 
 
 def both(model: nn.Module, calibration: Sequence[Mapping], held: Sequence[Mapping], keep: float) -> dict:

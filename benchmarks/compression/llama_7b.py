@@ -1,20 +1,18 @@
 """Time and memory of compressing a LLaMA-2-7B-shaped model, predicted from its arithmetic and from layers really done.
 
-Operations are counted from the shapes; rates and the time of one layer's decomposition are measured on the machine at
-hand, on real sizes. On a GPU the rates are assumptions, and marked as such, until this runs on one.
+Operations are counted from the shapes. The rates and the time of one layer's decomposition are measured on this machine,
+at real sizes. The rates of a GPU are assumptions, and marked as such.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from benchmarks.compression.methods import processor_clock
-from hf_qst.calibration.moments import CrossMoment, SecondMoment
-from hf_qst.mixed_rank import output_energies
-from hf_qst.mixed_rank.compensation import least_squares_factors
+from benchmarks.common.timing import processor_clock
+from hf_qst.calibration import CrossMoment, SecondMoment
+from hf_qst.mixed_rank import least_squares_factors, output_energies
 
 BLOCKS, HIDDEN, INNER, HEADS_OUT = 32, 4096, 11008, 32000
 # Layers that share an input, with the number of layers of each: what has one statistic.
@@ -36,58 +34,44 @@ ASSUMED_GPU = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the model would be compressed: calibration tokens, part kept, bytes that statistics may take at once."""
-
-    tokens: int = 128 * 2048
-    keep: float = 0.4
-    memory_limit: int = 16 * 2**30
+# How the model would be compressed: calibration tokens, part kept, bytes that statistics may take at once.
+PLAN = {"tokens": 128 * 2048, "keep": 0.4, "memory_limit": 16 * 2**30}
 
 
-def rank(d_in: int, d_out: int, keep: float) -> int:
-    return int(keep * d_in * d_out / (d_in + d_out)) // 8 * 8
-
-
-def moment_bytes() -> int:
-    """Bytes of all second moments of the model at once, in float64."""
-    return BLOCKS * sum(8 * d_in * d_in for d_in, _, _ in GROUPS.values())
-
-
-def arithmetic(plan: Plan) -> dict:
-    """Operations and bytes of each stage; `passes` are those of stage 1, whose statistics fit `memory_limit` in turns."""
+def arithmetic(tokens: int, keep: float, memory_limit: int) -> dict:
+    """Operations and bytes of each stage of a compression with these values of `PLAN`."""
     weights = BLOCKS * sum(d_in * d_out * count for d_in, d_out, count in GROUPS.values())
-    passes = -(-moment_bytes() // plan.memory_limit)
-    products = BLOCKS * sum(2 * d_in * d_in for d_in, _, _ in GROUPS.values()) * plan.tokens
-    solves = BLOCKS * sum(count * _products(d_in, d_out) for d_in, d_out, count in GROUPS.values())
+    entries = BLOCKS * sum(d_in * d_in for d_in, _, _ in GROUPS.values())  # of all second moments, in float64
+    # The first stage passes once for the statistics that fit the limit at a time.
+    passes = -(-8 * entries // memory_limit) + COMPENSATION_PASSES
     return {
-        "tokens": plan.tokens,
+        "tokens": tokens,
         "target_weights": weights,
-        "forward_passes": passes + COMPENSATION_PASSES,
-        "forward_operations": (passes + COMPENSATION_PASSES) * 2 * weights * plan.tokens,
+        "forward_passes": passes,
+        "forward_operations": passes * 2 * weights * tokens,
         # Stage 1 takes C of the dense inputs, stage 3 C and K of the compressed model's.
-        "moment_operations": 3 * products,
-        "double_operations": solves,
+        "moment_operations": 3 * 2 * entries * tokens,
+        "double_operations": BLOCKS * sum(count * _products(d_in, d_out) for d_in, d_out, count in GROUPS.values()),
         "eigenproblems": BLOCKS * sum(count for _, _, count in GROUPS.values()),
         "weights_bytes_bf16": 2 * (weights + 2 * HEADS_OUT * HIDDEN),
-        "factors_bytes_bf16": int(2 * plan.keep * weights),
-        "hidden_states_bytes_bf16": 2 * 2 * plan.tokens * HIDDEN,
-        "moments_bytes": min(moment_bytes(), plan.memory_limit),
+        "factors_bytes_bf16": int(2 * keep * weights),
+        "hidden_states_bytes_bf16": 2 * 2 * tokens * HIDDEN,
+        "moments_bytes": min(8 * entries, memory_limit),
         "largest_layer_bytes": 8 * (3 * INNER**2 + 4 * INNER * HIDDEN),
     }
 
 
 def rates(size: int = 2048, repeats: int = 3) -> dict[str, float]:
     """Operations per second of this machine's products as the compression uses them."""
-    found = {}
+    per_second = {}
     for name, dtype in (("forward", torch.float32), ("double", torch.float64)):
         one, other = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
         one @ other
         start = processor_clock()
         for _ in range(repeats):
             one @ other
-        found[name] = 2 * size**3 * repeats / (processor_clock() - start)
-    return found | {"products": found["double"]}  # on a CPU moments are taken in float64
+        per_second[name] = 2 * size**3 * repeats / (processor_clock() - start)
+    return per_second | {"products": per_second["double"]}  # on a CPU moments are taken in float64
 
 
 @torch.no_grad()
@@ -96,17 +80,16 @@ def one_layer(d_in: int, d_out: int, keep: float, rows: int) -> dict:
 
     The weight is random and its inputs decay as a power law; the time does not depend on the values.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
     scale = torch.arange(1, d_in + 1).float() ** -0.5
     inputs = torch.randn(rows, d_in, generator=generator) * scale
     weight = torch.randn(d_in, d_out, generator=generator) * d_in**-0.5
-    moments = CrossMoment(d_in, torch.device("cpu"))
-    start = processor_clock()
-    SecondMoment(d_in, torch.device("cpu")).add(inputs)
-    seconds = {"moment": processor_clock() - start}
+    moments = CrossMoment(d_in, cpu)
     moments.add_pair(inputs, inputs)
-    chosen = rank(d_in, d_out, keep)
+    chosen = int(keep * d_in * d_out / (d_in + d_out)) // 8 * 8
+    seconds = {}
     steps = {
+        "moment": lambda: SecondMoment(d_in, cpu).add(inputs),
         "energies": lambda: output_energies(weight, moments.second_moment()),
         "factors": lambda: least_squares_factors(weight, moments, chosen),
     }
@@ -117,14 +100,14 @@ def one_layer(d_in: int, d_out: int, keep: float, rows: int) -> dict:
     return {"shape": [d_in, d_out], "rank": chosen, "rows": rows, "seconds": seconds}
 
 
-def predict(plan: Plan, speeds: dict[str, float], layer_seconds: dict[str, float]) -> dict:
+def predict(speeds: dict[str, float], layer_seconds: dict[str, float]) -> dict:
     """Seconds of each part of the whole compression at these rates.
 
     Args:
         speeds: operations per second: `forward`, `products`, `double`.
         layer_seconds: of one layer's energies and compensated factors together, by group of `GROUPS`.
     """
-    counted = arithmetic(plan)
+    counted = arithmetic(**PLAN)
     parts = {
         "forward passes": counted["forward_operations"] / speeds["forward"],
         "moments": counted["moment_operations"] / speeds["products"],
@@ -134,7 +117,7 @@ def predict(plan: Plan, speeds: dict[str, float], layer_seconds: dict[str, float
 
 
 def assumed_layer_seconds() -> dict[str, float]:
-    """Of a GPU: energies, factors, their balance and a solve as three eigenproblems of 4096, and the products beside."""
+    """Of a GPU: energies, factors, their balance and a solve as three eigenproblems of 4096, plus the products."""
     products = {name: _products(d_in, d_out) for name, (d_in, d_out, _) in GROUPS.items()}
     return {name: 3 * ASSUMED_GPU["eigh_4096"] + ops / ASSUMED_GPU["double"] for name, ops in products.items()}
 
@@ -156,20 +139,19 @@ def measured(size: int, widths: Sequence[int], done: dict, save: Callable[[dict]
     result = {"layers": done.get("layers", [])}
     have = {layer["shape"][1] for layer in result["layers"]}
     for d_out in [width for width in dict.fromkeys((size, *widths)) if width not in have]:
-        result["layers"].append(one_layer(size, d_out, Plan.keep, size))
+        result["layers"].append(one_layer(size, d_out, PLAN["keep"], size))
         save(result)
     speeds = done.get("rates") or rates(min(size, 2048))
     seconds = {name: _layer_seconds(shape, result["layers"], speeds["double"]) for name, shape in GROUPS.items()}
-    plan = Plan()
     return result | {
-        "plan": vars(plan),
+        "plan": PLAN,
         "rates": speeds,
-        "arithmetic": arithmetic(plan),
-        "here": {"layer_seconds": seconds, **predict(plan, speeds, seconds)},
+        "arithmetic": arithmetic(**PLAN),
+        "here": {"layer_seconds": seconds, **predict(speeds, seconds)},
         "gpu": {
             "assumed": ASSUMED_GPU,
             "layer_seconds": assumed_layer_seconds(),
-            **predict(plan, ASSUMED_GPU, assumed_layer_seconds()),
+            **predict(ASSUMED_GPU, assumed_layer_seconds()),
         },
     }
 

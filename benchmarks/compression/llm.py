@@ -9,22 +9,20 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common.measure import ROOT
-from benchmarks.compression.methods import UNIFORM, budget, compressed, off_budget, parameters
+from benchmarks.common.parts import fill
+from benchmarks.compression.methods import UNIFORM, compressed, parameters, target_shapes
 from examples.corpus import SourceFile, blocks, held_out_loss, split, stdlib_files, tokens, transformers_files
+from examples.demo import nf4
 from hf_qst import MixedRankConfig
-from hf_qst.base_model.linear_layers import dense_shape
-from hf_qst.mixed_rank import ResidualConfig
-from hf_qst.mixed_rank.targets import find_targets
 
-BASE = ROOT / "examples" / "base_model"
 LENGTH = 512
 # Blocks behind one of the losses that are kept, so that two methods can be compared text by text.
 PART = 4
 BATCH = 8
+# What a result file says of the project's base, wherever the checkout lies.
+BASE_NAME = "examples/base_model"
 
 
 @dataclass
@@ -61,56 +59,41 @@ def load_dense(model: str | Path, device: torch.device):
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).eval()
 
 
-def losses(model, text: Text) -> dict[str, list[float]]:
-    """Held-out loss in nats per token of each kind of text, by parts of `PART` blocks."""
-    return {kind: [held_out_loss(model, part) for part in rows.split(PART)] for kind, rows in text.held.items()}
-
-
 def perplexity(parts: list[float]) -> float:
     return math.exp(sum(parts) / len(parts))
 
 
 def evaluated(model, text: Text) -> dict:
-    found = losses(model, text)
-    return {"losses": found, "perplexity": {kind: perplexity(parts) for kind, parts in found.items()}}
+    """Of each kind of text: held-out losses in nats per token, by parts of `PART` blocks, and the perplexity."""
+    losses = {kind: [held_out_loss(model, part) for part in rows.split(PART)] for kind, rows in text.held.items()}
+    return {"losses": losses, "perplexity": {kind: perplexity(parts) for kind, parts in losses.items()}}
 
 
-def dense_facts(model, text: Text) -> dict:
-    """What the dense model has and gives; `targets` are the weights that may be factorised."""
-    names = find_targets(model, MixedRankConfig())
-    shapes = {name: dense_shape(model.get_submodule(name)) for name in names}
-    targets = sum(rows * columns for rows, columns in shapes.values())
-    return {"parameters": parameters(model), "targets": targets, "shapes": shapes, **evaluated(model, text)}
+def compare(dense, text: Text, methods: list[str], keeps: list[float], done: dict, save: Callable) -> dict:
+    """Every method at every part kept."""
+    if not done:
+        facts = {"parameters": parameters(dense), "shapes": target_shapes(dense), **evaluated(dense, text)}
+        done = {"dense": facts, "rows": []}
+
+    def make(keep: float, method: str) -> dict:
+        small, facts = compressed(dense, method, keep, text.calibration)
+        return facts | evaluated(small, text)
+
+    wanted = [(keep, method) for keep in keeps for method in methods]
+    fill(done["rows"], wanted, ("keep", "method"), make, lambda: save(done), "language model")
+    return done
 
 
-def compare(
-    dense, text: Text, methods: list[str], keeps: list[float], done: dict, save: Callable[[dict], None]
-) -> dict:
-    """Every method at every part kept. Rows that are in `done` already are not made again; `save` is given each state."""
-    result = done or {"dense": dense_facts(dense, text), "rows": []}
-    have = {(row["method"], row["keep"]) for row in result["rows"]}
-    wanted = [(keep, method) for keep in keeps for method in methods if (method, keep) not in have]
-    for keep, method in tqdm(wanted, desc="language model", unit="method"):
-        small, facts = compressed(dense, method, keep, text.calibration, progress=False)
-        allowed = budget(result["dense"]["parameters"], result["dense"]["targets"], keep)
-        row = {"keep": keep, "method": method, "budget": allowed, "below_budget": off_budget(facts, allowed), **facts}
-        result["rows"].append(row | evaluated(small, text))
-        save(result)
-    return result
+def cost(dense, text: Text, methods: list[str], keep: float, done: dict, save: Callable) -> dict:
+    """Seconds (of the processor, with one thread) and peak memory of making each method's model."""
+    done = done or {"keep": keep, "tokens": sum(batch["input_ids"].numel() for batch in text.calibration), "rows": []}
 
+    def make(method: str) -> dict:
+        _, facts = compressed(dense, method, keep, text.calibration)
+        return {key: facts[key] for key in ("seconds", "peak_bytes")}
 
-def cost(dense, text: Text, methods: list[str], keep: float, done: dict, save: Callable[[dict], None]) -> dict:
-    """Seconds (of the processor, with one thread) and peak memory of making each method's model.
-
-    Methods that are in `done` already are not made again; `save` is given each state.
-    """
-    result = done or {"keep": keep, "tokens": sum(batch["input_ids"].numel() for batch in text.calibration), "rows": []}
-    have = {row["method"] for row in result["rows"]}
-    for method in tqdm([one for one in methods if one not in have], desc="cost", unit="method"):
-        _, facts = compressed(dense, method, keep, text.calibration, progress=False)
-        result["rows"].append({"method": method, **{key: facts[key] for key in ("seconds", "peak_bytes")}})
-        save(result)
-    return result
+    fill(done["rows"], [(method,) for method in methods], ("method",), make, lambda: save(done), "cost")
+    return done
 
 
 RESIDUALS = {
@@ -121,34 +104,23 @@ RESIDUALS = {
 }
 
 
-def residuals(dense, text: Text, model: str | Path, rank: int, done: dict, save: Callable[[dict], None]) -> dict:
-    """The base in NF4, and with low-rank factors beside its 4-bit weights; in float32 otherwise.
+def residuals(dense, text: Text, model: str | Path, rank: int, done: dict, save: Callable) -> dict:
+    """The base in NF4, and with low-rank factors next to its 4-bit weights; in float32 otherwise."""
+    done = done or {"rank": rank, "dense": evaluated(dense, text), "rows": []}
 
-    Rows that are in `done` already are not made again; `save` is given each state.
-    """
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    result = done or {"rank": rank, "dense": evaluated(dense, text), "rows": []}
-    have = {row["method"] for row in result["rows"]}
-    for name in tqdm([name for name in RESIDUALS if name not in have], desc="residuals", unit="method"):
-        base = AutoModelForCausalLM.from_pretrained(
-            model, quantization_config=nf4, dtype=torch.float32, device_map={"": next(dense.parameters()).device}
+    def make(name: str) -> dict:
+        tuned = AutoModelForCausalLM.from_pretrained(
+            model,
+            quantization_config=nf4(torch.float32),
+            dtype=torch.float32,
+            device_map={"": next(dense.parameters()).device},
         ).eval()
-        tuned = base if name == "none" else get_peft_model(base, _residual_config(name, dense, text, rank))
+        if name != "none":
+            settings = {"residual": {"reference_model": dense, "rank": rank}, **RESIDUALS[name][1]}
+            config = MixedRankConfig(calibration_data=text.calibration, progress=False, **settings)
+            tuned = get_peft_model(tuned, config)
         added = sum(p.numel() for key, p in tuned.named_parameters() if "mixed_rank_" in key)
-        result["rows"].append({"method": name, "added_parameters": added, **evaluated(tuned, text)})
-        save(result)
-    return result
+        return {"added_parameters": added, **evaluated(tuned, text)}
 
-
-def _residual_config(name: str, dense, text: Text, rank: int) -> MixedRankConfig:
-    return MixedRankConfig(
-        residual=ResidualConfig(dense, rank),
-        calibration_data=text.calibration,
-        progress=False,
-        **RESIDUALS[name][1],
-    )
+    fill(done["rows"], [(name,) for name in RESIDUALS], ("method",), make, lambda: save(done), "residuals")
+    return done

@@ -1,17 +1,18 @@
-"""What the compression benchmark compares: every method is a setting of one configuration, at one number of parameters."""
+"""The methods of the compression benchmark: every method is a setting of one configuration, at one number of parameters."""
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from benchmarks.common.measure import peak_rss, settle_rss
-from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress_model
+from benchmarks.common.timing import processor_clock
+from hf_qst import LowRankLinear, MixedRankConfig, compress_model
+from hf_qst.base_model import dense_shape
+from hf_qst.mixed_rank import find_targets
 
 UNIFORM = {"allocation": "uniform", "compensation": "none"}
 # How far a model's parameters may be from the budget, as a part of it.
@@ -36,7 +37,7 @@ METHODS = {
     "mix": Method("mixed ranks", {"compensation": "none"}),
     "mix-gradual": Method("mixed ranks, gradual search", {"allocation": "gradual", "compensation": "none"}),
     "mix-gradient": Method("mixed ranks + gradient", {"compensation": "gradient"}),
-    "uniform-lstsq": Method("uniform ranks + lstsq", {"allocator": "uniform", "compensation": "lstsq"}),
+    "uniform-lstsq": Method("uniform ranks + lstsq", {"allocation": "uniform", "compensation": "lstsq"}),
     "mix-lstsq": Method("mixed ranks + lstsq (default)", {}),
     "mix-fisher": Method("mixed ranks by Fisher weights + lstsq", {"allocation": {"layer_weight": "fisher"}}),
     "mix-kd": Method("mixed ranks + distillation", {"compensation": "kd"}),
@@ -47,9 +48,9 @@ LLM_METHODS = [name for name in METHODS if name != "mix-kd"]
 BASELINES = [name for name, method in METHODS.items() if method.baseline]
 
 
-def config(method: str, keep: float, batches: Sequence[Mapping], **changes) -> MixedRankConfig:
+def config(method: str, keep: float, batches: Sequence[Mapping]) -> MixedRankConfig:
     """The configuration of a method at this part of the targets' weights."""
-    return MixedRankConfig(keep_ratio=keep, calibration_data=batches, **{**METHODS[method].settings, **changes})
+    return MixedRankConfig(keep_ratio=keep, calibration_data=batches, progress=False, **METHODS[method].settings)
 
 
 def parameters(model: nn.Module) -> int:
@@ -57,42 +58,30 @@ def parameters(model: nn.Module) -> int:
     return sum({id(p): p.numel() for p in model.parameters()}.values())
 
 
-def processor_clock() -> float:
-    """Seconds; with one CPU thread those of the processor, which other processes on the core do not lengthen."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+def target_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) by name of the layers that may be factorised."""
+    return {name: dense_shape(model.get_submodule(name)) for name in find_targets(model, MixedRankConfig())}
 
 
-def compressed(dense: nn.Module, method: str, keep: float, batches: Sequence[Mapping], **changes):
-    """A smaller copy of the model, and what making it took.
+def compressed(dense: nn.Module, method: str, keep: float, batches: Sequence[Mapping]) -> tuple[nn.Module, dict]:
+    """A smaller copy of the model, and the facts of its row.
 
     Returns:
-        The model, and {parameters, seconds, peak_bytes (resident, above the two copies of the dense model), ranks}.
+        The model, and {parameters, budget, below_budget (a part of the budget), seconds, peak_bytes (resident, above the
+        two copies of the dense model), ranks (of the layers that have factors)}.
     """
     model = copy.deepcopy(dense)
-    settings = config(method, keep, batches, **changes)
     before = settle_rss()
     start = processor_clock()
-    small = compress_model(model, settings)
-    seconds = processor_clock() - start
-    facts = {"parameters": parameters(small), "seconds": seconds, "peak_bytes": peak_rss() - before}
-    return small, facts | {"ranks": ranks(small)}
+    small = compress_model(model, config(method, keep, batches))
+    facts = {"seconds": processor_clock() - start, "peak_bytes": peak_rss() - before, "parameters": parameters(small)}
+    targets = sum(d_in * d_out for d_in, d_out in target_shapes(dense).values())
+    allowed = parameters(dense) - targets + int(keep * targets)
+    ranks = {name: module.rank for name, module in small.named_modules() if isinstance(module, LowRankLinear)}
+    below = (allowed - facts["parameters"]) / allowed
+    return small, {"budget": allowed, "below_budget": below, **facts, "ranks": ranks}
 
 
-def ranks(model: nn.Module) -> dict[str, int]:
-    """Rank by name of every layer that has factors."""
-    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-
-
-def budget(parameters: int, targets: int, keep: float) -> int:
-    """Parameters of the whole model when `keep` of its targets' weights are left."""
-    return parameters - targets + int(keep * targets)
-
-
-def off_budget(facts: Mapping, allowed: int) -> float:
-    """How far a model is below the budget it was given, as a part of it; negative above."""
-    return (allowed - facts["parameters"]) / allowed
-
-
-def place(keep: float, method: str) -> tuple[float, int]:
+def place(row: Mapping) -> tuple[float, int]:
     """Where a row stands in a table: by the part kept, then in the order of `METHODS`."""
-    return -keep, list(METHODS).index(method)
+    return -row["keep"], list(METHODS).index(row["method"])

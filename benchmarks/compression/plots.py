@@ -1,33 +1,31 @@
-"""What the compression benchmark draws."""
+"""The plots of the compression benchmark."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.measure import save_figure
+from benchmarks.common.plots import heat_maps, pyplot, save_figure
 from benchmarks.compression.methods import DEFAULT, METHODS
 from benchmarks.compression.report import KINDS
 
 
-def plots(found: dict, parts: Sequence[str], folder: Path) -> list[Path]:
+def plots(results: dict, parts: Sequence[str], folder: Path) -> list[Path]:
     """PNG files of what these parts have to show; returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     paths = []
-    if "llm" in found and "llm" in parts:
-        paths += [_perplexity_plot(found["llm"], folder / "compression_perplexity.png")]
-        paths += [_rank_plot(found["llm"], folder / "compression_ranks.png")]
-    if "layers" in found and "layers" in parts:
-        paths += [_error_plot(one, folder / f"compression_errors_{name}.png") for name, one in found["layers"].items()]
+    if "llm" in results and "llm" in parts:
+        paths += [_perplexity_plot(results["llm"], folder / "compression_perplexity.png")]
+        paths += [_rank_plot(results["llm"], folder / "compression_ranks.png")]
+    if "layers" in results and "layers" in parts:
+        paths += [
+            _error_plot(one, folder / f"compression_errors_{name}.png") for name, one in results["layers"].items()
+        ]
     return paths
 
 
 def _perplexity_plot(result: dict, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, every = plt.subplots(1, len(KINDS), figsize=(13, 4), sharex=True)
+    figure, every = pyplot().subplots(1, len(KINDS), figsize=(13, 4), sharex=True)
     for axes, (kind, title) in zip(every, KINDS.items(), strict=True):
         for method in (name for name in METHODS if any(row["method"] == name for row in result["rows"])):
             rows = sorted((r["keep"], r["perplexity"][kind]) for r in result["rows"] if r["method"] == method)
@@ -41,56 +39,36 @@ def _perplexity_plot(result: dict, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _columns(names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Kinds of layer by the last part of their names, and blocks by the number in them."""
-    kinds = list(dict.fromkeys(name.rsplit(".", 1)[1] for name in names))
-    return kinds, sorted({_block(name) for name in names})
-
-
-def _block(name: str) -> int:
-    return next(int(part) for part in name.split(".") if part.isdigit())
-
-
 def _rank_plot(result: dict, path: Path) -> Path:
     """Each layer's part of the weights kept, by block and kind, as the default chose it."""
-    import matplotlib.pyplot as plt
-
-    rows = sorted((row for row in result["rows"] if row["method"] == DEFAULT), key=lambda row: -row["keep"])
     shapes = result["dense"]["shapes"]
-    kinds, blocks = _columns(list(shapes))
-    figure, every = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 4), squeeze=False, layout="constrained")
-    for axes, row in zip(every[0], rows, strict=True):
-        grid = [[0.0] * len(blocks) for _ in kinds]
-        for name, (d_in, d_out) in shapes.items():
-            y, x = kinds.index(name.rsplit(".", 1)[1]), blocks.index(_block(name))
-            rank = row["ranks"].get(name)
-            grid[y][x] = 1.0 if rank is None else rank * (d_in + d_out) / (d_in * d_out)
-            ink = "white" if grid[y][x] > 0.5 else "black"
-            axes.text(x, y, "dense" if rank is None else str(rank), ha="center", va="center", fontsize=7, color=ink)
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis_r", aspect="auto")
-        axes.set(title=f"keep {row['keep']:g}: ranks", xlabel="block", xticks=range(len(blocks)))
-        axes.set_yticks(range(len(kinds)), kinds)
-    figure.colorbar(image, ax=every[0].tolist(), label="part of the layer's weights kept")
-    return save_figure(figure, path)
+    kinds = list(dict.fromkeys(name.rsplit(".", 1)[1] for name in shapes))
+    table = [[name for name in shapes if name.endswith(f".{kind}")] for kind in kinds]  # [kinds, blocks]
+    panels = {}
+    for row in sorted((row for row in result["rows"] if row["method"] == DEFAULT), key=lambda row: -row["keep"]):
+        ranks = row["ranks"]
+        part = lambda name, ranks=ranks: (
+            ranks[name] * sum(shapes[name]) / math.prod(shapes[name]) if name in ranks else 1.0
+        )
+        values, texts = ([[cell(name) for name in names] for names in table]
+                         for cell in (part, lambda name, ranks=ranks: str(ranks.get(name, "dense"))))  # fmt: skip
+        panels[f"keep {row['keep']:g}: ranks"] = values, texts
+    return heat_maps(panels, kinds, "block", "part of the layer's weights kept", path)
 
 
 def _error_plot(result: dict, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, (alone, inside) = plt.subplots(2, 1, figsize=(11, 7), layout="constrained")
+    figure, (alone, inside) = pyplot().subplots(2, 1, figsize=(11, 7), layout="constrained")
     rows = result["by_itself"]
     lines = (("held_plain", "plain SVD"), ("held", "ours"), ("floor", "least possible on this data"))
     for key, label in lines:
         alone.plot([row[key] for row in rows], marker=".", label=label)
-    alone.set_xticks(range(len(rows)), [row["name"].split("layers.")[-1] for row in rows], rotation=90, fontsize=6)
-    alone.set(ylabel="error on held-out inputs", title=f"each layer by itself, at the ranks of keep {result['keep']:g}")
+    alone.set_title(f"each layer by itself, at the ranks of keep {result['keep']:g}")
     for method, errors in result["in_the_model"].items():
         inside.plot(list(errors.values()), marker=".", label=METHODS[method].label)
-    names = list(next(iter(result["in_the_model"].values())))
-    inside.set_xticks(range(len(names)), [name.split("layers.")[-1] for name in names], rotation=90, fontsize=6)
-    inside.set(ylabel="error on held-out inputs", title="each layer in the compressed model, against the dense model's")
-    for axes in (alone, inside):
-        axes.set_yscale("log")
+    inside.set_title("each layer in the compressed model, against the dense model's")
+    for axes, names in (alone, [row["name"] for row in rows]), (inside, list(errors)):
+        axes.set_xticks(range(len(names)), [name.split("layers.")[-1] for name in names], rotation=90, fontsize=6)
+        axes.set(yscale="log", ylabel="error on held-out inputs")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return save_figure(figure, path)

@@ -1,43 +1,34 @@
-"""What the compression benchmark prints."""
+"""The tables of the compression benchmark."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 from statistics import mean, stdev
 
+from benchmarks.common.parts import text_of
+from benchmarks.common.tables import MIB, markdown, pm, verdict
 from benchmarks.compression.llm import RESIDUALS
 from benchmarks.compression.methods import BASELINES, DEFAULT, METHODS, place
 from benchmarks.compression.vit import summary
 
-MIB = 2**20
 # The kinds of held-out text, as columns.
 KINDS = {"stdlib": "in domain", "transformers": "other Python", "prose": "English prose"}
-
-
-def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    if any(len(line) != len(columns) for line in lines):
-        raise ValueError(f"every line must have {len(columns)} cells")
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, rule, *lines])
-
-
-def pm(value: tuple[float, float | None], digits: int = 1) -> str:
-    middle, width = value
-    return f"{middle:.{digits}f}" + ("" if width is None else f" ± {width:.{digits}f}")
 
 
 def _label(method: str) -> str:
     return f"**{METHODS[method].label}**" if method == DEFAULT else METHODS[method].label
 
 
+def perplexities(row: dict, digits: int = 2) -> list[str]:
+    return [f"{row['perplexity'][kind]:.{digits}f}" for kind in KINDS]
+
+
 def llm_table(result: dict) -> str:
     dense = result["dense"]
-    lines = [["1", "dense", f"{dense['parameters']:,}", *(f"{dense['perplexity'][kind]:.2f}" for kind in KINDS)]]
-    for row in sorted(result["rows"], key=lambda row: place(row["keep"], row["method"])):
-        cells = [f"{row['perplexity'][kind]:.2f}" for kind in KINDS]
-        lines.append([f"{row['keep']:g}", _label(row["method"]), f"{row['parameters']:,}", *cells])
+    lines = [["1", "dense", f"{dense['parameters']:,}", *perplexities(dense)]]
+    for row in sorted(result["rows"], key=place):
+        lines.append([f"{row['keep']:g}", _label(row["method"]), f"{row['parameters']:,}", *perplexities(row)])
     return markdown(["keep", "method", "parameters", *KINDS.values()], lines)
 
 
@@ -48,25 +39,20 @@ def cost_table(result: dict) -> str:
     return markdown([f"{result['tokens']:,} tokens, keep {result['keep']:g}", "s", "peak MiB above the model"], lines)
 
 
-def margins(result: dict) -> list[dict]:
-    """The default's loss minus that of each other method on the same text, in nats, with the 95 % half width."""
-    rows = {(row["keep"], row["method"]): row["losses"] for row in result["rows"]}
-    found = []
-    for (keep, method), losses in sorted(rows.items(), key=lambda item: place(*item[0])):
-        if method == DEFAULT or (keep, DEFAULT) not in rows:
-            continue
-        for kind, parts in losses.items():
-            gaps = [a - b for a, b in zip(rows[keep, DEFAULT][kind], parts, strict=True)]
-            width = 1.96 * stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
-            found.append({"keep": keep, "method": method, "kind": kind, "nats": (mean(gaps), width)})
-    return found
-
-
 def margin_table(result: dict) -> str:
-    found = margins(result)
-    pairs = list(dict.fromkeys((one["keep"], one["method"]) for one in found))
-    cells = {(one["keep"], one["method"], one["kind"]): pm(one["nats"], 3) for one in found}
-    lines = [[f"{k:g}", METHODS[m].label, *(cells[k, m, kind] for kind in KINDS)] for k, m in pairs]
+    """The default's loss minus that of each other method on the same text, in nats, with the 95 % half width."""
+    defaults = {row["keep"]: row["losses"] for row in result["rows"] if row["method"] == DEFAULT}
+    lines = []
+    for row in sorted(result["rows"], key=place):
+        if row["method"] == DEFAULT or row["keep"] not in defaults:
+            continue
+        cells = []
+        for kind in KINDS:
+            pairs = zip(defaults[row["keep"]][kind], row["losses"][kind], strict=True)
+            gaps = [ours - theirs for ours, theirs in pairs]
+            width = 1.96 * stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+            cells.append(pm((mean(gaps), width), 3))
+        lines.append([f"{row['keep']:g}", METHODS[row["method"]].label, *cells])
     return markdown(["keep", "default minus", *KINDS.values()], lines)
 
 
@@ -88,36 +74,20 @@ def aims(result: dict) -> str:
     return "\n".join(lines)
 
 
-def verdict(holds: bool) -> str:
-    return "met" if holds else "missed"
-
-
 def residual_table(result: dict) -> str:
-    lines = [["dense", "", *(f"{result['dense']['perplexity'][kind]:.3f}" for kind in KINDS)]]
+    lines = [["dense", "", *perplexities(result["dense"], 3)]]
     for row in result["rows"]:
-        lines.append(
-            [
-                RESIDUALS[row["method"]][0],
-                f"{row['added_parameters']:,}",
-                *(f"{row['perplexity'][kind]:.3f}" for kind in KINDS),
-            ]
-        )
+        lines.append([RESIDUALS[row["method"]][0], f"{row['added_parameters']:,}", *perplexities(row, 3)])
     return markdown([f"residuals of rank {result['rank']}", "added", *KINDS.values()], lines)
 
 
 def vit_table(result: dict) -> str:
     dense = [one["dense"] for one in result["seeds"]]
     accuracies = ", ".join(f"{one['accuracy']:.1f}" for one in dense)
-    lines = [
-        [
-            f"{row['keep']:g}",
-            _label(row["method"]),
-            f"{row['parameters']:,}",
-            pm(row["accuracy"]),
-            pm(row["drop"], 2),
-        ]
-        for row in summary(result)
-    ]
+    lines = []
+    for row in summary(result):
+        cells = [f"{row['parameters']:,}", pm(row["accuracy"]), pm(row["drop"], 2)]
+        lines.append([f"{row['keep']:g}", _label(row["method"]), *cells])
     table = markdown(["keep", "method", "parameters", "accuracy", "points lost"], lines)
     training = mean(one["training_accuracy"] for one in dense)
     return (
@@ -220,15 +190,13 @@ def large_table(result: dict) -> str:
     return "\n".join(lines) + "\n\n" + markdown(columns, table)
 
 
-def report(found: dict, parts: Sequence[str]) -> str:
-    """The tables of these parts."""
-    tables = {
-        "llm": lambda one: [llm_table(one), margin_table(one), aims(one)],
-        "cost": lambda one: [cost_table(one)],
-        "residual": lambda one: [residual_table(one)],
-        "vit": lambda one: [vit_table(one), vit_aim(one)],
-        "layers": lambda one: [layer_table(one), layer_aims(one), stream_table(one)],
-        "speed": lambda one: [speed_table(one), model_table(one)],
-        "7b": lambda one: [large_table(one)],
-    }
-    return "\n\n".join(f"{part}\n\n" + "\n\n".join(tables[part](found[part])) for part in parts if part in found)
+TABLES = {
+    "llm": [llm_table, margin_table, aims],
+    "cost": [cost_table],
+    "residual": [residual_table],
+    "vit": [vit_table, vit_aim],
+    "layers": [layer_table, layer_aims, stream_table],
+    "speed": [speed_table, model_table],
+    "7b": [large_table],
+}
+report = partial(text_of, TABLES)

@@ -10,43 +10,23 @@ from statistics import median
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common.measure import synchronize
-from benchmarks.compression.methods import processor_clock
-from benchmarks.side_tuning.bases import SHAPES
-from hf_qst import MixedRankConfig
-from hf_qst.base_model.linear_layers import dense_shape
-from hf_qst.mixed_rank import LowRankLinear
-from hf_qst.mixed_rank.targets import find_targets
+from benchmarks.common.timing import in_turns, paired_ratio, processor_clock
+from benchmarks.compression.methods import target_shapes
+from hf_qst import LowRankLinear
+from hf_qst.base_model import dense_shape
 
 LAYERS = ((768, 768), (768, 2048), (2048, 2048), (4096, 4096), (4096, 11008))
 ROWS = (1, 16, 128, 512)
 PARTS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
 
 
-def in_turns(calls: Mapping[str, Callable], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call in each round; one of each in turn, so that a busy moment hits them alike."""
-    clock = processor_clock if device.type == "cpu" else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-1, repeats):
-        for name, call in calls.items():
-            synchronize(device)
-            start = clock()
-            call()
-            synchronize(device)
-            if turn >= 0:
-                times[name].append(clock() - start)
-    return times
-
-
-def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
-    """Median over the rounds of one / other."""
-    return median(a / b for a, b in zip(times[one], times[other], strict=True))
+def clock_of(device: torch.device) -> Callable[[], float]:
+    return processor_clock if device.type == "cpu" else time.perf_counter
 
 
 def random_factors(dense: nn.Linear, rank: int) -> LowRankLinear:
-    """Factors of this rank; what their numbers are does not change what they cost."""
+    """Factors of this rank; their values do not change what they cost."""
     layer = LowRankLinear(*dense_shape(dense), rank, dense.bias is not None, device=dense.weight.device)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -62,7 +42,7 @@ def layers(
     parts: Sequence[float] = PARTS,
 ) -> list[dict]:
     """Seconds of a dense layer, and of factors at parts of the rank at which they are as large as it."""
-    found = []
+    layer_rows = []
     for d_in, d_out in tqdm(shapes, desc="layers", unit="shape"):
         dense = nn.Linear(d_in, d_out, bias=False, device=device).requires_grad_(False)
         ranks = {part: max(8, int(part * d_in * d_out / (d_in + d_out)) // 8 * 8) for part in parts}
@@ -73,21 +53,21 @@ def layers(
             calls |= {str(part): lambda layer=layer, inputs=inputs: layer(inputs) for part, layer in made.items()}
             # A call takes microseconds where rows are few.
             often = max(repeats, min(50, int(2e9 / (d_in * d_out * count))))
-            times = in_turns(calls, often, device)
-            against = [(part, ratio(times, str(part), "dense")) for part in parts]
-            found.append(
+            times = in_turns(calls, often, device, clock=clock_of(device))
+            against = [(part, paired_ratio(times, str(part), "dense")) for part in parts]
+            layer_rows.append(
                 {
                     "shape": [d_in, d_out],
                     "rows": count,
                     "dense_seconds": median(times["dense"]),
                     "factors": [{"part": part, "rank": ranks[part], "of_dense": value} for part, value in against],
-                    "break_even": _break_even(against),
+                    "break_even": break_even(against),
                 }
             )
-    return found
+    return layer_rows
 
 
-def _break_even(ratios: Sequence[tuple[float, float]]) -> float | None:
+def break_even(ratios: Sequence[tuple[float, float]]) -> float | None:
     """The part kept at which factors first take as long as the dense layer, on the line between two measured ones.
 
     None where they are faster at every part measured.
@@ -110,25 +90,12 @@ def with_ranks(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 def uniform_ranks(model: nn.Module, keep: float) -> dict[str, int]:
     """The same part of the break-even rank for every layer in the blocks."""
-    shapes = {name: dense_shape(model.get_submodule(name)) for name in find_targets(model, MixedRankConfig())}
-    return {name: max(1, int(keep * a * b / (a + b))) for name, (a, b) in shapes.items()}
-
-
-def large_model(device: torch.device, shape: str = "100m") -> LlamaForCausalLM:
-    """A random Llama in float32 whose layers are wide enough for products to be most of the time."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPES[shape].config)).to(device).eval().requires_grad_(False)
+    return {name: max(1, int(keep * a * b / (a + b))) for name, (a, b) in target_shapes(model).items()}
 
 
 @torch.no_grad()
 def models(
-    made: Mapping[str, nn.Module],
-    prompt: int,
-    new: int,
-    repeats: int,
-    vocabulary: int,
-    device: torch.device,
-    **reading,
+    made: Mapping[str, nn.Module], prompt: int, new: int, repeats: int, vocabulary: int, device: torch.device, **reading
 ) -> list[dict]:
     """Tokens per second of each model, of a prompt read at once and of tokens written one by one; one sequence.
 
@@ -138,25 +105,17 @@ def models(
     """
     ids = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def decode(model):
-        model.generate(
-            input_ids=ids[:, :8],
-            attention_mask=torch.ones_like(ids[:, :8]),
-            min_new_tokens=new,
-            max_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-        )
-
+    start = {"input_ids": ids[:, :8], "attention_mask": torch.ones_like(ids[:, :8]), "pad_token_id": 0}
+    length = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False}
     reads = {name: lambda model=model: model(input_ids=ids, use_cache=False, **reading) for name, model in made.items()}
-    writing = {name: lambda model=model: decode(model) for name, model in made.items()}
+    writes = {name: lambda model=model: model.generate(**start, **length) for name, model in made.items()}
     times = {
-        "prefill": (in_turns(reads, repeats, device), prompt),
-        "decode": (in_turns(writing, repeats, device), new),
+        kind: (in_turns(calls, repeats, device, clock=clock_of(device)), count)
+        for kind, calls, count in (("prefill", reads, prompt), ("decode", writes, new))
     }
     return [
         {"model": name}
         | {f"{kind}_tokens_per_second": count / median(seconds[name]) for kind, (seconds, count) in times.items()}
-        | {f"{kind}_speedup": ratio(seconds, "dense", name) for kind, (seconds, _) in times.items()}
+        | {f"{kind}_speedup": paired_ratio(seconds, "dense", name) for kind, (seconds, _) in times.items()}
         for name in made
     ]

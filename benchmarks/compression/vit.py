@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Sequence
-from statistics import mean, stdev
+from collections.abc import Callable
 
 import torch
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from benchmarks.compression.methods import budget, compressed, off_budget, parameters, place
-from examples import compress_vit
-from hf_qst import MixedRankConfig
-from hf_qst.base_model.linear_layers import dense_shape
-from hf_qst.mixed_rank.targets import find_targets
+from benchmarks.common.parts import fill
+from benchmarks.common.tables import interval
+from benchmarks.compression.methods import compressed, parameters, place
+from examples.compress_vit import accuracy, calibration, digits, new_vit, train
 
 LEARNING_RATE = 2e-3
-# Student's 97.5 % points by degrees of freedom.
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half width of Student's 95 % interval; None for a single value or more than ten."""
-    width = _STUDENT.get(len(values) - 1)
-    return mean(values), None if width is None else width * stdev(values) / math.sqrt(len(values))
 
 
 def trained(seed: int, epochs: float, device: torch.device):
     """The dense model of a seed, and the seed's training and test images."""
-    training, test = compress_vit.digits(seed)
+    training, test = digits(seed)
     set_seed(seed)
-    model = compress_vit.new_vit()
+    model = new_vit()
     with tempfile.TemporaryDirectory() as folder:
-        compress_vit.train(model, training, epochs, LEARNING_RATE, folder, seed)
+        train(model, training, epochs, LEARNING_RATE, folder, seed)
     return model.to(device).eval(), training, test
 
 
@@ -48,44 +37,28 @@ def compare(
     save: Callable[[dict], None],
     device: torch.device,
 ) -> dict:
-    """Accuracy in percent of every method at every part kept, for each seed: its split, its model, its calibration.
-
-    Rows that are in `done` already are not made again; `save` is given each state.
-    """
-    result = done or {"seeds": []}
+    """Accuracy in percent of every method at every part kept, for each seed: its split, its model, its calibration."""
+    done = done or {"seeds": []}
     wanted = [(keep, method) for keep in keeps for method in methods]
     for seed in tqdm(range(seeds), desc="vision transformer", unit="seed"):
-        found = next((one for one in result["seeds"] if one["seed"] == seed), {"seed": seed, "rows": []})
-        have = {(row["keep"], row["method"]) for row in found["rows"]}
-        missing = [pair for pair in wanted if pair not in have]
-        if not missing:
+        one = next((one for one in done["seeds"] if one["seed"] == seed), {"seed": seed, "rows": []})
+        if {(row["keep"], row["method"]) for row in one["rows"]} >= set(wanted):
             continue
         model, training, test = trained(seed, epochs, device)
-        found["dense"] = dense_facts(model, training, test)
-        batches = compress_vit.calibration(training, images)
-        found["rows"] += [_row(model, test, method, keep, batches, found["dense"]) for keep, method in missing]
-        others = [one for one in result["seeds"] if one["seed"] != seed]
-        result["seeds"] = sorted([*others, found], key=lambda one: one["seed"])
-        save(result)
-    return result
+        reached, learned = accuracy(model, test), accuracy(model, training)
+        one["dense"] = {"parameters": parameters(model), "accuracy": reached, "training_accuracy": learned}
+        batches = calibration(training, images)
 
+        def make(keep: float, method: str, model=model, test=test, reached=reached, batches=batches) -> dict:
+            small, facts = compressed(model, method, keep, batches)
+            correct = accuracy(small, test)
+            return facts | {"accuracy": correct, "drop": reached - correct}
 
-def dense_facts(model, training: compress_vit.Images, test: compress_vit.Images) -> dict:
-    names = find_targets(model, MixedRankConfig())
-    return {
-        "parameters": parameters(model),
-        "targets": sum(math.prod(dense_shape(model.get_submodule(name))) for name in names),
-        "accuracy": compress_vit.accuracy(model, test),
-        "training_accuracy": compress_vit.accuracy(model, training),
-    }
-
-
-def _row(model, test: compress_vit.Images, method: str, keep: float, batches: list[dict], dense: dict) -> dict:
-    small, facts = compressed(model, method, keep, batches, progress=False)
-    allowed = budget(dense["parameters"], dense["targets"], keep)
-    reached = compress_vit.accuracy(small, test)
-    row = {"keep": keep, "method": method, "budget": allowed, "below_budget": off_budget(facts, allowed), **facts}
-    return row | {"accuracy": reached, "drop": dense["accuracy"] - reached}
+        fill(one["rows"], wanted, ("keep", "method"), make, lambda: None, f"seed {seed}")
+        others = [other for other in done["seeds"] if other["seed"] != seed]
+        done["seeds"] = sorted([*others, one], key=lambda one: one["seed"])
+        save(done)
+    return done
 
 
 def summary(result: dict) -> list[dict]:
@@ -93,21 +66,12 @@ def summary(result: dict) -> list[dict]:
 
     A method that was run on some seeds only is left out.
     """
-    pairs = sorted(
-        {(row["keep"], row["method"]) for one in result["seeds"] for row in one["rows"]}, key=lambda pair: place(*pair)
-    )
-    found = []
-    for keep, method in pairs:
-        rows = [row for one in result["seeds"] for row in one["rows"] if (row["keep"], row["method"]) == (keep, method)]
-        if len(rows) < len(result["seeds"]):
-            continue
-        found.append(
-            {
-                "keep": keep,
-                "method": method,
-                "parameters": rows[0]["parameters"],
-                "accuracy": interval([row["accuracy"] for row in rows]),
-                "drop": interval([row["drop"] for row in rows]),
-            }
-        )
-    return found
+    groups: dict[tuple, list[dict]] = {}
+    for row in sorted((row for one in result["seeds"] for row in one["rows"]), key=place):
+        groups.setdefault((row["keep"], row["method"]), []).append(row)
+    return [
+        {"keep": keep, "method": method, "parameters": rows[0]["parameters"]}
+        | {name: interval([row[name] for row in rows]) for name in ("accuracy", "drop")}
+        for (keep, method), rows in groups.items()
+        if len(rows) == len(result["seeds"])
+    ]

@@ -12,27 +12,24 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common.checks import require_positive
-from benchmarks.common.measure import ROOT, environment, write_json
+from benchmarks.common.command_line import as_json, parser_of, require_positive
+from benchmarks.common.measure import RESULTS, ROOT, environment, write_json
+from benchmarks.common.plots import pyplot, save_figure
+from benchmarks.common.tables import MOST_VALUES, interval, markdown
 from examples.corpus import split, stdlib_files, tokens
+from examples.demo import BASE
 from hf_qst import AdaptiveTemperatureLogitsProcessor
 from hf_qst_plugins.adaptive_temperature import (
     BlockStart,
@@ -44,10 +41,16 @@ from hf_qst_plugins.adaptive_temperature import (
     fit_difficulty_probe,
     observe,
 )
-from hf_qst_plugins.code_evaluation import Report, evaluate, paired_bootstrap, pass_at_k, read_problems, read_samples
-from hf_qst_plugins.code_evaluation.problems.generated import training_pairs
+from hf_qst_plugins.code_evaluation import (
+    Report,
+    evaluate,
+    paired_bootstrap,
+    pass_at_k,
+    read_problems,
+    read_samples,
+    training_pairs,
+)
 
-BASE = ROOT / "examples" / "base_model"
 OBJECTIVES = (1, 10)
 KS = (1, 5, 10, 15)
 ERRORS = {"NameError": ("name",), "SyntaxError": ("syntax",), "TypeError": ("type",), "wrong": ("wrong",)}
@@ -57,7 +60,6 @@ PAPER = {
     "CodeGen-2B, MBPP": (47.0, 48.2),
 }
 """pass@15 in percent of the best fixed temperature and of the adaptive one, as the paper (arXiv 2309.02772) reports."""
-STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 class TopNSigma(LogitsProcessor):
@@ -91,36 +93,9 @@ class Decoder:
         return {**plain, **self.generate, "logits_processor": LogitsProcessorList(self.processors(table))}
 
 
-def _policy(make, table: VocabularyTable) -> list:
-    return [AdaptiveTemperatureLogitsProcessor(table, rule=make)]
-
-
-def _blocks(a: float, b: float, scope: str) -> Decoder:
-    def make(table):
-        return BlockStart(table, block_temperature=a, temperature=b, scope=scope)
-
-    return Decoder(f"a={a:g} b={b:g} {scope}", processors=partial(_policy, make))
-
-
-def _gated(a: float, b: float) -> Decoder:
-    def make(table):
-        return combine(BlockStart(table, block_temperature=a, temperature=b), how="gate")
-
-    return Decoder(f"a={a:g} b={b:g}", processors=partial(_policy, make))
-
-
-def _entropy(high: float, low: float, kind: str) -> Decoder:
-    def make(table):
-        return EntropyTemperature(high, low, kind=kind)
-
-    return Decoder(f"{kind} {low:g} to {high:g}", processors=partial(_policy, make))
-
-
-def _learned(high: float, low: float, probe: DifficultyProbe) -> Decoder:
-    def make(table):
-        return LearnedTemperature(table, probe, high, low)
-
-    return Decoder(f"{low:g} to {high:g}", processors=partial(_policy, make))
+def _adaptive(label: str, make: Callable[[VocabularyTable], object]) -> Decoder:
+    """A decoder whose temperature is that of the policy which `make` gives for a table."""
+    return Decoder(label, processors=lambda table: [AdaptiveTemperatureLogitsProcessor(table, rule=make)])
 
 
 def families(probe: DifficultyProbe) -> dict[str, list[Decoder]]:
@@ -138,10 +113,26 @@ def families(probe: DifficultyProbe) -> dict[str, list[Decoder]]:
             Decoder(f"T={t:g} n=1", {"temperature": t, "top_p": 1.0}, lambda table: [TopNSigma(1.0)])
             for t in (0.6, 1.0)
         ],
-        "adaptive (paper)": [_blocks(a, b, scope) for a, b in pairs for scope in ("line", "block")],
-        "adaptive, entropy gate": [_gated(a, b) for a, b in pairs[:3]],
-        "entropy": [_entropy(high, low, kind) for high, low in spans for kind in ("edt", "power")],
-        "learned": [_learned(high, low, probe) for high, low in spans],
+        "adaptive (paper)": [
+            _adaptive(
+                f"a={a:g} b={b:g} {scope}", lambda table, a=a, b=b, scope=scope: BlockStart(table, a, b, scope=scope)
+            )
+            for a, b in pairs
+            for scope in ("line", "block")
+        ],
+        "adaptive, entropy gate": [
+            _adaptive(f"a={a:g} b={b:g}", lambda table, a=a, b=b: combine(BlockStart(table, a, b), how="gate"))
+            for a, b in pairs[:3]
+        ],
+        "entropy": [
+            _adaptive(f"{kind} {b:g} to {a:g}", lambda table, a=a, b=b, kind=kind: EntropyTemperature(a, b, kind=kind))
+            for a, b in spans
+            for kind in ("edt", "power")
+        ],
+        "learned": [
+            _adaptive(f"{b:g} to {a:g}", lambda table, a=a, b=b: LearnedTemperature(table, probe, a, b))
+            for a, b in spans
+        ],
     }
 
 
@@ -160,12 +151,8 @@ def fitted_probe(model, table: VocabularyTable, tokenizer, path: Path, count: in
     probe = fit_difficulty_probe(
         observe(model, table, tqdm(ids, desc="observing tokens", unit="text")), table.tokenizer_hash
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     probe.save(path)
     return probe
-
-
-# --- running ----------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -227,11 +214,7 @@ def figures(reports: list[Report]) -> dict:
     """Means over independent draws, each with the half-width of Student's 95 % interval over them."""
 
     def over_draws(values: list[float]) -> dict:
-        mean = statistics.fmean(values)
-        if len(values) < 2:
-            return {"mean": mean, "plus_minus": None}
-        error = statistics.stdev(values) / len(values) ** 0.5
-        return {"mean": mean, "plus_minus": STUDENT_95.get(len(values), 1.96) * error}
+        return dict(zip(("mean", "plus_minus"), interval(values), strict=True))
 
     result = {
         f"pass@{k}": over_draws([r.pass_at_k[k] for r in reports]) for k in KS if all(k in r.pass_at_k for r in reports)
@@ -282,30 +265,37 @@ def differences(rows: list[dict]) -> list[dict]:
     return compared
 
 
-# --- what it prints ---------------------------------------------------------------------------------------------------
-
-
-def _cell(value: dict | None, percent: bool = True) -> str:
+def _cell(value: dict | None) -> str:
     if value is None:
         return ""
     text = f"{100 * value['mean']:.1f}"
     return text if value["plus_minus"] is None else f"{text} ± {100 * value['plus_minus']:.1f}"
 
 
+def _points(gain: dict, *names: str) -> str:
+    return " to ".join(f"{100 * gain[name]:+.1f}" for name in names)
+
+
 def tables(result: dict) -> str:
     """Markdown: the rows, the differences, and the paper's figures for reference."""
     columns = [f"pass@{k}" for k in KS] + ["parses", "distinct", *ERRORS, "other errors"]
-    lines = ["| decoder | setting | tuned for | " + " | ".join(columns) + " |"]
-    lines.append("| --- | --- | --- |" + " ---: |" * len(columns))
-    for row in result["rows"]:
-        wins = ", ".join(f"pass@{k}" for k in row["tuned_for"])
-        cells = [_cell(row.get(column)) for column in columns]
-        lines.append(f"| {row['family']} | {row['setting']} | {wins} | " + " | ".join(cells) + " |")
-    lines += ["", "| decoder | setting | k | pass@k minus the best fixed temperature's, points | 95 % over tasks |"]
-    lines.append("| --- | --- | ---: | ---: | ---: |")
-    for gain in result["differences"]:
-        span = f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
-        lines.append(f"| {gain['family']} | {gain['setting']} | {gain['k']} | {100 * gain['mean']:+.1f} | {span} |")
+    rows = [
+        [row["family"], row["setting"], ", ".join(f"pass@{k}" for k in row["tuned_for"])]
+        + [_cell(row.get(column)) for column in columns]
+        for row in result["rows"]
+    ]
+    gains = [
+        [
+            one["family"],
+            one["setting"],
+            str(one["k"]),
+            *(_points(one, *names) for names in (("mean",), ("low", "high"))),
+        ]
+        for one in result["differences"]
+    ]
+    compared = ["k", "pass@k minus the best fixed temperature's, points", "95 % over tasks"]
+    lines = [markdown(["decoder", "setting", "tuned for", *columns], rows, text=3), ""]
+    lines.append(markdown(["decoder", "setting", *compared], gains, text=2))
     lines += ["", "The paper's own figures, pass@15 in percent, best fixed temperature -> adaptive:"]
     lines += [f"- {name}: {fixed} -> {adaptive}" for name, (fixed, adaptive) in PAPER.items()]
     return "\n".join(lines)
@@ -313,7 +303,7 @@ def tables(result: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """pass@k over k of every reported row."""
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, axes = pyplot().subplots(figsize=(8, 5))
     for row in result["rows"]:
         ks = [k for k in KS if f"pass@{k}" in row]
         means = [100 * row[f"pass@{k}"]["mean"] for k in ks]
@@ -321,25 +311,17 @@ def plot(result: dict, path: Path) -> None:
         axes.errorbar(ks, means, spread, marker="o", capsize=3, label=f"{row['family']} {row['setting']}")
     axes.set(xlabel="k", ylabel="pass@k, %", title="Held-out half of the problems; bars: 95 % over draws")
     axes.legend(fontsize=6)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoding",
-        description="Compare ways of sampling code; the completions are executed in a sandbox.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_of("benchmarks.decoding", __doc__)
     add = parser.add_argument
     add("--model", default=str(BASE), help="base model: a folder or a hub name")
     add("--adapter", default=str(ROOT / "demo_output" / "code_problems"), help="adapter on it; '' for none")
     add("--problems", help="HumanEval- or MBPP-format JSONL; without it, the project's own problems")
     add("--limit", type=int, help="problems of the half that is reported on")
     add("--tune-limit", type=int, default=30, help="problems of the half that is tuned on")
-    add("--tune-only", action="store_true", help="stop after tuning: to share the work among processes")
     add("--families", nargs="+", help="rows; without it, all of them ('fixed temperature' is always among them)")
     add("--samples", type=int, default=15, help="completions of a problem and draw in the report")
     add("--tune-samples", type=int, default=15, help="completions of a problem while tuning")
@@ -351,12 +333,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu or cuda")
     add("--seed", type=int, default=0, help="of the split into halves, the draws and the probe's texts")
     add("--work", type=Path, default=ROOT / "demo_output" / "decoding", help="folder of the samples")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    add("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args(argv)
     counts = ("samples", "tune_samples", "tune_limit", "draws", "new_tokens", "probe_texts", "workers", "threads")
     require_positive(parser, args, counts)
-    if args.draws > max(STUDENT_95):
-        parser.error(f"--draws {args.draws}: give at most {max(STUDENT_95)}")
+    if args.draws > MOST_VALUES:
+        parser.error(f"--draws {args.draws}: give at most {MOST_VALUES}")
     if args.adapter and not (Path(args.adapter) / "adapter_config.json").exists():
         parser.error(f"--adapter {args.adapter}: no adapter there; make one with python -m examples.code_problems")
     return args
@@ -380,12 +362,10 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"--families {unknown}: give some of {', '.join(decoders)}")
         decoders = {n: d for n, d in decoders.items() if n in args.families or n == "fixed temperature"}
     tuned = tune(bench, decoders)
-    if args.tune_only:
-        return
     rows = report(bench, decoders, tuned)
     result = {
         **environment(torch.device(args.device)),
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "arguments": as_json(vars(args)),
         "problems": {half: len(problems) for half, problems in bench.halves.items()},
         "probe": probe.report,
         "tuned": tuned,

@@ -1,31 +1,27 @@
-"""What one call of the adaptive temperature costs, beside transformers' own processors and decoding text.
+"""The cost of a call of the adaptive temperature, next to transformers' own processors and to decoding text.
 
     python -m benchmarks.decoding.overhead            # prints tables, writes results/decoding_overhead.json
 
-Three questions, all answered in one run. What does a call cost at a large batch and vocabulary, against
-`TemperatureLogitsWarper`, and at the least? Does it depend on the length so far? What does the bookkeeping, all but the
-division, cost against decoding the rows' text at every step? Times are microseconds, medians and, where the memory decides,
-the 20th percentile; the two sides of a comparison are timed in turns.
+It measures three things in one run: a call at a large batch and vocabulary, against `TemperatureLogitsWarper` and the
+least possible; whether the length so far matters; and the bookkeeping (all but the division) against decoding the rows'
+text at every step. Times are microseconds, medians and 20th percentiles; the sides of a comparison take turns.
 """
 
-import argparse
 import ctypes
 import statistics
-import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import AutoTokenizer, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
 
-from benchmarks.common.measure import environment, synchronize, write_json
+from benchmarks.common.command_line import parser_of
+from benchmarks.common.measure import RESULTS, environment, write_json
+from benchmarks.common.tables import markdown
+from benchmarks.common.timing import in_turns
 from examples.corpus import split, stdlib_files, tokens
+from examples.demo import BASE
 from hf_qst_plugins.adaptive_temperature import (
     AdaptiveTemperatureLogitsProcessor,
     BlockStart,
@@ -34,12 +30,9 @@ from hf_qst_plugins.adaptive_temperature import (
     LearnedTemperature,
     VocabularyTable,
     combine,
+    entropy,
 )
-from hf_qst_plugins.adaptive_temperature.distribution import entropy
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "results" / "decoding_overhead.json"
-BASE_MODEL = ROOT.parent / "examples" / "base_model"
 VOCABULARY = 128_256
 """That of Llama 3; the ids come from the project's own tokenizer, the rest of the vocabulary is padding."""
 BATCHES, LENGTHS = (1, 8, 64), (128, 512, 2048)
@@ -60,24 +53,16 @@ def keep_freed_memory() -> bool:
 
 
 def timed(calls: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Microseconds of each call, sorted; all are called in turns, so that a busy moment hits them alike.
+    """Microseconds of each call in turns, sorted.
 
-    Each turn begins with a call that is not timed, or whatever comes after the slowest one would pay for cold caches.
+    Each call is made once more right before it is timed: the call after a slow one would pay for cold caches.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            call()
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: sorted(values) for name, values in times.items()}
+    times = in_turns(calls, repeats, device, before=lambda call: call())
+    return {name: sorted(1e6 * seconds for seconds in those) for name, those in times.items()}
 
 
 def p20(values: list[float]) -> float:
-    """The value that a fifth of the sorted ones is below: what a call takes while nothing else asks for the memory."""
+    """The 20th percentile of sorted values: the time of a call while nothing else asks for the memory."""
     return values[len(values) // 5]
 
 
@@ -88,7 +73,7 @@ def real_rows(ids: torch.Tensor, batch: int, length: int, generator: torch.Gener
 
 
 def flat_probe(table: VocabularyTable) -> DifficultyProbe:
-    """A probe of ordinary size; what its numbers are does not change what it costs."""
+    """A probe of ordinary size; its values do not change its cost."""
     return DifficultyProbe([0.5] * 8, -1.0, [1.0, 0.4, 2.0], [1.0, 0.3, 2.0], table.tokenizer_hash, {})
 
 
@@ -135,11 +120,11 @@ def whole_calls(table: VocabularyTable, ids: torch.Tensor, device: torch.device,
     part = scores[:4]
     calls["entropy of scores in cache"] = lambda: [entropy(part) for _ in range(16)]
     times = timed(calls, repeats, device)
-    found = {name: (statistics.median(values), p20(values)) for name, values in times.items()}
-    plain = found["TemperatureLogitsWarper"]
-    cached = found.pop("entropy of scores in cache")
-    found["floor of entropy policies: arithmetic"] = tuple(map(sum, zip(cached, plain, strict=True)))
-    found["floor of entropy policies: bytes"] = tuple(1.5 * us for us in plain)
+    by_name = {name: (statistics.median(values), p20(values)) for name, values in times.items()}
+    plain = by_name["TemperatureLogitsWarper"]
+    cached = by_name.pop("entropy of scores in cache")
+    by_name["floor of entropy policies: arithmetic"] = tuple(map(sum, zip(cached, plain, strict=True)))
+    by_name["floor of entropy policies: bytes"] = tuple(1.5 * us for us in plain)
     threads = torch.get_num_threads()
     return [
         {
@@ -150,7 +135,7 @@ def whole_calls(table: VocabularyTable, ids: torch.Tensor, device: torch.device,
             "us_p20": least,
             "against_plain_p20": least / plain[1],
         }
-        for name, (us, least) in found.items()
+        for name, (us, least) in by_name.items()
     ]
 
 
@@ -162,10 +147,13 @@ def bookkeeping(table: VocabularyTable, tokenizer, ids: torch.Tensor, device: to
     result = []
     for batch in BATCHES:
         for length in LENGTHS:
-            # Other rows each time: how many rows end where only a look further back decides is left to chance.
+            # Other rows each time: how many of them need a look further back is left to chance.
             drawn = [real_rows(ids, batch, length, generator).to(device) for _ in range(repeats)]
-            twice = [rows for rows in drawn for _ in range(2)]  # not timed, then timed
-            turns = {name: iter(twice) for name in ("line", "block", "tensor", "decode")}
+            # Each is used twice in turn, without and with the clock.
+            turns = {
+                name: cycle([rows for rows in drawn for _ in range(2)])
+                for name in ("line", "block", "tensor", "decode")
+            }
             calls = {
                 "line": lambda turns=turns: line(next(turns["line"]), scores),
                 "block": lambda turns=turns: block(next(turns["block"]), scores),
@@ -186,24 +174,21 @@ def bookkeeping(table: VocabularyTable, tokenizer, ids: torch.Tensor, device: to
 
 
 def print_rows(title: str, rows: list[dict]) -> None:
-    print(f"\n{title}\n" + "  ".join(f"{name:>38}" if name == "processor" else f"{name:>18}" for name in rows[0]))
-    for row in rows:
-        cells = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
-        widths = (38 if name == "processor" else 18 for name in row)
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+    lines = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    print(f"\n{title}\n{markdown(list(rows[0]), lines)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("benchmarks.decoding.overhead", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of the calls; the rest has the first")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default=RESULTS / "decoding_overhead.json")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     kept = keep_freed_memory()
 
-    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     table = VocabularyTable.from_tokenizer(tokenizer)
     ids = torch.from_numpy(tokens(split(stdlib_files())[1], tokenizer)).long()
     calls = []

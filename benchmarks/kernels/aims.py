@@ -1,10 +1,11 @@
-"""What the kernels were to reach, and whether the rows of a GPU show it."""
+"""The aims of the kernels, and whether the rows of a GPU reach them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
 
+from benchmarks.common.tables import markdown
 from benchmarks.kernels.reads import POOL, READINGS
 
 # An op's default way may not be slower than the library's by more than this: the spread of a measurement.
@@ -44,7 +45,7 @@ def aims(rows: Sequence[dict], missing: dict[str, str] | None = None) -> list[di
 
     Args:
         rows: of `benchmarks.kernels.rows.measure_all` on a GPU.
-        missing: packages that were not there, as the report has them.
+        missing: packages that are not installed, as the report has them.
     """
     missing = missing or {}
     without = lambda package, else_: f"{package} was not installed" if package in missing else else_
@@ -109,7 +110,6 @@ def never_wins(rows: Sequence[dict]) -> list[str]:
 
 def table(found: Sequence[dict]) -> str:
     """In Markdown."""
-    lines = ["| aim | what | met | measured |", "| --- | --- | --- | --- |"]
     words = {True: "yes", False: "no", None: "not measured"}
-    lines += [f"| {aim['aim']} | {aim['what']} | {words[aim['met']]} | {aim['detail']} |" for aim in found]
-    return "\n".join(lines)
+    lines = [[aim["aim"], aim["what"], words[aim["met"]], aim["detail"]] for aim in found]
+    return markdown(["aim", "what", "met", "measured"], lines, text=4)

@@ -6,8 +6,6 @@
 Recorded are registers a thread, instructions that move a spilled register, and shared memory a block.
 """
 
-import argparse
-import hashlib
 import json
 import os
 import re
@@ -15,12 +13,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib import import_module
+from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
 
-RESULTS = Path(__file__).parents[1] / "results" / "kernels_compiled.json"
+import hf_qst_kernels
+from benchmarks.common.command_line import parser_of
+from benchmarks.common.measure import RESULTS, commit, hashes_of, write_json
+from benchmarks.common.tables import markdown
+
+KERNELS = Path(hf_qst_kernels.__file__).parent
 # architecture, warp size, bytes of shared memory a block may have, registers a thread may have
 TARGETS = {
     "sm_80": ("cuda", 80, 32, 166912),
@@ -43,11 +46,11 @@ def resources(cubin: bytes) -> dict[str, int]:
         def shown(what: str) -> str:
             return subprocess.run([tool, what, path], capture_output=True, text=True, check=True).stdout
 
-        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown("--dump-resource-usage")))
+        fields = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown("--dump-resource-usage")))
         # A stack may also be there for a call (an exact division makes one): only then it is worth to read the code.
-        has_stack = int(found["STACK"]) or int(found["LOCAL"])
+        has_stack = int(fields["STACK"]) or int(fields["LOCAL"])
         spills = len(re.findall(r"\b(?:STL|LDL)\b", shown("--dump-sass"))) if has_stack else 0
-    return {"registers": int(found["REG"]), "spills": spills}
+    return {"registers": int(fields["REG"]), "spills": spills}
 
 
 def compiled(kernel, types: dict, options: dict, target: str) -> dict[str, int]:
@@ -86,20 +89,17 @@ def compiled(kernel, types: dict, options: dict, target: str) -> dict[str, int]:
 
 def cases(ops: list[str] | None) -> Iterator[tuple[str, object, dict, dict]]:
     """Every specialisation of every op, or of those named."""
-    from hf_qst_kernels.registry import OPS
+    from benchmarks.kernels.compiled_cases import CASES  # imports Triton
 
-    for module in dict.fromkeys(op.triton for op in OPS):
-        for name, *rest in import_module(f"hf_qst_kernels.{module}").compiled_cases():
+    for every in CASES.values():
+        for name, *rest in every():
             if ops is None or name.split()[0].removesuffix("_backward") in ops:
                 yield name, *rest
 
 
 def sources(pattern: str = "*_triton.py") -> dict[str, str]:
     """SHA-256 of the package's files of this name, by which a record shows whether it is of them."""
-    import hf_qst_kernels
-
-    files = sorted(Path(hf_qst_kernels.__file__).parent.glob(pattern))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return hashes_of(KERNELS.rglob(pattern), KERNELS)
 
 
 def compile_all(targets: list[str], ops: list[str] | None, each_once: bool = False) -> list[dict]:
@@ -124,26 +124,27 @@ def fits(row: dict) -> bool:
 def table(rows: list[dict]) -> str:
     """In Markdown, the most registers and KiB of shared memory of each kernel over its configurations, by target."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
-    lines = [
-        f"| kernel | configurations | {' | '.join(targets)} |",
-        f"| --- | ---: | {' | '.join(['---:'] * len(targets))} |",
-    ]
+    lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         cells = []
         for target in targets:
             ours = [row for row in rows if (row["kernel"], row["target"]) == (kernel, target)]
             registers, shared = (max(row.get(name, 0) for row in ours) for name in ("registers", "shared"))
             cells.append(f"{registers}, {shared / 1024:.1f}{'' if all(map(fits, ours)) else ' (spills)'}")
-        lines.append(f"| {kernel} | {len(ours)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([kernel, str(len(ours)), *cells])
+    return markdown(["kernel", "configurations", *targets], lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("benchmarks.kernels.compiled", __doc__)
     parser.add_argument("--targets", nargs="+", default=list(NVIDIA), choices=TARGETS)
     parser.add_argument("--ops", nargs="+", default=None)
     parser.add_argument("--each-once", action="store_true", help="each kernel in its first configuration only")
-    parser.add_argument("--output", default=str(RESULTS), help="file; - prints one line of JSON and nothing else")
+    parser.add_argument(
+        "--output",
+        default=str(RESULTS / "kernels_compiled.json"),
+        help="file; - prints one line of JSON and nothing else",
+    )
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("kernels defined under TRITON_INTERPRET=1 cannot be compiled: unset it")
@@ -152,10 +153,6 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output == "-":
         print(json.dumps(rows))
         return
-    from importlib import metadata
-
-    from benchmarks.common.measure import commit, write_json
-
     report = {"versions": {name: metadata.version(name) for name in ("torch", "triton")}, "commit": commit()}
     write_json(Path(args.output), {**report, "sources": sources(), "rows": rows})
     print(table(rows))

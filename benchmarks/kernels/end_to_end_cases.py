@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from peft import get_peft_model
 from torch import nn
+from transformers import StaticCache
 
-
-def _llama(vocab, hidden, layers, heads, kv_heads, intermediate) -> dict:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": intermediate,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    }
-
+from benchmarks.common.llama import dense_llama, llama
+from benchmarks.pruning.cost import at_widths, layout_of
+from hf_qst import QSTConfig
+from hf_qst.base_model import forbid_packing
+from hf_qst.pruning import use_kernels
 
 LLAMAS = {
-    "llama-1b": _llama(128256, 2048, 16, 32, 8, 8192),
-    "llama-8b": _llama(128256, 4096, 32, 32, 8, 14336),
-    "tiny": _llama(512, 64, 2, 4, 2, 192),
+    "llama-1b": llama(128256, 2048, 16, 32, 8192, 8),
+    "llama-8b": llama(128256, 4096, 32, 32, 14336, 8),
+    "tiny": llama(512, 64, 2, 4, 192, 2),
 }
 
 
@@ -55,7 +49,7 @@ TINY = Sizes(tokens=32, batches=(2,), cache=16, steps=2, rounds=2)
 
 @dataclass(frozen=True)
 class Made:
-    """What a case measures.
+    """The calls of a case.
 
     Args:
         calls: way -> a call; those named in `backends` run with the kernels so forced.
@@ -80,50 +74,18 @@ def ways(device: torch.device) -> dict[str, str]:
     return {name: name for name in ("torch", "auto", "triton")[: 3 if device.type == "cuda" else 2]}
 
 
-def dense_llama(config: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A random Llama, frozen, made on `device` in `dtype`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config = LlamaConfig(**config)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in model.requires_grad_(False).parameters():
-        parameter.normal_(0.0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.fill_(1.0)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-    return model.eval()
-
-
 def nf4_llama(config: dict, device: torch.device) -> nn.Module:
     """The same in NF4, a weight at a time."""
-    from benchmarks.side_tuning.bases import random_base
-    from hf_qst.base_model.packed_weights import forbid_packing
+    from benchmarks.side_tuning.bases import random_base  # needs bitsandbytes
 
     model = random_base(config, device).requires_grad_(False)
     forbid_packing(model)
     return model
 
 
-def _once(make: Callable):
-    """`make`, whose result is kept."""
-    kept = []
-
-    def result():
-        if not kept:
-            kept.append(make())
-        return kept[0]
-
-    return result
-
-
-# --- a training step -------------------------------------------------------------------------------------------------
-
-
 def qst_steps(config: dict, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Cases:
     """A step of quantized side tuning, optimiser included, of the default downsampler and of the fixed projection."""
-    base = _once(lambda: nf4_llama(config, device))
+    base = cache(lambda: nf4_llama(config, device))
     for downsample in ("adapter", "principal"):
         yield (
             f"{downsample}, {sizes.tokens} tokens",
@@ -132,10 +94,7 @@ def qst_steps(config: dict, device: torch.device, dtype: torch.dtype, sizes: Siz
 
 
 def _qst(base: nn.Module, downsample: str, device: torch.device, sizes: Sizes) -> Made:
-    from peft import get_peft_model
-
     from benchmarks.side_tuning.bases import copy_of
-    from hf_qst import QSTConfig
 
     torch.manual_seed(0)
     model = get_peft_model(copy_of(base), QSTConfig(task_type="CAUSAL_LM", downsample=downsample)).train()
@@ -157,15 +116,10 @@ def _qst(base: nn.Module, downsample: str, device: torch.device, sizes: Sizes) -
     return Made(dict.fromkeys(names, step), names, facts=facts)
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
-
-
 class Decoder:
     """Decoding steps of a model over a static cache whose first half is there."""
 
     def __init__(self, model: nn.Module, batch: int, cache: int, device: torch.device):
-        from transformers import StaticCache
-
         self.model, self.filled = model, cache // 2
         self.cache = StaticCache(config=model.config, max_cache_len=cache)
         self.ids = torch.ones(batch, 1, dtype=torch.int64, device=device)
@@ -253,8 +207,8 @@ def decoding(
 
 
 def pruned_decoding(config: dict, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Cases:
-    """A model with half of its blocks' weights beside the dense one."""
-    both = _once(lambda: _pruned(config, device, dtype))
+    """Decoding of a model with half of its blocks' weights, and of the dense one."""
+    both = cache(lambda: _pruned(config, device, dtype))
 
     def models():
         dense, small, _ = both()
@@ -265,12 +219,8 @@ def pruned_decoding(config: dict, device: torch.device, dtype: torch.dtype, size
 
 def _pruned(config: dict, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, float]:
     """The dense model, one with half of its weights in the blocks, and the share that was kept."""
-    from hf_qst import prune_blocks
-    from hf_qst.base_model.decoder_stack import find_decoder_stack
-    from hf_qst.pruning.layout import SELECTIONS, PruningLayout
-
     dense = dense_llama(config, device, dtype)
-    layout = PruningLayout.of(find_decoder_stack(dense))
+    layout = layout_of(dense)
     multiple = 64 if layout.hidden_size >= 1024 else 8
     rounded = lambda width: max(multiple, round(width / multiple) * multiple)
     # Shares of arXiv 2410.11988, figure 6, at 50%; what the MLP keeps inside makes up for the rest.
@@ -278,19 +228,8 @@ def _pruned(config: dict, device: torch.device, dtype: torch.dtype) -> tuple[nn.
     attention = read * (layout.query_size + 2 * layout.key_size) + layout.query_size * write
     left = layout.total / (2 * layout.num_layers) - attention
     middle = min(rounded(left / (layout.mlp_inputs * read + write)), layout.intermediate_size)
-    widths = dict(zip(SELECTIONS, (read, write, read, middle, write), strict=True))
-    generator = torch.Generator().manual_seed(0)
-
-    def mask(name: str) -> torch.Tensor:
-        chosen = torch.randperm(layout.size(name), generator=generator)[: widths[name]]
-        return torch.zeros(layout.size(name), dtype=torch.bool).index_fill_(0, chosen, True).to(device)
-
-    masks = [{name: mask(name) for name in SELECTIONS} for _ in range(layout.num_layers)]
-    kept = layout.count([list(widths.values())] * layout.num_layers) / layout.total
-    return dense, prune_blocks(copy.deepcopy(dense), masks).eval(), kept
+    widths = [[read, write, read, middle, write]] * layout.num_layers  # in the order of SELECTIONS
+    return dense, use_kernels(at_widths(dense, widths)).eval(), layout.count(widths) / layout.total
 
 
-CASES = {
-    "QST step": qst_steps,
-    "pruned decoding": pruned_decoding,
-}
+CASES = {"QST step": qst_steps, "pruned decoding": pruned_decoding}

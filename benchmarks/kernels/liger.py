@@ -1,4 +1,4 @@
-"""Peak memory of the fused head beside Liger-Kernel's. It depends on no device, so the CPU can show it.
+"""Peak memory of the fused head and of Liger-Kernel's. It depends on no device, so the CPU can show it.
 
     python -m benchmarks.kernels --liger-memory              # a minute or two; writes results/kernels_liger_memory.json
 
@@ -23,11 +23,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.measure import ROOT, write_json
+from benchmarks.common.measure import RESULTS, python_path, write_json
+from benchmarks.common.tables import MIB, markdown
 from benchmarks.kernels.compiled import sources
+from benchmarks.kernels.peers import liger_cross_entropy
+from benchmarks.kernels.registry import MODELS
 from benchmarks.kernels.timing import about, peak_bytes
+from hf_qst_kernels import linear_cross_entropy, use_backend
+from hf_qst_kernels.ops import linear_cross_entropy as cross_entropy
 
-RESULTS = Path(__file__).parents[1] / "results" / "kernels_liger_memory.json"
 # tokens, dim, vocabulary
 SHAPES = ((512, 256, 32000), (1024, 512, 32000), (256, 1024, 151936))
 
@@ -44,7 +48,7 @@ def counted_bytes(tokens: int, dim: int, vocab: int, chunk: int, size: int, scal
 
     Args:
         size: bytes of an entry.
-        scaled: whether backward writes the scaled gradient beside the one that was kept.
+        scaled: whether backward writes the scaled gradient to memory of its own.
     """
     gradient = tokens * dim * size
     return gradient + max(min(chunk, tokens) * vocab * size, gradient if scaled else 0)
@@ -52,7 +56,7 @@ def counted_bytes(tokens: int, dim: int, vocab: int, chunk: int, size: int, scal
 
 def run(call: Callable, hidden: torch.Tensor, fixed: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Loss, gradient in `hidden`, most bytes above what was there before, and those kept between the two."""
-    there, kept, found = {tensor.data_ptr() for tensor in fixed}, {}, {}
+    there, kept, result = {tensor.data_ptr() for tensor in fixed}, {}, {}
 
     def note(tensor):
         if tensor.data_ptr() not in there:
@@ -63,21 +67,18 @@ def run(call: Callable, hidden: torch.Tensor, fixed: list[torch.Tensor]) -> tupl
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = call()
         gc.collect()  # the interpreter's frames hold the logits, in cycles
-        found["loss"] = loss.detach()
+        result["loss"] = loss.detach()
         return loss
 
     hidden.grad = None
     peak = peak_bytes(noted)
     grad, hidden.grad = hidden.grad, None
-    return found["loss"], grad, {"peak_bytes": peak, "kept_bytes": sum(kept.values())}
+    return result["loss"], grad, {"peak_bytes": peak, "kept_bytes": sum(kept.values())}
 
 
 def compare(shape: tuple[int, int, int], options: dict) -> list[dict]:
     """Rows of Liger's and ours at one shape, with how far apart losses and gradients are. Run in the interpreter."""
     import liger_kernel.ops.fused_linear_cross_entropy as liger
-
-    from benchmarks.kernels.peers import liger_cross_entropy
-    from hf_qst_kernels import cross_entropy, linear_cross_entropy, use_backend
 
     # the rules of a CUDA device, on this one
     rule = cross_entropy.default_chunk_rows
@@ -121,12 +122,14 @@ def interpreted(cases: list[dict]) -> list[dict]:
     for name in ("liger_kernel", "triton"):
         if find_spec(name) is None:
             raise ImportError(f"{name} is not installed: pip install --no-deps {name.replace('_', '-')}")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "benchmarks.kernels.liger", json.dumps(cases), str(output)]
         done = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}, capture_output=True, text=True
+            command,
+            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path()},
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command[1:3])} failed: {done.stderr[-2000:]}")
@@ -135,8 +138,6 @@ def interpreted(cases: list[dict]) -> list[dict]:
 
 def counted(models, tokens: int) -> list[dict]:
     """At the widths of real models, in bfloat16: bytes by count, not measured."""
-    from hf_qst_kernels import cross_entropy
-
     rows = []
     for model in models:
         shape = (tokens, model.dim, model.vocab)
@@ -158,36 +159,29 @@ def rule_of(cross_entropy, tokens: int, dim: int, vocab: int) -> int:
 
 
 def table(rows: list[dict]) -> str:
-    """In Markdown: measured peaks in MiB beside Liger's."""
-    lines = [
-        "| tokens x dim, vocab | variant | peak MiB | of Liger's | kept MiB |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
-    liger = {tuple(r["shape"]): r["peak_bytes"] for r in rows if r["variant"] == "Liger"}
+    """In Markdown: measured peaks in MiB next to Liger's."""
+    liger = {tuple(row["shape"]): row["peak_bytes"] for row in rows if row["variant"] == "Liger"}
+    lines = []
     for row in rows:
-        tokens, dim, vocab = row["shape"]
-        lines.append(
-            f"| {tokens} x {dim}, {vocab} | {row['variant']} | {row['peak_bytes'] / 2**20:.1f} | "
-            f"{row['peak_bytes'] / liger[tuple(row['shape'])]:.2f} | {row['kept_bytes'] / 2**20:.1f} |"
-        )
-    return "\n".join(lines)
+        line = ["{} x {}, {}".format(*row["shape"]), row["variant"], f"{row['peak_bytes'] / MIB:.1f}"]
+        of_liger = row["peak_bytes"] / liger[tuple(row["shape"])]
+        lines.append([*line, f"{of_liger:.2f}", f"{row['kept_bytes'] / MIB:.1f}"])
+    return markdown(["tokens x dim, vocab", "variant", "peak MiB", "of Liger's", "kept MiB"], lines, text=2)
 
 
 def main(output: Path | None = None) -> dict:
     """Measure, write and print; the report."""
-    from hf_qst_kernels.registry import MODELS
-
-    report = {**about(torch.device("cpu")), "dtype": "float32", "sources": sources("cross_entropy*.py")}
+    report = {**about(torch.device("cpu")), "dtype": "float32", "sources": sources("linear_cross_entropy*.py")}
     rows = report["rows"] = []
     for shape in SHAPES:
         rows += interpreted([{"shape": shape, "options": {}}])
         print(table(rows[-3:]), flush=True)
     report["counted"] = counted([model for model in MODELS if model.vocab > 2000], 2048)
-    output = output or RESULTS
+    output = output or RESULTS / "kernels_liger_memory.json"
     write_json(output, report)
     for row in report["counted"]:
         print(f"{row['model']:<14} {row['variant']:<22} {row['chunk_rows']:>5} rows a chunk, "
-              f"{row['counted_bytes'] / 2**20:.1f} MiB by count")  # fmt: skip
+              f"{row['counted_bytes'] / MIB:.1f} MiB by count")  # fmt: skip
     print(f"wrote {output}")
     return report
 

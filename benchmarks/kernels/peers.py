@@ -1,4 +1,4 @@
-"""What each op is measured against besides its own library path: plain torch under `torch.compile`, and other packages."""
+"""The peers of each op besides its own library path: plain torch, also under `torch.compile`, and other packages."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -6,36 +6,21 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from hf_qst_kernels.registry import Op
+from benchmarks.kernels.registry import Op
+from hf_qst_kernels.nf4_weight import naive_weight
 
 
 def _dense(weight, dtype):
     """A head's weight; one in 4 bits dequantised as a whole."""
-    if isinstance(weight, torch.Tensor):
-        return weight
-    from hf_qst_kernels.nf4_weight import naive_weight
-
-    return naive_weight(weight, torch.float32).to(dtype)
+    return weight if isinstance(weight, torch.Tensor) else naive_weight(weight, torch.float32).to(dtype)
 
 
-def _cross_entropy(
-    hidden,
-    weight,
-    labels,
-    bias=None,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    logit_softcap=None,
-    logit_scale=1.0,
-    reduction="mean",
-    chunk_size=None,
-):
+def _cross_entropy(hidden, weight, labels, bias=None, logit_softcap=None, logit_scale=1.0, chunk_size=None, **options):
     logits = F.linear(hidden, _dense(weight, hidden.dtype), bias).float()
     if logit_scale != 1.0:
         logits = logit_scale * logits
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
     return F.cross_entropy(logits, labels, **options)
 
 
@@ -48,36 +33,28 @@ def _linear_index_add(x, weight, bias, index, residual, inplace):
 
 
 # The op as a user would write it, its GEMMs in the inputs' dtype; an op that is not here is its naive twin.
-PLAIN = {
-    "linear_cross_entropy": _cross_entropy,
-    "tap_linear": _tap,
-    "linear_index_add": _linear_index_add,
-}
+PLAIN = {"linear_cross_entropy": _cross_entropy, "tap_linear": _tap, "linear_index_add": _linear_index_add}
 
 
 class MissingPeerError(RuntimeError):
-    """A peer that is not installed here, or does not have what a workload asks for."""
+    """A peer that is not installed here, or does not have what a workload asks for; its row has these facts."""
+
+    def __init__(self, reason: str, lacking: bool = False):
+        super().__init__(reason)
+        self.facts = {"failed": reason, "lacking": lacking}
 
 
 def liger_cross_entropy(
-    hidden,
-    weight,
-    labels,
-    bias=None,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    logit_softcap=None,
-    logit_scale=1.0,
-    reduction="mean",
-    chunk_size=None,
-):
+    hidden, weight, labels, bias=None, ignore_index=-100, label_smoothing=0.0, logit_softcap=None, reduction="mean",
+    logit_scale=1.0
+):  # fmt: skip
     """Liger-Kernel's fused linear cross entropy, by the names of `linear_cross_entropy`; its own rule for chunks.
 
     Raises:
         MissingPeerError: it is not installed, or has no such option.
     """
     if find_spec("liger_kernel") is None:
-        raise MissingPeerError("liger_kernel is not installed")
+        raise MissingPeerError("liger_kernel is not installed", lacking=True)
     if logit_scale != 1.0 or not isinstance(weight, torch.Tensor):
         raise MissingPeerError("Liger has no factor on the logits and no 4-bit head")
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
@@ -97,15 +74,15 @@ def peers(op: Op, compiled: bool, device_type: str = "cpu") -> dict[str, Callabl
         compiled: with those that take `torch.compile` its seconds a shape.
     """
     plain = PLAIN.get(op.name, op.naive)
-    found = {}
+    functions = {}
     if op.name == "linear_index_add":
-        found["F.linear + index_add_"] = plain
+        functions["F.linear + index_add_"] = plain
     if op.name == "linear_cross_entropy":
-        found["F.linear + F.cross_entropy"] = plain
+        functions["F.linear + F.cross_entropy"] = plain
         if device_type == "cuda":
-            found["Liger"] = liger_cross_entropy
+            functions["Liger"] = liger_cross_entropy
     if compiled:
         # after eight shapes of one function torch.compile would run it uncompiled and say nothing
         torch._dynamo.reset()
-        found["torch.compile"] = torch.compile(plain, dynamic=False)
-    return found
+        functions["torch.compile"] = torch.compile(plain, dynamic=False)
+    return functions

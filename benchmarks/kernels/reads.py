@@ -1,4 +1,4 @@
-"""What reading a hidden state once costs, and the taps beside it: rows of their own in the GPU's table.
+"""The time of reading a hidden state once, and of the taps on it: rows of their own in the GPU's table.
 
 A tap runs while the base's hidden state is there, so the least it can take is one reading. Pooling over windows of
 channels is torch's alone (`tap pooling`), as a reduction and by its pooling kernels.
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kernels.registry import ModelShape, Workload
 from hf_qst_kernels import tap_linear, use_backend
-from hf_qst_kernels.registry import ModelShape, Workload
 
 WINDOW = 16
 RANK = 16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,13 +11,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.measure import save_figure, write_json
+from benchmarks.common.measure import message
+from benchmarks.common.plots import pyplot, save_figure
+from benchmarks.common.tables import MIB, markdown
 from benchmarks.kernels.compiled import sources
-from benchmarks.kernels.peers import MissingPeerError, peers
+from benchmarks.kernels.peers import peers
 from benchmarks.kernels.reads import READINGS, Reading
+from benchmarks.kernels.registry import OPS, ModelShape, Op, Workload
 from benchmarks.kernels.timing import (
-    Begun,
     DeviceLostError,
+    Rows,
     Timer,
     about,
     ceilings,
@@ -26,10 +28,9 @@ from benchmarks.kernels.timing import (
     comparable,
     device_peak,
     floor_us,
-    message,
+    register_4bit,
 )
 from hf_qst_kernels import use_backend
-from hf_qst_kernels.registry import OPS, ModelShape, Op, Workload
 
 KEY = ("op", "model", "rows", "workload", "dtype", "variant")
 # Variant of ours -> backend.
@@ -77,7 +78,8 @@ def changed_ops(before: dict[str, str], now: dict[str, str]) -> set[str]:
     Args:
         before, now: file of the kernels' package -> hash.
     """
-    files = {op.name: {f"{op.triton}.py", f"{op.function.__module__.rpartition('.')[2]}.py"} for op in OPS}
+    files = {op.name: {*op.files} for op in OPS}
+    files["tap_linear"] |= files["quantize_taps"]  # whose kernels it runs as well
     files |= {reading.name: files["tap_linear"] for reading in READINGS}
     changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
     if changed - set().union(*files.values()):
@@ -85,47 +87,13 @@ def changed_ops(before: dict[str, str], now: dict[str, str]) -> set[str]:
     return {name for name, its in files.items() if its & changed}
 
 
-class Rows:
-    """The rows of a report and their file.
-
-    Args:
-        report: what goes into the file, `rows` among it.
-        until: when to begin no more, in seconds since the epoch.
-    """
-
-    def __init__(self, report: dict, output: Path, until: float = float("inf")):
-        self.report, self.output, self.until, self._begun = report, output, until, Begun(output)
-        self._written = float("-inf")
-
-    @property
-    def late(self) -> bool:
-        return time.time() >= self.until
-
-    def done(self, key: dict) -> bool:
-        """Whether there is such a row; one that only lacked a package is measured when that is there."""
-        found = next((row for row in self.report["rows"] if _is(row, key)), None)
-        if found is not None and found.get("lacking") and find_spec("liger_kernel"):
-            self.report["rows"].remove(found)
-            return False
-        return found is not None
-
-    def begin(self, key: dict) -> str | None:
-        """Before a row is measured: why it must not be, if it ended its process before."""
-        return self._begun.start(key)
-
-    def add(self, row: dict) -> None:
-        self._begun.end()
-        self.report["rows"].append(row)
-
-    def write(self, after: float = 0.0) -> None:
-        """Write the file, unless that was done less than `after` seconds ago."""
-        if time.monotonic() - self._written >= after:
-            write_json(self.output, self.report)
-            self._written = time.monotonic()
-
-
-def _is(row: dict, key: dict) -> bool:
-    return all(row.get(name) == value for name, value in key.items())
+def is_done(rows: Rows, key: dict) -> bool:
+    """Whether there is such a row; one that only lacked a package is measured when that is there."""
+    row = rows.find(key)
+    if row is not None and row.get("lacking") and find_spec("liger_kernel"):
+        rows.report["rows"].remove(row)
+        return False
+    return row is not None
 
 
 def measure_workload(op: Op | Reading, workload: Workload, key: dict, rows: Rows, timer: Timer, compiled: bool) -> bool:
@@ -133,16 +101,13 @@ def measure_workload(op: Op | Reading, workload: Workload, key: dict, rows: Rows
 
     Returns:
         Whether there was time for all.
-
-    Raises:
-        DeviceLostError: a variant broke the CUDA context; its row says so.
     """
     floor = floor_us(workload.moved, workload.flops, rows.report["ceilings"])
     calls = {
         name: step(op, workload, function, BACKENDS.get(name, "auto"))
         for name, function in variants(op, timer.device, compiled).items()
     }
-    todo = [name for name in calls if not rows.done({**key, "workload": workload.name, "variant": name})]
+    todo = [name for name in calls if not is_done(rows, {**key, "workload": workload.name, "variant": name})]
     if not todo or rows.late:
         return not todo
     # what is computed in place is computed on a copy each time, else the variants would see different inputs
@@ -153,34 +118,23 @@ def measure_workload(op: Op | Reading, workload: Workload, key: dict, rows: Rows
     for name in todo:
         if rows.late:
             return False
-        row = {**key, "workload": workload.name, "variant": name}
-        failed = rows.begin(row)
-        row |= {"floor_us": floor, "moved_bytes": workload.moved, "flops": workload.flops}
-        if failed is not None:
-            rows.add({**row, "failed": failed})
-            continue
-        try:
-            if kept is not None:
-                residual.copy_(kept)
-            row |= timed(calls[name], expected, floor, timer)
-            rows.add(row)
-        except MissingPeerError as error:
-            rows.add({**row, "failed": str(error), "lacking": "not installed" in str(error)})
-        except Exception as error:
-            rows.add({**row, "failed": message(error)})
-            check_device(timer.device, error)
+        if kept is not None:
+            residual.copy_(kept)
+        facts = {"floor_us": floor, "moved_bytes": workload.moved, "flops": workload.flops}
+        once = lambda call=calls[name]: timed(call, expected, floor, timer)
+        rows.measure({**key, "workload": workload.name, "variant": name}, facts, once, timer.device)
     return True
 
 
 def timed(call: Callable, expected, floor: float, timer: Timer) -> dict:
     """The numbers of one row."""
-    found = {"difference": difference(call(), expected)}
-    if not found["difference"] <= 0.05:
-        found["failed"] = f"differs from the library path by {found['difference']:.2g} of its largest entry"
-        return found
-    found |= {"peak_bytes": device_peak(call, timer.device)["above_bytes"], **timer(call)}
-    found["percent_of_floor"] = 100 * floor / found["us"]
-    return found
+    figures = {"difference": difference(call(), expected)}
+    if not figures["difference"] <= 0.05:
+        figures["failed"] = f"differs from the library path by {figures['difference']:.2g} of its largest entry"
+        return figures
+    figures |= {"peak_bytes": device_peak(call, timer.device)["above_bytes"], **timer(call)}
+    figures["percent_of_floor"] = 100 * floor / figures["us"]
+    return figures
 
 
 def measure_all(
@@ -197,29 +151,30 @@ def measure_all(
     """
     Measure and write `output` every few seconds and at the end; rows that it holds of kernels that did not change stay.
 
+    So do rows of ops that are not among `ops`. Where their kernels changed, `earlier` in the report names the commit at
+    which they were measured.
+
     Args:
         compiled: measure `torch.compile` as well.
         rows: only these numbers of rows; `None`: those of each op.
         until: when to stop, in seconds since the epoch.
 
     Returns:
-        The report as it is in the file, and `left`: the number of shapes that there was no time for.
-
-    Raises:
-        DeviceLostError: this process cannot go on; another one can.
+        The report, and `left`: the number of shapes that there was no time for.
     """
-    if find_spec("bitsandbytes"):
-        import bitsandbytes  # noqa: F401  registers the operator that dequantises a 4-bit head
-
+    register_4bit()
     timer = Timer(device, repeats)
     report = {**about(device), "dtype": str(dtype), "repeats": repeats, "sources": sources("*.py"), "rows": []}
     if output.exists():
         before = json.loads(output.read_text())
         if comparable(before, report, ("dtype",)):
             report |= {name: before[name] for name in ("ceilings",) if name in before}
-            stale = changed_ops(before.get("sources", {}), report["sources"])
-            kept = {op.name for op in (*OPS, *READINGS)} - stale
+            earlier = before.get("earlier", {})
+            stale = changed_ops(before.get("sources", {}), report["sources"]) | {*earlier}
+            kept = {op.name for op in (*OPS, *READINGS)} - (stale & {op.name for op in ops})
             report["rows"] = [row for row in before["rows"] if row["op"] in kept]
+            left_out = {row["op"] for row in report["rows"]} & stale
+            report["earlier"] = {op: earlier.get(op, before.get("commit", "unknown")) for op in sorted(left_out)}
     if "ceilings" not in report:
         report["ceilings"] = ceilings(device, dtype)
     # model after model: where the time ends, those that come first have all of their ops
@@ -230,7 +185,7 @@ def measure_all(
             left += 1
             continue
         key = {"op": op.name, "model": model.name, "rows": count, "dtype": str(dtype)}
-        if held.done({**key, "workload": "inputs"}):
+        if is_done(held, {**key, "workload": "inputs"}):
             continue
         torch.manual_seed(0)
         try:
@@ -252,34 +207,39 @@ def measure_all(
 
 def table(rows: Sequence[dict]) -> str:
     """All rows in Markdown; `of library` is the time over that of the library path."""
-    library = {tuple(r[k] for k in KEY[:-1]): r["us"] for r in rows if r["variant"] == "library" and "us" in r}
-    lines = ["| op | model | rows | workload | variant | us | p20-p80 | of library | of floor | host us | peak MiB |",
-             "| --- | --- | ---: | --- | --- | ---: | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    shape = lambda row: tuple(row[name] for name in KEY[:-1])
+    library = {shape(row): row["us"] for row in rows if row["variant"] == "library" and "us" in row}
+    lines = []
     for row in rows:
-        start = f"| {row['op']} | {row['model']} | {row['rows']} | {row['workload']} | {row['variant']} |"
+        line = [row["op"], row["model"], str(row["rows"]), row["workload"], row["variant"]]
+        lines.append(line)
         if "failed" in row:
-            lines.append(f"{start} {row['failed']} | | | | | |")
+            line.append(row["failed"])
             continue
-        low, high = row["us_p20_p80"]
-        base = library.get(tuple(row[k] for k in KEY[:-1]))
-        ratio = "" if base is None else f"{row['us'] / base:.2f}"
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
-        lines.append(
-            f"{start} {row['us']:.1f} | {low:.1f}-{high:.1f} | {ratio} | {row['percent_of_floor']:.0f}% | "
-            f"{row['host_us']:.0f} | {peak} |"
-        )
-    return "\n".join(lines)
+        base, peak = library.get(shape(row)), row["peak_bytes"]
+        line += [f"{row['us']:.1f}", "{:.1f}-{:.1f}".format(*row["us_p20_p80"])]
+        line += ["" if base is None else f"{row['us'] / base:.2f}", f"{row['percent_of_floor']:.0f}%"]
+        line += [f"{row['host_us']:.0f}", "" if peak is None else f"{peak / MIB:.1f}"]
+    columns = [
+        "op",
+        "model",
+        "rows",
+        "workload",
+        "variant",
+        "us",
+        "p20-p80",
+        "of library",
+        "of floor",
+        "host us",
+        "peak MiB",
+    ]
+    return markdown(columns, lines, text=5)
 
 
 def plot_roofline(report: dict, path: Path) -> None:
     """Achieved FLOP/s over FLOP per byte of what multiplies; share of the bandwidth of what does not."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     limits, rows = report["ceilings"], [row for row in report["rows"] if "us" in row]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.5))
     intensity = [2.0**i for i in range(-2, 14)]
     roof = [min(limits["flops_per_s"], i * limits["bytes_per_s"]) / 1e12 for i in intensity]
     left.loglog(intensity, roof, color="black", linewidth=1)

@@ -1,17 +1,15 @@
-"""The tests on the device, and NVIDIA's compute-sanitizer over every op's Triton kernels.
+"""The tests on the device, and NVIDIA's compute-sanitizer over every op's Triton kernels; stages of `--all`.
 
-    python -m benchmarks.kernels.sanitize                     # both; writes results/kernels_sanitize_<chip>.json
-    python -m benchmarks.kernels.sanitize --run norm_gate     # what runs under the sanitizer: an op's examples
+    python -m benchmarks.kernels.sanitize norm_gate     # what runs under the sanitizer: an op's examples
 
 Each op runs its registry's examples, forward and backward, in float32 and bfloat16, in a process of its own for each
 tool. `memcheck` finds accesses out of bounds (each tensor in an allocation of its own, without torch's caching),
-`racecheck` two threads on one word of shared memory. Where the sanitizer is not found the record says so.
+`racecheck` two threads on one word of shared memory. Where the sanitizer is not installed the record says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -27,14 +25,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.measure import ROOT, write_json
+from benchmarks.common.measure import ROOT, hashes_of, message, python_path
+from benchmarks.common.tables import markdown
 from benchmarks.kernels.compiled import sources
-from benchmarks.kernels.timing import about, comparable, message
+from benchmarks.kernels.registry import OPS
+from benchmarks.kernels.timing import Rows, about
+from hf_qst_kernels import use_backend
 
-RESULTS = Path(__file__).parents[1] / "results"
 TOOLS = ("memcheck", "racecheck")
 # Tests are started a few at a time: one that breaks the CUDA context fails all after it in its process. Each process
-# takes seconds to start and to compile, and none is timed, so that many run beside each other.
+# takes seconds to start and to compile, and none is timed, so that many run at once.
 TESTS = ("tests/kernels", "tests/hf_qst")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--rootdir", ".")
 PER_TEST, PER_TOOL = 200.0, 300.0
@@ -57,10 +57,10 @@ def find_sanitizer() -> str | None:
 
 def errors_in(output: str) -> int | None:
     """
-    What a tool counted: of `ERROR SUMMARY: N errors`, or racecheck's `RACECHECK SUMMARY: N hazards displayed (...)`.
+    The count of a tool's summary: `ERROR SUMMARY: N errors`, or `RACECHECK SUMMARY: N hazards displayed (...)`.
 
     Returns:
-        `None` where it printed no summary, which is no clean run.
+        `None` without a summary, which is no clean run.
     """
     counts = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", output)
     return sum(map(int, counts)) if counts else None
@@ -68,18 +68,18 @@ def errors_in(output: str) -> int | None:
 
 def run_op(name: str, device: str) -> int:
     """An op's examples through its Triton kernels, forward and backward; how many there were."""
-    from hf_qst_kernels import use_backend
-    from hf_qst_kernels.registry import OPS
-    from tests.kernels.compared import results
-
     op = next(op for op in OPS if op.name == name)
     torch.manual_seed(0)
     count = 0
-    with use_backend("triton"):
-        for dtype in (torch.float32, torch.bfloat16):
-            for _, arguments in op.examples(dtype, device):
-                results(op.function, arguments)
-                count += 1
+    for dtype in (torch.float32, torch.bfloat16):
+        for _, arguments in op.examples(dtype, device):
+            leaves = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+            with use_backend("triton"), torch.set_grad_enabled(bool(leaves)):
+                outputs = op.function(**arguments)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                if leaves:
+                    torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+            count += 1
     if device == "cuda":
         torch.cuda.synchronize()
     return count
@@ -92,7 +92,7 @@ def sanitize_op(sanitizer: str, tool: str, name: str, limit: float) -> dict:
     row = {"tool": tool, "op": name}
     started = time.time()
     try:
-        done = finished([*command, "--run", name], variables, limit)
+        done = finished([*command, name], variables, limit)
     except subprocess.TimeoutExpired:
         return {**row, "failed": f"not through in {limit:.0f} s"}
     output = done.stdout + done.stderr
@@ -106,11 +106,6 @@ def sanitize_op(sanitizer: str, tool: str, name: str, limit: float) -> dict:
     if "failed" in row:
         row["output"] = output[-3000:]
     return row
-
-
-def python_path() -> str:
-    """Where this project's packages lie, before what was set."""
-    return os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def finished(command: list[str], variables: dict, limit: float, folder: Path = ROOT) -> subprocess.CompletedProcess:
@@ -166,7 +161,7 @@ def run_tests(name: str, tests: list[str], marker: str, limit: float, root: Path
         report = Path(folder) / "report.xml"
         command = [*PYTEST, "-m", marker, "-p", "no:cacheprovider", f"--junitxml={report}"]
         try:
-            # torch.compile without a pool of processes of its own, beside the other tests
+            # torch.compile without a pool of processes of its own: other tests run at the same time
             variables = {"PYTHONPATH": python_path(), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
             done = finished([*command, *tests], variables, limit, root)
         except subprocess.TimeoutExpired:
@@ -186,15 +181,6 @@ def run_tests(name: str, tests: list[str], marker: str, limit: float, root: Path
     return {**row, **counts}
 
 
-def resumed(path: Path, report: dict, key: Callable[[dict], tuple]) -> tuple[dict, set]:
-    """The report with the rows that its file holds of the same sources, and their keys."""
-    if path.exists():
-        before = json.loads(path.read_text())
-        if comparable(before, report):
-            report["rows"] = before["rows"]
-    return report, {key(row) for row in report["rows"]}
-
-
 def run_device_tests(
     output: Path, until: float = float("inf"), marker: str = "gpu", paths=TESTS, root: Path = ROOT
 ) -> dict:
@@ -204,8 +190,14 @@ def run_device_tests(
         paths: of the tests' folders or files, from `root`, where they are run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = {**about(device), "sources": {**sources("*.py"), **hashes_of([*paths, "hf_qst"], root)}, "rows": []}
-    report, done = resumed(output, report, lambda row: (row["tests"],))
+    files = [
+        file
+        for path in map(root.joinpath, (*paths, "hf_qst"))
+        for file in [path, *path.rglob("*.py")]
+        if file.is_file()
+    ]
+    report = {**about(device), "sources": {**sources("*.py"), **hashes_of(files, root)}, "rows": []}
+    held = Rows.resumed(report, output, until)
     groups, broken = tests_marked(marker, list(paths), root)
     report["rows"] = [row for row in report["rows"] if row["tests"] in groups]
     if broken is not None:
@@ -213,18 +205,16 @@ def run_device_tests(
     todo = {
         name: lambda limit, name=name: run_tests(name, groups[name], marker, limit, root)
         for name in groups
-        if (name,) not in done
+        if held.find({"tests": name}) is None
     }
-    left = beside_each_other(todo, report, output, until, PER_TEST, "tests")
-    order = {name: i for i, name in enumerate(groups)}
-    report["rows"].sort(key=lambda row: order.get(row["tests"], -1))
-    write_json(output, report)
+    left = run_in_parallel(todo, held, PER_TEST, "tests")
+    order = list(groups)
+    report["rows"].sort(key=lambda row: order.index(row["tests"]) if row["tests"] in groups else -1)
+    held.write()
     return {**report, "left": left}
 
 
-def beside_each_other(
-    todo: dict[str, Callable[[float], dict]], report: dict, output: Path, until: float, longest: float, what: str
-) -> list[str]:
+def run_in_parallel(todo: dict[str, Callable[[float], dict]], held: Rows, longest: float, what: str) -> list[str]:
     """
     Add the row of each to the report and write it, `WORKERS` at a time.
 
@@ -237,7 +227,7 @@ def beside_each_other(
     """
 
     def one(name: str) -> dict | None:
-        limit = min(longest, until + LATE - time.time())
+        limit = min(longest, held.until + LATE - time.time())
         row = todo[name](limit) if limit > LATE else None
         return None if row is None or (limit < longest and "not through" in row.get("failed", "")) else row
 
@@ -249,52 +239,38 @@ def beside_each_other(
             if row is None:
                 left.append(running[ended])
                 continue
-            report["rows"].append(row)
-            write_json(output, report)
+            held.add(row)
+            held.write()
     return left
-
-
-def hashes_of(paths, root: Path) -> dict[str, str]:
-    """Hashes of the Python files in these folders, or of these files."""
-    import hashlib
-
-    files = [
-        file for path in paths for file in ([root / path] if (root / path).is_file() else (root / path).rglob("*.py"))
-    ]
-    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
 
 def sanitize(output: Path, until: float = float("inf"), ops: list[str] | None = None) -> dict:
     """Every op under every tool; `left` lists those there was no time for."""
-    from hf_qst_kernels.registry import OPS
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sanitizer = find_sanitizer()
     report = {**about(device), "sources": sources("*.py"), "sanitizer": version(sanitizer), "rows": []}
-    report, done = resumed(output, report, lambda row: (row["tool"], row.get("op")))
-    left = []
+    held = Rows.resumed(report, output, until)
     if sanitizer is None:
         report["rows"] = [{"tool": tool, "op": None, "failed": "compute-sanitizer not found"} for tool in TOOLS]
-        write_json(output, report)
-        return {**report, "left": left}
-    # tried again where it was not found or could not use the device, which another machine's may
+        held.write()
+        return {**report, "left": []}
+    # tried again where it was not installed or could not use the device, which another machine's may
     report["rows"] = [row for row in report["rows"] if row.get("errors") is not None or "not through" in row["failed"]]
-    done = {(row["tool"], row["op"]) for row in report["rows"]}
     every = [(tool, op.name) for tool in TOOLS for op in OPS if ops is None or op.name in ops]
     todo = {
         f"{tool} {name}": lambda limit, tool=tool, name=name: sanitize_op(sanitizer, tool, name, limit)
         for tool, name in every
-        if (tool, name) not in done
+        if held.find({"tool": tool, "op": name}) is None
     }
-    left = beside_each_other(todo, report, output, until, PER_TOOL, "sanitizer")
+    left = run_in_parallel(todo, held, PER_TOOL, "sanitizer")
     order = {pair: i for i, pair in enumerate(every)}
     report["rows"].sort(key=lambda row: order.get((row["tool"], row["op"]), 0))
-    write_json(output, report)
+    held.write()
     return {**report, "left": left}
 
 
 def version(sanitizer: str | None) -> str | None:
-    """What it says of itself."""
+    """The sanitizer's own word."""
     if sanitizer is None:
         return None
     try:
@@ -307,40 +283,28 @@ def version(sanitizer: str | None) -> str | None:
 
 def tests_table(rows: list[dict]) -> str:
     """In Markdown: tests by function."""
-    lines = ["| tests | passed | failed | skipped | s |", "| --- | ---: | ---: | ---: | ---: |"]
-    for row in rows:
-        cells = [str(row.get(name, "")) for name in ("passed", "failures", "skipped", "seconds")]
-        lines.append(f"| {row['tests'].split('/')[-1]}{': ' + row['failed'] if 'failed' in row else ''} | "
-                     f"{' | '.join(cells)} |")  # fmt: skip
-    return "\n".join(lines)
+    counts = ("passed", "failures", "skipped", "seconds")
+    lines = [
+        [f"{row['tests'].split('/')[-1]}{': ' + row['failed'] if 'failed' in row else ''}"]
+        + [str(row.get(name, "")) for name in counts]
+        for row in rows
+    ]
+    return markdown(["tests", "passed", "failed", "skipped", "s"], lines)
 
 
 def sanitizer_table(rows: list[dict]) -> str:
     """In Markdown: errors by op and tool."""
-    ops = list(dict.fromkeys(row["op"] for row in rows))
     found = {(row["tool"], row["op"]): row.get("failed") or row["errors"] for row in rows}
-    lines = [f"| op | {' | '.join(TOOLS)} |", f"| --- | {' | '.join(['---:'] * len(TOOLS))} |"]
-    for op in ops:
-        lines.append(f"| {op or 'all'} | {' | '.join(str(found.get((tool, op), '')) for tool in TOOLS)} |")
-    return "\n".join(lines)
+    ops = dict.fromkeys(row["op"] for row in rows)
+    return markdown(["op", *TOOLS], [[op or "all", *(str(found.get((tool, op), "")) for tool in TOOLS)] for op in ops])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default=None, metavar="OP", help="only run this op's examples, in this process")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="with --run; cpu: the interpreter")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("op", choices=[op.name for op in OPS])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: Triton's interpreter")
     args = parser.parse_args()
-    if args.run is not None:
-        print(f"ran {run_op(args.run, args.device)} examples of {args.run}")
-        return
-    if not torch.cuda.is_available():
-        parser.error("the kernels run on a CUDA device, and torch finds none")
-    from hf_qst_kernels.break_even import chip_of
-
-    chip = chip_of(torch.cuda.get_device_name())
-    print(tests_table(run_device_tests(args.output_dir / f"kernels_tests_{chip}.json")["rows"]))
-    print(sanitizer_table(sanitize(args.output_dir / f"kernels_sanitize_{chip}.json")["rows"]))
+    print(f"ran {run_op(args.op, args.device)} examples of {args.op}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """One command for every row: tests on the device, tuning, rows, whole models, the sanitizer, and what they show.
 
-    python -m benchmarks.kernels --device cuda --all --ship --seconds 560 --output-dir benchmarks/results
+    python -m benchmarks.kernels --device cuda --all --ship --seconds 540 --output-dir benchmarks/results
 
-Call it as often as there is something left, each time for as long as the device is there: what the files of the output
-folder hold of the same sources is not measured again, on whichever machine. On a GPU each stage is a process of its
-own, which is started anew where a kernel's fault ended it. Without one the stages that need it are recorded as skipped.
+Call it as often as something is left, each time for as long as the device is there. Rows that the output folder holds of
+the same sources are not measured again, on whichever machine. On a GPU each stage is a process of its own, which is
+started anew if a kernel's fault ended it. Without a GPU the stages that need it are recorded as skipped.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from subprocess import TimeoutExpired
 
 import torch
 
-from benchmarks.common.measure import write_json, write_whole
-from benchmarks.kernels import end_to_end as kernels_end_to_end
-from benchmarks.kernels import rows as kernels_rows
-from benchmarks.kernels import sanitize as kernels_sanitize
-from benchmarks.kernels import tune as kernels_tune
-from benchmarks.kernels.aims import aims, never_wins
-from benchmarks.kernels.aims import table as aims_table
+from benchmarks.common.measure import message, python_path, write_json
+from benchmarks.common.tables import markdown
+from benchmarks.kernels import aims, end_to_end, rows, sanitize, tune
+from benchmarks.kernels.end_to_end_cases import TINY as TINY_SIZES
+from benchmarks.kernels.end_to_end_cases import Sizes
 from benchmarks.kernels.reads import READINGS
-from benchmarks.kernels.timing import DeviceLostError, about, message
+from benchmarks.kernels.registry import MODELS, OPS, ModelShape
+from benchmarks.kernels.timing import DeviceLostError, about
+from hf_qst.saved import write_text
 from hf_qst_kernels import break_even
-from hf_qst_kernels.registry import MODELS, OPS, ModelShape
 
 TINY = ModelShape("tiny", 64, 128, 50)
 # Measured before the others, and alone with torch.compile, which takes ten minutes a model.
@@ -48,16 +47,7 @@ LOG = 4000
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call does.
-
-    Args:
-        seconds: of the whole call.
-        ops, models, rows: as on the command line; `None` for all.
-        ship: where the table goes: into the package, else into the user's folder.
-        tiny: toy shapes, as in the tests.
-        compiled: measure `torch.compile` as well.
-        stages: names of `STAGES`; `None` for all.
-    """
+    """The options of one call, by their names on the command line; `ops`, `models`, `rows`, `stages`: None for all."""
 
     device: str
     dtype: str
@@ -69,7 +59,7 @@ class Plan:
     models: list[str] | None = None
     rows: list[int] | None = None
     tiny: bool = False
-    compiled: bool = True
+    no_compile: bool = False
     threads: int = 1
     stages: list[str] | None = None
 
@@ -82,7 +72,7 @@ class Plan:
         return break_even.chip_of(torch.cuda.get_device_name()) if self.device == "cuda" else "cpu"
 
     def file(self, what: str) -> Path:
-        """A file of results; those of a CPU have names of their own, beside the table of the docs."""
+        """The path of a file of results; those of a CPU have other names than the table of the docs."""
         parts = ["kernels", what, self.chip, "all" if self.device == "cpu" else ""]
         return Path(self.output_dir) / f"{'_'.join(filter(None, parts))}.json"
 
@@ -98,52 +88,44 @@ class Plan:
         return [TINY] if self.tiny else sorted(chosen, key=lambda model: order.get(model.name, len(FIRST)))
 
 
-# --- stages: each returns how many things are left, and a line about what there is -----------------------------------
+# Each stage returns how many things are left, and a line about what there is.
 
 
 def _tests(plan: Plan, until: float) -> tuple[int, str]:
-    report = kernels_sanitize.run_device_tests(plan.file("tests"), until)
+    report = sanitize.run_device_tests(plan.file("tests"), until)
     counts = {name: sum(row.get(name, 0) for row in report["rows"]) for name in ("passed", "failures", "skipped")}
     broken = sum("failed" in row and not row.get("failures") for row in report["rows"])
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
     return len(report["left"]), f"{text}, {broken} functions not through" if broken else text
 
 
-def _table_folder(plan: Plan) -> Path:
-    return break_even.SHIPPED if plan.ship else break_even.user_folder()
-
-
 def _tune(plan: Plan, until: float) -> tuple[int, str]:
     ops = [op for op in plan.chosen_ops if op in OPS]
     dtype = getattr(torch, plan.dtype)
     folder = Path(plan.output_dir) / "measured"
-    path, left = kernels_tune.tune(ops, plan.chosen_models, dtype, folder, plan.repeats, plan.rows, until, resume=True)
+    path, left = tune.tune(ops, plan.chosen_models, dtype, folder, plan.repeats, plan.rows, until, resume=True)
     install(plan)
     table = json.loads(path.read_text())
-    entries = [e for decision in table["decisions"].values() for e in decision if e["triton_us"] < kernels_tune.NEVER]
+    entries = [e for decision in table["decisions"].values() for e in decision if e["triton_us"] < tune.NEVER]
     wins = sum(e["triton_us"] < e["library_us"] for e in entries)
     failed = f", none at {len(table['failed'])} more" if table.get("failed") else ""
     return left, f"{len(entries)} shapes in {path.name}, Triton faster at {wins}{failed}"
 
 
 def install(plan: Plan) -> None:
-    """Put the table of the output folder to where dispatch reads it."""
+    """Put the table of the output folder where dispatch reads it."""
     path = Path(plan.output_dir) / "measured" / f"{plan.chip}.json"
     if plan.device == "cuda" and path.exists():
-        kernels_tune.install(path, _table_folder(plan))
+        tune.install(path, break_even.SHIPPED if plan.ship else break_even.user_folder())
 
 
 def _rows(plan: Plan, until: float, compiled: bool = False) -> tuple[int, str]:
-    report = kernels_rows.measure_all(
+    report = rows.measure_all(
         plan.chosen_ops, plan.chosen_models[: 1 if compiled else None], plan.torch_device, getattr(torch, plan.dtype),
-        plan.file(""), compiled, plan.rows, plan.repeats, until,
+        plan.file(""), compiled, plan.rows, plan.repeats, until
     )  # fmt: skip
-    return report["left"], _count(report["rows"])
-
-
-def _count(rows: list[dict]) -> str:
-    failed = [row for row in rows if "failed" in row]
-    return f"{len(rows)} rows, {len(failed)} of them without a time"
+    failed = sum("failed" in row for row in report["rows"])
+    return report["left"], f"{len(report['rows'])} rows, {failed} of them without a time"
 
 
 def _compiled_rows(plan: Plan, until: float) -> tuple[int, str]:
@@ -152,22 +134,20 @@ def _compiled_rows(plan: Plan, until: float) -> tuple[int, str]:
 
 def _end_to_end(plan: Plan, until: float) -> tuple[int, str]:
     tiny = plan.tiny or plan.device == "cpu"
-    models = ["tiny"] if tiny else ["llama-8b", "llama-1b"]
-    sizes = kernels_end_to_end.TINY if tiny else kernels_end_to_end.Sizes()
-    report = kernels_end_to_end.measure_all(plan.torch_device, models, plan.file("end_to_end"), sizes, until=until)
+    models, sizes = (["tiny"], TINY_SIZES) if tiny else (["llama-8b", "llama-1b"], Sizes())
+    report = end_to_end.measure_all(plan.torch_device, models, plan.file("end_to_end"), sizes, until)
     failed = sum("failed" in row for row in report["rows"])
     return len(report["left"]), f"{len(report['rows'])} cases, {failed} failed"
 
 
 def _sanitizer(plan: Plan, until: float) -> tuple[int, str]:
-    report = kernels_sanitize.sanitize(plan.file("sanitize"), until, plan.ops)
+    report = sanitize.sanitize(plan.file("sanitize"), until, plan.ops)
     if report["sanitizer"] is None:
         return 0, "compute-sanitizer not found"
     parts = []
-    for tool in kernels_sanitize.TOOLS:
-        rows = [row for row in report["rows"] if row["tool"] == tool]
-        clean = sum("failed" not in row for row in rows)
-        parts.append(f"{tool}: {clean} of {len(rows)} ops clean")
+    for tool in sanitize.TOOLS:
+        failed = ["failed" in row for row in report["rows"] if row["tool"] == tool]
+        parts.append(f"{tool}: {failed.count(False)} of {len(failed)} ops clean")
     return len(report["left"]), "; ".join(parts)
 
 
@@ -183,7 +163,7 @@ STAGES: dict[str, tuple[Callable[[Plan, float], tuple[int, str]], bool]] = {
 
 
 def run_stage(name: str, plan: Plan, until: float) -> dict:
-    """A stage in this process: `left`, `found`, or `failed` with its reason.
+    """Run a stage in this process; returns `left` and `found`, or `failed` with its reason.
 
     Raises:
         DeviceLostError: the stage can go on in another process.
@@ -209,7 +189,7 @@ def run_isolated(name: str, plan: Plan, until: float) -> dict:
         command += [repr(until), str(result)]
         try:
             limit = until - time.time() + GRACE
-            done = kernels_sanitize.finished(command, {"PYTHONPATH": kernels_sanitize.python_path()}, limit)
+            done = sanitize.finished(command, {"PYTHONPATH": python_path()}, limit)
         except TimeoutExpired:
             return {"left": "unknown", "found": "stopped while it was at something long", "faults": faults}
         if result.exists():
@@ -224,25 +204,27 @@ def run_isolated(name: str, plan: Plan, until: float) -> dict:
 
 
 def summary(plan: Plan, report: dict) -> str:
-    """In Markdown: stages, aims, what never wins, whole models, the sanitizer, and what is missing."""
-    parts = [f"## Kernels on {plan.chip}", "", "| stage | | left |", "| --- | --- | ---: |"]
+    """In Markdown: stages, aims, what never wins, whole models, the sanitizer, and the packages that are not installed."""
+    lines = []
     for name, stage in report["stages"].items():
         text = stage.get("failed") or stage.get("skipped") or stage.get("found", "")
         faults = f" ({len(stage['faults'])} faults of the device)" if stage.get("faults") else ""
-        parts.append(f"| {name} | {text}{faults} | {stage.get('left', '')} |")
-    parts += ["", "### Aims", "", aims_table(report["aims"])]
+        lines.append([name, text + faults, str(stage.get("left", ""))])
+    parts = {f"## Kernels on {plan.chip}": markdown(["stage", "", "left"], lines, text=2)}
+    parts["### Aims"] = aims.table(report["aims"])
     if plan.device == "cuda":
         losers = ", ".join(report["never_wins"]) or "none"
-        parts += ["", f"To delete, for their kernels win at no measured shape: {losers}."]
-    if models := _read(plan.file("end_to_end")):
-        parts += ["", "### Whole models", "", kernels_end_to_end.table(models["rows"])]
-    if tests := _read(plan.file("tests")):
-        parts += ["", "### Tests on the device", "", kernels_sanitize.tests_table(tests["rows"])]
-    if checked := _read(plan.file("sanitize")):
-        parts += ["", "### compute-sanitizer, errors", "", kernels_sanitize.sanitizer_table(checked["rows"])]
+        parts["### Aims"] += f"\n\nTo delete, for their kernels win at no measured shape: {losers}."
+    for title, file, table in (
+        ("Whole models", "end_to_end", end_to_end.table),
+        ("Tests on the device", "tests", sanitize.tests_table),
+        ("compute-sanitizer, errors", "sanitize", sanitize.sanitizer_table),
+    ):
+        if found := _read(plan.file(file)):
+            parts[f"### {title}"] = table(found["rows"])
     if report["missing"]:
-        parts += ["", "Missing here:", "", *(f"- {name}: {without}" for name, without in report["missing"].items())]
-    return "\n".join(parts)
+        parts["Missing here:"] = "\n".join(f"- {name}: {without}" for name, without in report["missing"].items())
+    return "\n\n".join(f"{title}\n\n{text}" for title, text in parts.items())
 
 
 def _read(path: Path) -> dict | None:
@@ -263,7 +245,7 @@ def run_all(plan: Plan) -> dict:
         started = time.time()
         if needs_gpu and plan.device != "cuda":
             stages[name] = {"skipped": "needs a CUDA device"}
-        elif (name == "rows with torch.compile" and not plan.compiled) or name not in (plan.stages or STAGES):
+        elif (name == "rows with torch.compile" and plan.no_compile) or name not in (plan.stages or STAGES):
             stages[name] = {"skipped": "left out"}
         elif plan.device == "cuda":
             stages[name] = run_isolated(name, plan, until)
@@ -272,19 +254,19 @@ def run_all(plan: Plan) -> dict:
         stages[name]["seconds"] = round(time.time() - started, 1)
         print(f"{name}: {stages[name]}", flush=True)
     report = {**about(plan.torch_device), "stages": stages}
-    rows = _read(plan.file("")) or {"rows": []}
+    measured = _read(plan.file("")) or {"rows": []}
     # the aims are for a GPU
-    shown = rows["rows"] if plan.device == "cuda" else []
-    report |= {"aims": aims(shown, rows.get("missing")), "never_wins": never_wins(shown)}
-    if rows["rows"]:
+    shown = measured["rows"] if plan.device == "cuda" else []
+    report |= {"aims": aims.aims(shown, measured.get("missing")), "never_wins": aims.never_wins(shown)}
+    if measured["rows"]:
         roofline = plan.file("").with_name(f"{plan.file('').stem}_roofline.png")
         try:
-            kernels_rows.plot_roofline(rows, roofline)
+            rows.plot_roofline(measured, roofline)
         except ImportError as error:
             report["plots"] = message(error)
     write_json(plan.file("stages"), report)
     text = summary(plan, report)
-    write_whole(plan.file("summary").with_suffix(".md"), (text + "\n").encode())
+    write_text(plan.file("summary").with_suffix(".md"), text + "\n")
     print(text)
     left = {name: stage["left"] for name, stage in stages.items() if stage.get("left")}
     print(f"\nLeft: {left}. The same command goes on." if left else "\nNothing is left.")

@@ -1,23 +1,20 @@
-"""Times of single calls on a device, and the ceilings they are held against."""
+"""Times of single calls on a device, the ceilings they are held against, and the state of a run that may be cut short."""
+
+from __future__ import annotations
 
 import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from importlib import metadata
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch.profiler import profile
 
-from benchmarks.common import measure
-from benchmarks.common.measure import synchronize, write_json
+from benchmarks.common.measure import environment, message, synchronize, write_json
 
 REPEATS = 30
 # More than any current GPU's L2 cache.
@@ -29,15 +26,13 @@ LONGEST_HEAD_START_US = 5000.0
 CYCLES_PER_US = 2000
 # Seconds of timed calls after which a slow call gets no more of them, and how many it gets all the same.
 ENOUGH_SECONDS, LEAST_REPEATS = 0.25, 5
-# What twice took its process with it is not tried again.
+# A measurement that ended its process this often is not tried again.
 TRIES = 2
 # Packages that a run can do without, and what it then lacks.
 OPTIONAL = {
     "bitsandbytes": "a 4-bit head is dequantised by plain torch; no side-tuning step end to end",
     "liger_kernel": "no rows of Liger's fused cross entropy",
     "matplotlib": "no plots",
-    "peft": "no side-tuning step end to end",
-    "transformers": "no models end to end",
     "triton": "no rows of the Triton kernels",
 }
 
@@ -46,18 +41,14 @@ class DeviceLostError(RuntimeError):
     """The CUDA context of this process no longer works, as after an illegal memory access: start another process."""
 
 
-def message(error: BaseException) -> str:
-    """A failed row's reason: the error's class and its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
-
-
 def check_device(device: torch.device, error: BaseException) -> None:
     """After an error: go on if the device still computes.
 
     Raises:
         DeviceLostError: if it does not.
     """
+    if isinstance(error, DeviceLostError):
+        raise error
     if device.type != "cuda":
         return
     # frees what the failed call held, which its traceback keeps alive
@@ -71,10 +62,10 @@ def check_device(device: torch.device, error: BaseException) -> None:
 
 
 class Begun:
-    """What is being measured, in a file of its own, so that what ends its process is known for it.
+    """The current measurement, in a file of its own: if its process ends, the next one knows why.
 
     Args:
-        output: the results' file; this one lies beside it, `<name>.begun`.
+        output: the results' file; this one is `<name>.begun` in the same folder.
     """
 
     def __init__(self, output: Path):
@@ -95,49 +86,20 @@ class Begun:
         self._path.unlink(missing_ok=True)
 
 
-def version_of(package: str) -> str:
-    """Of an importable package; `"unknown"` where it was installed under another name."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def missing() -> dict[str, str]:
-    """Packages that are not installed here, and what the rows lack without them."""
-    return {name: without for name, without in OPTIONAL.items() if find_spec(name) is None}
-
-
 def about(device: torch.device) -> dict:
-    """Versions, commit, machine, driver and what was missing, as they go into every file of results.
+    """As `environment`, with the packages that are not installed and what the rows lack without them."""
+    missing = {name: without for name, without in OPTIONAL.items() if find_spec(name) is None}
+    return {**environment(device), "missing": missing}
 
-    The environment variable `HF_QST_COMMIT` names the commit where the working tree is a copy without its repository.
-    """
-    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger_kernel")
-    versions = {name: version_of(name) for name in packages if find_spec(name)}
-    machine = {"cpu": measure._cpu_name(), "cores": os.cpu_count()}
-    machine["threads"] = torch.get_num_threads()
-    commit = measure.commit()
-    found = {
-        "versions": {"python": platform.python_version(), **versions},
-        "commit": os.environ.get("HF_QST_COMMIT", commit) if commit == "unknown" else commit,
-        "machine": machine,
-        "missing": missing(),
-    }
-    if device.type != "cuda":
-        return found
-    machine["gpu"] = torch.cuda.get_device_name(device)
-    machine["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        driver = "unknown"
-    return {**found, "driver": driver, "cuda": torch.version.cuda}
+
+def register_4bit() -> None:
+    """Import bitsandbytes where it is installed: it registers the operator that dequantises a 4-bit head."""
+    if find_spec("bitsandbytes"):
+        import bitsandbytes  # noqa: F401
 
 
 def comparable(before: dict, now: dict, names: tuple[str, ...] = ("sources", "dtype")) -> bool:
-    """Whether a file's rows stand beside those made now: these fields are the same, and it is such a GPU.
+    """Whether a file's rows may stand in one table with those made now: these fields and the kind of GPU are the same.
 
     A GPU's rows go on in another machine with one of its name; those of a CPU in the same machine alone.
     """
@@ -155,28 +117,6 @@ def spread(times: list[float]) -> tuple[float, list[float]]:
         return times[0], [times[0], times[0]]
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return statistics.median(times), [fifths[0], fifths[3]]
-
-
-def in_turns(
-    calls: Mapping[str, Callable], rounds: int, device: torch.device, before: Callable = lambda: None
-) -> dict[str, list[float]]:
-    """
-    Seconds of each call in each round, waited for, one of each in turn, so that a busy moment hits them alike.
-
-    Args:
-        before: what is done before every call and not timed.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-1, rounds):
-        for name, call in calls.items():
-            before()
-            synchronize(device)
-            started = time.perf_counter()
-            call()
-            synchronize(device)
-            if turn >= 0:
-                times[name].append(time.perf_counter() - started)
-    return times
 
 
 def run_once(call: Callable) -> None:
@@ -210,6 +150,64 @@ def device_peak(call: Callable, device: torch.device) -> dict[str, int | None]:
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     return {"peak_bytes": peak, "above_bytes": peak - before}
+
+
+class Rows:
+    """The rows of a report and their file.
+
+    Args:
+        report: the content of the file, with its `rows`.
+        until: when to begin no more, in seconds since the epoch.
+    """
+
+    def __init__(self, report: dict, output: Path, until: float = float("inf")):
+        self.report, self.output, self.until, self._begun = report, output, until, Begun(output)
+        self._written = float("-inf")
+
+    @classmethod
+    def resumed(cls, report: dict, output: Path, until: float = float("inf")) -> Rows:
+        """With the rows that the file holds of the same sources."""
+        if output.exists() and comparable(before := json.loads(output.read_text()), report):
+            report["rows"] = before["rows"]
+        return cls(report, output, until)
+
+    @property
+    def late(self) -> bool:
+        return time.time() >= self.until
+
+    def find(self, key: dict) -> dict | None:
+        """The row with these values."""
+        return next((row for row in self.report["rows"] if key.items() <= row.items()), None)
+
+    def begin(self, key: dict) -> str | None:
+        """Before a row is measured: why it must not be, if it ended its process before."""
+        return self._begun.start(key)
+
+    def measure(self, key: dict, facts: dict, call: Callable[[], dict], device: torch.device) -> None:
+        """Add the row of `key` and `facts` with what `call` measures, or with the reason why it failed.
+
+        Raises:
+            DeviceLostError: this process cannot go on; the row says so and is written.
+        """
+        row = {**key, **facts}
+        if (reason := self.begin(key)) is not None:
+            return self.add({**row, "failed": reason})
+        try:
+            self.add({**row, **call()})
+        except Exception as error:
+            self.add({**row, "failed": message(error), **getattr(error, "facts", {})})
+            self.write()
+            check_device(device, error)
+
+    def add(self, row: dict) -> None:
+        self._begun.end()
+        self.report["rows"].append(row)
+
+    def write(self, after: float = 0.0) -> None:
+        """Write the file, unless that was done less than `after` seconds ago."""
+        if time.monotonic() - self._written >= after:
+            write_json(self.output, self.report)
+            self._written = time.monotonic()
 
 
 class Timer:
@@ -261,7 +259,7 @@ class Timer:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this device does at best: bytes a second of a large copy (read and written), FLOP a second of a large GEMM."""
+    """The best of this device: bytes a second of a large copy (read and written), FLOP a second of a large GEMM."""
     timer, big = Timer(device, 10), device.type == "cuda"
     source = torch.empty(2**30 if big else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -7,30 +7,22 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.measure import write_json
+from benchmarks.common.measure import message, write_json
 from benchmarks.kernels.compiled import sources
-from benchmarks.kernels.timing import Begun, DeviceLostError, Timer, about, check_device, message
+from benchmarks.kernels.registry import OPS, ModelShape, Op, Workload
+from benchmarks.kernels.timing import Begun, DeviceLostError, Timer, about, check_device, register_4bit
 from hf_qst_kernels import break_even, use_backend
 from hf_qst_kernels.dispatch import use_configuration
-from hf_qst_kernels.registry import OPS, ModelShape, Op, Workload
 
 # Asked once: it starts processes, and a table is written after each shape.
 _about = functools.cache(about)
 # Microseconds of a kernel that could not be run.
 NEVER = 1e9
-
-
-def candidates(op: Op) -> dict[str, list[dict]]:
-    """Decision -> configurations; empty for an op whose dispatch asks no table."""
-    module = import_module(f"hf_qst_kernels.{op.triton}")
-    return {name: c for name, c in getattr(module, "CONFIGURATIONS", {}).items() if name.startswith(op.name)}
 
 
 def call_of(op: Op, decision: str, workload: Workload):
@@ -58,7 +50,7 @@ def tune_workload(op: Op, workload: Workload, dtype: torch.dtype, timer: Timer, 
     Args:
         done: decisions that are known for this shape.
     """
-    for decision, configurations in candidates(op).items():
+    for decision, configurations in op.configurations.items():
         if decision in done:
             continue
         # what would run instead, other kernels of the op's included
@@ -81,16 +73,8 @@ def tune_workload(op: Op, workload: Workload, dtype: torch.dtype, timer: Timer, 
             yield decision, {"failed": "; ".join(dict.fromkeys(reasons))}
             continue
         best = min(times, key=times.get)
-        yield (
-            decision,
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "sizes": workload.sizes,
-                "triton_us": times[best],
-                "library_us": library,
-                "configuration": configurations[best],
-            },
-        )
+        entry = {"dtype": str(dtype).removeprefix("torch."), "sizes": workload.sizes, "triton_us": times[best]}
+        yield decision, {**entry, "library_us": library, "configuration": configurations[best]}
 
 
 class Table:
@@ -101,20 +85,25 @@ class Table:
     Args:
         path: `<chip>.json`. What it holds of the kernels as they are is kept.
         resume: shapes that are there are not measured again.
+        ops: those to be measured now. What the table holds of the others stays even where their kernels changed; its
+            `earlier` then names the commit of these measurements.
     """
 
-    def __init__(self, path: Path, chip: str, device: torch.device, resume: bool):
+    def __init__(self, path: Path, chip: str, device: torch.device, resume: bool, ops: Sequence[Op] = OPS):
         self.path, self.chip, self.device, self.resume = path, chip, device, resume
         self.begun = Begun(path)
-        self.defaults = {name: choices[0] for op in OPS for name, choices in candidates(op).items()}
-        self.decisions, self.failed, self.sources = {}, [], sources("*_triton.py")
+        self.defaults = {name: choices[0] for op in OPS for name, choices in op.configurations.items()}
+        self.decisions, self.failed, self.earlier, self.sources = {}, [], {}, sources("*_triton.py")
         if path.exists():
             break_even.read_table(path, chip)
             before = json.loads(path.read_text())
-            files = {name: f"{op.triton}.py" for op in OPS for name in candidates(op)}
-            unchanged = {n for n, f in files.items() if before.get("sources", {}).get(f) == self.sources[f]}
-            self.decisions = {n: entries for n, entries in before["decisions"].items() if n in unchanged}
-            self.failed = [entry for entry in before.get("failed", []) if resume and entry["decision"] in unchanged]
+            files = {name: op.files[1] for op in OPS for name in op.configurations}
+            now, earlier = {name for op in ops for name in op.configurations}, before.get("earlier", {})
+            changed = {n for n, f in files.items() if before.get("sources", {}).get(f) != self.sources[f]} | {*earlier}
+            kept = {n for n in before["decisions"] if n in files and n not in changed & now}
+            self.decisions = {n: entries for n, entries in before["decisions"].items() if n in kept}
+            self.failed = [entry for entry in before.get("failed", []) if resume and entry["decision"] in kept]
+            self.earlier = {n: earlier.get(n, before.get("commit", "unknown")) for n in sorted(kept & changed)}
 
     def known(self, decision: str, dtype: torch.dtype, sizes: dict) -> bool:
         """Whether this shape needs no measurement."""
@@ -124,7 +113,7 @@ class Table:
         return any(self._is(entry, dtype, sizes) for entry in self.decisions.get(decision, []))
 
     def put(self, decision: str, dtype: torch.dtype, sizes: dict, entry: dict) -> None:
-        """An entry, or `{"failed": reason}`: then one that never wins, else dispatch would go by a shape beside it."""
+        """An entry, or `{"failed": reason}`: then one that never wins, else dispatch would use a neighbouring shape."""
         if "failed" in entry:
             shape = {"dtype": str(dtype).removeprefix("torch."), "sizes": sizes}
             self.failed.append({"decision": decision, **shape, **entry})
@@ -133,7 +122,15 @@ class Table:
         self.decisions[decision] = [*others, entry]
 
     def write(self) -> None:
-        write_table(self.path, self.chip, self.decisions, self.device, sources=self.sources, failed=self.failed)
+        write_table(
+            self.path,
+            self.chip,
+            self.decisions,
+            self.device,
+            sources=self.sources,
+            earlier=self.earlier,
+            failed=self.failed,
+        )
 
     @staticmethod
     def _is(entry: dict, dtype: torch.dtype, sizes: dict) -> bool:
@@ -166,14 +163,14 @@ def tune(
         DeviceLostError: a configuration broke the CUDA context. It is noted as failed at its shape; another process can
             go on.
     """
-    if find_spec("bitsandbytes"):
-        import bitsandbytes  # noqa: F401  registers the operator that dequantises a 4-bit head
-
+    register_4bit()
     device = device or torch.device("cuda", torch.cuda.current_device())
     chip = break_even.chip_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
     timer = Timer(device, repeats)
-    table = Table(folder / f"{chip}.json", chip, device, resume)
-    shapes = [(op, m, n) for m in models for op in ops if candidates(op) for n in op.rows if rows is None or n in rows]
+    table = Table(folder / f"{chip}.json", chip, device, resume, ops)
+    shapes = [
+        (op, m, n) for m in models for op in ops if op.configurations for n in op.rows if rows is None or n in rows
+    ]
     wins = left = 0
     for op, model, count in tqdm(shapes, desc="tuning", unit="shape"):
         if time.time() >= until:
@@ -181,8 +178,10 @@ def tune(
             continue
         torch.manual_seed(0)
         for workload in op.workloads(model, count, dtype, device.type):
-            done = [d for d in candidates(op) if table.known(d, dtype, workload.sizes)]
-            if len(done) == len(candidates(op)):
+            if workload.sizes is None:
+                continue
+            done = [d for d in op.configurations if table.known(d, dtype, workload.sizes)]
+            if len(done) == len(op.configurations):
                 continue
             key = {"op": op.name, "model": model.name, "rows": count, "workload": workload.name, "dtype": str(dtype)}
             reason = table.begun.start(key)
@@ -194,7 +193,7 @@ def tune(
                     wins += entry.get("triton_us", 1) < entry.get("library_us", 0)
             except Exception as error:
                 # a library path that cannot run, or a kernel that broke the context: this shape has no entry
-                for decision in candidates(op):
+                for decision in op.configurations:
                     if not table.has(decision, dtype, workload.sizes):
                         table.put(decision, dtype, workload.sizes, {"failed": message(error)})
                 table.write()
@@ -211,12 +210,10 @@ def tune(
 
 
 def install(path: Path, folder: Path) -> Path:
-    """Copy a table to where dispatch looks for it: the package's folder, or the user's."""
+    """Copy a table to where dispatch of later processes looks for it: the package's folder, or the user's."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / path.name).resolve() != path.resolve():
         shutil.copyfile(path, folder / path.name)
-    break_even._tables.cache_clear()
-    break_even._nearest.cache_clear()
     return folder / path.name
 
 

@@ -1,4 +1,4 @@
-"""Pruning by learned widths beside its peers, at equal numbers of parameters, on the project's base model.
+"""Pruning by learned widths next to its peers, at equal numbers of parameters, on the project's base model.
 
     python -m benchmarks.pruning                           # all parts, about an hour on one CPU core
     python -m benchmarks.pruning --parts quality --keep 0.5 --methods disp flap
@@ -6,9 +6,8 @@
 
 Parts: `quality` (held-out perplexity by method and part kept, before and after the same short LoRA training), `speed`
 (prefill and decoding of the dense and the pruned model, at the widths that `quality` learned at the smallest part kept),
-`training` (seconds and memory of a step). Each row is written to `pruning.json` in the folder of `--output` as it is made,
-so that a run that was cut short goes on where it was; `--fresh` starts again. Prints tables and draws plots beside the
-file.
+`training` (seconds and memory of a step). Each is written to `pruning.json` in the folder of `--output`, row by row; a
+run that was cut short goes on where it was, `--fresh` starts again. Prints tables and draws plots.
 """
 
 from __future__ import annotations
@@ -19,21 +18,20 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from benchmarks.common.checks import require_device, require_parts, require_positive
-from benchmarks.common.measure import ROOT, ResultFile
-from benchmarks.compression import speed as compression_speed
-from benchmarks.compression.llm import BASE, evaluated, load_dense, load_text
+from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
+from benchmarks.common.llama import dense_llama
+from benchmarks.common.parts import Part, ResultFile, run_parts
+from benchmarks.compression.llm import BASE_NAME, evaluated, load_dense, load_text
 from benchmarks.compression.methods import parameters
-from benchmarks.pruning import cost as pruning_cost
+from benchmarks.pruning import cost
 from benchmarks.pruning.methods import DEFAULT, METHODS, ROUNDED, Bench, Schedule, made, recovered
-from benchmarks.pruning.report import plots, report
+from benchmarks.pruning.report import TABLES, plots, report
+from benchmarks.side_tuning.bases import SHAPES
 from examples.corpus import blocks, split, stdlib_files, tokens
-from hf_qst.base_model.decoder_stack import find_decoder_stack
-from hf_qst.pruning.layout import PruningLayout
+from examples.demo import BASE
 
-PARTS = ("quality", "speed", "training")
+PARTS = tuple(TABLES)
 POSITIVE = ("seeds", "steps", "batch", "length", "recovery_steps", "training_blocks", "calibration_blocks",
             "held_blocks", "repeats", "threads")  # fmt: skip
 QUICK = {
@@ -48,14 +46,17 @@ QUICK = {
     "held_blocks": 2,
     "repeats": 1,
 }
+USED = {
+    "quality": ("model", "batch", "length", "recovery_steps", "recovery_rate", "training_blocks", "calibration_blocks",
+                "held_blocks", "device"),
+    "speed": ("model", "repeats", "threads", "device", "quick"),
+    "training": ("model", "length", "repeats", "threads", "device")
+}  # fmt: skip
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pruning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("benchmarks.pruning", __doc__)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: everything)")
     add("--model", default=str(BASE), help="trained Llama (default: the project's)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the tables")
     add("--keep", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8], help="parts of the blocks' matrices to keep")
@@ -69,12 +70,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--training-blocks", type=int, default=20_000, help="rows to train on")
     add("--calibration-blocks", type=int, default=32, help="blocks of 512 tokens for methods that do not train")
     add("--held-blocks", type=int, default=16, help="held-out blocks of 512 tokens of each kind of text")
-    add("--repeats", type=int, default=7, help="timed rounds")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--quick", action="store_true", help="tiny sizes: shows that it runs, not what it is worth")
-    add("--fresh", action="store_true", help="forget what is in the file")
-    add("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
     require_positive(parser, args, POSITIVE)
     require_parts(parser, args, ("keep", "ablation_keep"))
@@ -90,14 +86,8 @@ def results_of(args: argparse.Namespace) -> ResultFile:
 
 def used(args: argparse.Namespace, part: str) -> dict:
     """The arguments that a part's figures depend on."""
-    names = {
-        "quality": ("model", "batch", "length", "recovery_steps", "recovery_rate", "training_blocks",
-                    "calibration_blocks", "held_blocks", "device"),
-        "speed": ("model", "repeats", "threads", "device", "quick"),
-        "training": ("model", "length", "repeats", "threads", "device"),
-    }  # fmt: skip
-    values = {name: getattr(args, name) for name in names[part]}
-    return values | ({"model": "examples/base_model"} if Path(args.model) == BASE else {})
+    values = {name: getattr(args, name) for name in USED[part]}
+    return values | ({"model": BASE_NAME} if Path(args.model) == BASE else {})
 
 
 def bench_of(args: argparse.Namespace) -> Bench:
@@ -115,7 +105,7 @@ def bench_of(args: argparse.Namespace) -> Bench:
 
 
 def wanted(args: argparse.Namespace, rows: list[dict]) -> list[tuple[float, str, int]]:
-    """(keep, method, seed) of what is missing, one seed of everything first."""
+    """(keep, method, seed) of the rows to make, one seed of everything first."""
     have = {(row["keep"], row["method"], row["seed"]) for row in current(args, rows)}
     every = [(keep, method, 0) for keep in args.keep for method in args.methods if not METHODS[method].ablation]
     every += [(keep, method, 0) for keep in args.ablation_keep for method in args.methods if METHODS[method].ablation]
@@ -129,20 +119,18 @@ def current(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
     return [row for row in rows if row.get("steps", args.steps) == args.steps]
 
 
-def quality(args: argparse.Namespace, results: ResultFile) -> dict:
+def quality(args: argparse.Namespace, result: dict, save) -> dict:
     """Every method at every part kept, before and after the recovery; rows that are there are not made again."""
-    result = results.begun("quality", used(args, "quality"))
-    missing = wanted(args, result.get("rows", []))
-    if not missing:
+    todo = wanted(args, result.get("rows", []))
+    if not todo:
         return result
     bench = bench_of(args)
     if result:
         result["rows"] = current(args, result["rows"])
     else:
-        layout = PruningLayout.of(find_decoder_stack(bench.dense))
         dense = {"parameters": parameters(bench.dense), **evaluated(bench.dense, bench.text)}
-        result = {"dense": dense, "full_widths": layout.full_widths, "rows": []}
-    for keep, method, seed in tqdm(missing, desc="quality", unit="model"):
+        result = {"dense": dense, "full_widths": cost.layout_of(bench.dense).full_widths, "rows": []}
+    for keep, method, seed in tqdm(todo, desc="quality", unit="model"):
         rows = []
         for row, model in made(bench, method, keep, seed):
             row |= evaluated(model, bench.text)
@@ -150,14 +138,12 @@ def quality(args: argparse.Namespace, results: ResultFile) -> dict:
                 row["recovered"] = evaluated(recovered(bench, model, seed), bench.text)
             rows.append(row)
         result["rows"] += rows
-        results.put("quality", used(args, "quality"), result)
+        save(result)
     return result
 
 
-def speed(args: argparse.Namespace, results: ResultFile) -> dict:
+def speed(args: argparse.Namespace, learned: list[dict], result: dict, save) -> dict:
     """The base and a random model of 100M parameters at the widths learned at the smallest part kept."""
-    result = results.begun("speed", used(args, "speed"))
-    learned = results.parts.get("quality", {}).get("result", {}).get("rows", [])
     rows = [row for row in learned if row["method"] == DEFAULT and row["seed"] == 0]
     if not rows:
         raise SystemExit(
@@ -166,45 +152,46 @@ def speed(args: argparse.Namespace, results: ResultFile) -> dict:
     row = min(rows, key=lambda one: one["keep"])
     device = torch.device(args.device)
     prompt, new = (32, 4) if args.quick else (512, 32)
-    for name in ("base", "100m"):
-        if name in result:
-            continue
-        base = load_dense(args.model, device)
-        large = "tiny" if args.quick else "100m"
-        dense = base if name == "base" else compression_speed.large_model(device, large)
-        source, target = (PruningLayout.of(find_decoder_stack(model)) for model in (base, dense))
+    base = load_dense(args.model, device)
+    for name in (name for name in ("base", "100m") if name not in result):
+        dense = (
+            base
+            if name == "base"
+            else dense_llama(SHAPES["tiny" if args.quick else "100m"].config, device, torch.float32)
+        )
+        source, target = cost.layout_of(base), cost.layout_of(dense)
         widths = {
-            "as learned": pruning_cost.scaled(row["widths"], source, target, 1),
-            f"in {ROUNDED}s": pruning_cost.scaled(row["widths"], source, target, ROUNDED),
+            "as learned": cost.scaled(row["widths"], source, target, 1),
+            f"in {ROUNDED}s": cost.scaled(row["widths"], source, target, ROUNDED),
         }
         result["keep"] = row["keep"]
-        result[name] = pruning_cost.speed(dense, widths, prompt, new, args.repeats)
-        results.put("speed", used(args, "speed"), result)
+        result[name] = cost.speed(dense, widths, prompt, new, args.repeats)
+        save(result)
     return result
 
 
-def training(args: argparse.Namespace, results: ResultFile) -> dict:
+def training(args: argparse.Namespace, result: dict, save) -> dict:
     """A step of 4 rows of the base."""
-    result = results.begun("training", used(args, "training"))
-    if not result:
-        dense = load_dense(args.model, torch.device(args.device))
-        result = {"batch": 4, "rows": pruning_cost.training(dense, 4, args.length, args.repeats)}
-        results.put("training", used(args, "training"), result)
-    return result
+    if result:
+        return result
+    dense = load_dense(args.model, torch.device(args.device))
+    return {"batch": 4, "rows": cost.training(dense, 4, args.length, args.repeats)}
+
+
+def parts_of(args: argparse.Namespace, results: ResultFile) -> dict[str, Part]:
+    """The parts, each of which takes its unfinished result and a function that writes one."""
+    learned = lambda: results.results().get("quality", {}).get("rows", [])
+    return {
+        "quality": lambda done, save: quality(args, done, save),
+        "speed": lambda done, save: speed(args, learned(), done, save),
+        "training": lambda done, save: training(args, done, save),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    torch.set_num_threads(args.threads)
-    transformers_logging.set_verbosity_error()
     results = results_of(args)
-    for part, make in (("quality", quality), ("speed", speed), ("training", training)):
-        if part in args.parts:
-            make(args, results)
-    found = results.results()
-    print("\n" + report(found, args.parts))
-    files = [results.path, *plots(found, args.parts, args.output)]
-    print("\nwritten: " + ", ".join(str(file) for file in files), flush=True)
+    run_parts(args, results, parts_of(args, results), used, report, plots)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Speed of pruned models beside the dense one, and what a step of learning the widths costs."""
+"""Speed of pruned models against the dense one, and the cost of a step of learning the widths."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from benchmarks.common.measure import peak_rss, settle_rss
-from benchmarks.compression.speed import in_turns, models, ratio
+from benchmarks.common.timing import in_turns, paired_ratio
+from benchmarks.compression.speed import clock_of, models
 from hf_qst import DISPConfig, prune_blocks
-from hf_qst.base_model.decoder_stack import find_decoder_stack
-from hf_qst.planning.saved_bytes import SavedForBackward
-from hf_qst.pruning.layout import SELECTIONS, PruningLayout
-from hf_qst.pruning.widths import rounded_width
+from hf_qst.base_model import find_decoder_stack
+from hf_qst.planning import SavedForBackward
+from hf_qst.pruning import SELECTIONS, PruningLayout, rounded_width
 
 Widths = list[list[int]]
+
+
+def layout_of(model: nn.Module) -> PruningLayout:
+    """Sizes of the model's blocks, and the number of weights in their matrices."""
+    return PruningLayout.of(find_decoder_stack(model))
 
 
 def scaled(widths: Widths, source: PruningLayout, target: PruningLayout, multiple: int) -> Widths:
@@ -35,16 +40,16 @@ def scaled(widths: Widths, source: PruningLayout, target: PruningLayout, multipl
 
 
 def at_widths(dense: nn.Module, widths: Widths) -> nn.Module:
-    """A copy of the model with arbitrary channels at these widths; which ones stay does not change what they cost."""
+    """A copy of the model with arbitrary channels at these widths: the choice of channels does not change the cost."""
     generator = torch.Generator().manual_seed(0)
 
     def mask(size: int, width: int) -> torch.Tensor:
         chosen = torch.randperm(size, generator=generator)[:width]
-        return torch.zeros(size, dtype=torch.bool).index_fill_(0, chosen, True)
+        return torch.zeros(size, dtype=torch.bool).index_fill_(0, chosen, True).to(dense.device)
 
-    layout = PruningLayout.of(find_decoder_stack(dense))
+    layout = layout_of(dense)
     masks = [{name: mask(layout.size(name), w) for name, w in zip(SELECTIONS, row, strict=True)} for row in widths]
-    return prune_blocks(copy.deepcopy(dense), masks)
+    return prune_blocks(copy.deepcopy(dense), masks).eval()
 
 
 def floors(layout: PruningLayout, widths: Widths, vocabulary: int, prompt: int) -> dict[str, float]:
@@ -64,8 +69,8 @@ def floors(layout: PruningLayout, widths: Widths, vocabulary: int, prompt: int) 
 def speed(dense: nn.Module, made: Mapping[str, Widths], prompt: int, new: int, repeats: int) -> list[dict]:
     """Tokens per second of the dense model and of copies of it at these widths, with memory and the floors."""
     device, vocabulary = next(dense.parameters()).device, dense.config.vocab_size
-    layout = PruningLayout.of(find_decoder_stack(dense))
-    every = {"dense": dense.eval()} | {name: at_widths(dense, widths).eval() for name, widths in made.items()}
+    layout = layout_of(dense)
+    every = {"dense": dense.eval()} | {name: at_widths(dense, widths) for name, widths in made.items()}
     rows = models(every, prompt, new, repeats, vocabulary, device, logits_to_keep=1)
     ids = torch.randint(vocabulary, (1, prompt)).to(device)
     for row in rows:
@@ -79,27 +84,17 @@ def speed(dense: nn.Module, made: Mapping[str, Widths], prompt: int, new: int, r
     return rows
 
 
-def _forward_backward(dense: nn.Module) -> tuple[nn.Module, None]:
+def _frozen(dense: nn.Module) -> nn.Module:
     """Gradients for the inputs alone: the least a method can cost that learns inside a frozen model."""
     model = copy.deepcopy(dense).requires_grad_(False)
     model.enable_input_require_grads()
-    return model.train(), None
-
-
-def _learning(dense: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = get_peft_model(copy.deepcopy(dense), DISPConfig(task_type="CAUSAL_LM")).train()
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
-
-
-def _full(dense: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = copy.deepcopy(dense).requires_grad_(True).train()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-5)
+    return model
 
 
 STEPS: dict[str, tuple[str, Callable]] = {
-    "floor": ("forward and backward of the frozen base", _forward_backward),
-    "disp": ("DISP", _learning),
-    "full": ("full fine-tuning", _full),
+    "floor": ("forward and backward of the frozen base", _frozen),
+    "disp": ("DISP", lambda dense: get_peft_model(copy.deepcopy(dense), DISPConfig(task_type="CAUSAL_LM"))),
+    "full": ("full fine-tuning", lambda dense: copy.deepcopy(dense).requires_grad_(True)),
 }
 
 
@@ -107,34 +102,26 @@ def training(dense: nn.Module, batch: int, length: int, repeats: int) -> list[di
     """Seconds and memory of a step of each of `STEPS`, one of each in turn."""
     device = next(dense.parameters()).device
     ids = torch.randint(dense.config.vocab_size, (batch, length)).to(device)
-    made = {name: make(dense) for name, (_, make) in STEPS.items()}
+    made = {name: make(dense).train() for name, (_, make) in STEPS.items()}
+    trainable = {name: [p for p in model.parameters() if p.requires_grad] for name, model in made.items()}
+    optimizers = {name: torch.optim.AdamW(those, lr=1e-5) for name, those in trainable.items() if those}
 
     def step(name: str) -> None:
-        model, optimizer = made[name]
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
+        made[name](input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if name in optimizers:
+            optimizers[name].step()
+            optimizers[name].zero_grad()
 
-    calls = {name: lambda name=name: step(name) for name in made}
-    times = in_turns(calls, repeats, device)
+    times = in_turns({name: lambda name=name: step(name) for name in made}, repeats, device, clock=clock_of(device))
     rows = []
-    for name, (model, _) in tqdm(made.items(), desc="memory of a step", unit="method"):
+    for name, model in tqdm(made.items(), desc="memory of a step", unit="method"):
         with SavedForBackward(model) as saved:
             step(name)
         before = settle_rss()
         step(name)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        rows.append(
-            {
-                "method": name,
-                "seconds": median(times[name]),
-                "of_floor": ratio(times, name, "floor"),
-                "kept_bytes": saved.peak,
-                "peak_bytes": peak_rss() - before,
-                "trainable": trainable,
-                # AdamW's two averages in float32.
-                "optimizer_bytes": 8 * trainable,
-            }
-        )
+        row = {"method": name, "seconds": median(times[name]), "of_floor": paired_ratio(times, name, "floor")}
+        row |= {"kept_bytes": saved.peak, "peak_bytes": peak_rss() - before}
+        row["trainable"] = sum(p.numel() for p in trainable[name])
+        row["optimizer_bytes"] = 8 * row["trainable"]  # AdamW's two averages in float32
+        rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""What the pruning benchmark compares: smaller models of one size, by method, and the same recovery for all of them."""
+"""The methods of the pruning benchmark: smaller models of one size, by method, and the same recovery for all of them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.compression.llm import Text
 from benchmarks.compression.methods import parameters
+from benchmarks.pruning.cost import layout_of
 from benchmarks.pruning.slicing import rotations, sliced, width_on_budget
 from examples.corpus import BlockDataset
 from hf_qst import DISPCallback, DISPConfig
-from hf_qst.base_model.decoder_stack import find_decoder_stack
-from hf_qst.disp.report import other_parameters
-from hf_qst.pruning import prune_model
-from hf_qst.pruning.branch import prune_blocks
-from hf_qst.pruning.layout import SELECTIONS, PruningLayout
-from hf_qst.pruning.widths import best_channels, masks_by_layer, widths_on_budget
+from hf_qst.pruning import SELECTIONS, best_channels, masks_by_layer, prune_blocks, prune_model, widths_on_budget
 
 # The seven linear layers of a Llama block, the same for every method.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -44,7 +40,7 @@ class Schedule:
 
 @dataclass
 class Bench:
-    """What every method is given: the dense model, the text, how DISP learns and how all models recover."""
+    """The inputs of every method: the dense model, the text, how DISP learns and how all models recover."""
 
     dense: nn.Module
     text: Text
@@ -54,13 +50,13 @@ class Bench:
 
     def allowed(self, keep: float) -> int:
         """Parameters of a whole model at this part of the blocks' matrices."""
-        stack = find_decoder_stack(self.dense)
-        return int(keep * PruningLayout.of(stack).total) + other_parameters(self.dense, stack)
+        total = layout_of(self.dense).total
+        return int(keep * total) + parameters(self.dense) - total
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the tables; `make` gives (rows' names, models, facts) for a part kept and a seed.
+    """One row of the tables.
 
     Args:
         label: as printed.
@@ -159,7 +155,6 @@ METHODS = {
         "DISP, no hypernetwork", _learned("disp-no-network", 10 * LEARNING_RATE, hypernetwork="none"), ablation=True
     ),
     "disp-constrained": Method("DISP, constrained", _learned("disp-constrained", constraint="model"), ablation=True),
-    "disp-middle": Method("DISP, MLP middle only", _learned("disp-middle", selections=["mlp_middle"]), ablation=True),
 }
 DEFAULT = "disp"
 LABELS = {name: method.label for name, method in METHODS.items()} | {"disp-64": "DISP, widths in 64s"}
@@ -180,20 +175,8 @@ def made(bench: Bench, method: str, keep: float, seed: int) -> Iterator[tuple[di
 def recovered(bench: Bench, model: nn.Module, seed: int) -> nn.Module:
     """The model with LoRA adapters trained on the calibration text's kind; the model's own weights stay."""
     torch.manual_seed(seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=LORA_RANK,
-        lora_alpha=2 * LORA_RANK,
-        lora_dropout=0.0,
-        target_modules=LORA_TARGETS,
-    )
-    tuned = get_peft_model(model, config)
-    train(
-        tuned,
-        bench.recovery,
-        seed,
-        learning_rate=bench.recovery_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, bench.recovery.steps // 20),
-    )
+    sizes = {"r": LORA_RANK, "lora_alpha": 2 * LORA_RANK, "target_modules": LORA_TARGETS}
+    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **sizes))
+    warmup = max(1, bench.recovery.steps // 20)
+    train(tuned, bench.recovery, seed, learning_rate=bench.recovery_rate, warmup_steps=warmup)
     return tuned.eval()

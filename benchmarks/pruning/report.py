@@ -1,21 +1,24 @@
-"""What the pruning benchmark prints and draws."""
+"""The tables and plots of the pruning benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks.common.measure import save_figure
+from benchmarks.common.parts import text_of
+from benchmarks.common.plots import heat_maps, pyplot, save_figure
+from benchmarks.common.tables import MIB, interval, markdown, pm, verdict
 from benchmarks.compression.llm import perplexity
-from benchmarks.compression.report import KINDS, MIB, markdown, pm, verdict
-from benchmarks.compression.vit import interval
+from benchmarks.compression.report import KINDS, perplexities
 from benchmarks.pruning.cost import STEPS
 from benchmarks.pruning.methods import BASELINES, DEFAULT, LABELS, METHODS
-from hf_qst.pruning.layout import SELECTIONS
+from hf_qst.pruning import SELECTIONS
 
 # Below the budget by at most this part of it.
 TOLERANCE = 0.002
 PREFILL_AIM, DECODE_AIM = 1.4, 1.0
+RECOVERED = [f"{name}, recovered" for name in KINDS.values()]
 
 
 def _label(method: str) -> str:
@@ -30,15 +33,12 @@ def _ordered(rows: Sequence[dict]) -> list[dict]:
 def quality_table(result: dict) -> str:
     """One seed of everything: perplexities before and after the recovery."""
     dense = result["dense"]
-    cells = [f"{dense['perplexity'][kind]:.2f}" for kind in KINDS]
-    lines = [["1", "dense", f"{dense['parameters']:,}", *cells, "", "", "", ""]]
+    lines = [["1", "dense", f"{dense['parameters']:,}", *perplexities(dense)]]
     for row in _ordered([row for row in result["rows"] if row["seed"] == 0]):
-        before = [f"{row['perplexity'][kind]:.2f}" for kind in KINDS]
-        after = [f"{row['recovered']['perplexity'][kind]:.2f}" if "recovered" in row else "" for kind in KINDS]
+        after = perplexities(row["recovered"]) if "recovered" in row else [""] * len(KINDS)
         head = [f"{row['keep']:g}", _label(row["method"]), f"{row['parameters']:,}"]
-        lines.append([*head, *before, *after, f"{row['seconds']:.0f}"])
-    after = [f"{name}, recovered" for name in KINDS.values()]
-    return markdown(["keep", "method", "parameters", *KINDS.values(), *after, "s"], lines)
+        lines.append([*head, *perplexities(row), *after, f"{row['seconds']:.0f}"])
+    return markdown(["keep", "method", "parameters", *KINDS.values(), *RECOVERED, "s"], lines)
 
 
 def seed_table(result: dict) -> str:
@@ -48,11 +48,10 @@ def seed_table(result: dict) -> str:
     for keep, method in pairs:
         rows = [row for row in result["rows"] if (row["keep"], row["method"]) == (keep, method)]
         if len(rows) > 1:
-            cells = [pm(interval([row["perplexity"][kind] for row in rows]), 2) for kind in KINDS]
-            cells += [pm(interval([row["recovered"]["perplexity"][kind] for row in rows]), 2) for kind in KINDS]
+            before, after = ([one["perplexity"] for one in ones] for ones in (rows, [row["recovered"] for row in rows]))
+            cells = [pm(interval([one[kind] for one in ones]), 2) for ones in (before, after) for kind in KINDS]
             lines.append([f"{keep:g}", _label(method), str(len(rows)), *cells])
-    after = [f"{name}, recovered" for name in KINDS.values()]
-    return markdown(["keep", "method", "seeds", *KINDS.values(), *after], lines) if lines else ""
+    return markdown(["keep", "method", "seeds", *KINDS.values(), *RECOVERED], lines) if lines else ""
 
 
 def aims(result: dict) -> str:
@@ -121,48 +120,35 @@ def speed_aims(result: dict) -> str:
 
 
 def training_table(result: dict) -> str:
-    lines = [
-        [
-            STEPS[row["method"]][0],
-            f"{row['seconds'] * 1e3:.0f}",
-            f"{row['of_floor']:.2f}",
-            *(f"{row[key] / MIB:.1f}" for key in ("kept_bytes", "optimizer_bytes", "peak_bytes")),
-            f"{row['trainable']:,}",
-        ]
-        for row in result["rows"]
-    ]
+    lines = []
+    for row in result["rows"]:
+        cells = [f"{row['seconds'] * 1e3:.0f}", f"{row['of_floor']:.2f}"]
+        cells += [f"{row[key] / MIB:.1f}" for key in ("kept_bytes", "optimizer_bytes", "peak_bytes")]
+        lines.append([STEPS[row["method"]][0], *cells, f"{row['trainable']:,}"])
     columns = ["step ms", "of the first", "kept MiB", "optimiser MiB", "peak RSS MiB", "trainable"]
     return markdown([f"a step of {result['batch']} rows", *columns], lines)
 
 
-def report(found: dict, parts: Sequence[str]) -> str:
-    """The tables of these parts."""
-    tables = {
-        "quality": lambda one: [quality_table(one), seed_table(one), aims(one), width_table(one)],
-        "speed": lambda one: [speed_table(one), speed_aims(one)],
-        "training": lambda one: [training_table(one)],
-    }
-    texts = {part: [text for text in tables[part](found[part]) if text] for part in parts if part in found}
-    return "\n\n".join(f"{part}\n\n" + "\n\n".join(lines) for part, lines in texts.items())
+TABLES = {
+    "quality": [quality_table, seed_table, aims, width_table],
+    "speed": [speed_table, speed_aims],
+    "training": [training_table],
+}
+report = partial(text_of, TABLES)
 
 
-def plots(found: dict, parts: Sequence[str], folder: Path) -> list[Path]:
+def plots(results: dict, parts: Sequence[str], folder: Path) -> list[Path]:
     """PNG files of what these parts have to show; returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    if "quality" not in found or "quality" not in parts:
+    if "quality" not in results or "quality" not in parts:
         return []
-    paths = [_perplexity_plot(found["quality"], folder / "pruning_perplexity.png")]
-    if any(row["method"] == DEFAULT for row in found["quality"]["rows"]):
-        paths.append(_width_plot(found["quality"], folder / "pruning_widths.png"))
+    paths = [_perplexity_plot(results["quality"], folder / "pruning_perplexity.png")]
+    if any(row["method"] == DEFAULT for row in results["quality"]["rows"]):
+        paths.append(_width_plot(results["quality"], folder / "pruning_widths.png"))
     return paths
 
 
 def _perplexity_plot(result: dict, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(2, len(KINDS), figsize=(13, 8), sharex=True, sharey=True)
+    figure, grid = pyplot().subplots(2, len(KINDS), figsize=(13, 8), sharex=True, sharey=True)
     rows = [row for row in result["rows"] if row["seed"] == 0 and "recovered" in row]
     for every, what, pick in (
         (grid[0], "pruned", lambda row: row),
@@ -188,19 +174,10 @@ def _perplexity_plot(result: dict, path: Path) -> Path:
 
 def _width_plot(result: dict, path: Path) -> Path:
     """Part of each selection that stays, by layer."""
-    import matplotlib.pyplot as plt
-
-    rows = _ordered([row for row in result["rows"] if row["method"] == DEFAULT and row["seed"] == 0])
-    figure, every = plt.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False, layout="constrained")
-    for axes, row in zip(every[0], rows, strict=True):
-        full = [max(column) for column in zip(*result["full_widths"], strict=True)]
-        grid = [[layer[i] / full[i] for layer in row["widths"]] for i in range(len(SELECTIONS))]
-        for x, layer in enumerate(row["widths"]):
-            for y, width in enumerate(layer):
-                colour = "white" if width > full[y] / 2 else "black"
-                axes.text(x, y, str(width), ha="center", va="center", fontsize=7, color=colour)
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis_r", aspect="auto")
-        axes.set(title=f"keep {row['keep']:g}: channels", xlabel="layer", xticks=range(len(row["widths"])))
-        axes.set_yticks(range(len(SELECTIONS)), SELECTIONS)
-    figure.colorbar(image, ax=every[0].tolist(), label="part of the selection kept")
-    return save_figure(figure, path)
+    full = [max(column) for column in zip(*result["full_widths"], strict=True)]
+    panels = {}
+    for row in _ordered([row for row in result["rows"] if row["method"] == DEFAULT and row["seed"] == 0]):
+        widths = list(zip(*row["widths"], strict=True))  # [selections, layers]
+        values = [[width / most for width in line] for line, most in zip(widths, full, strict=True)]
+        panels[f"keep {row['keep']:g}: channels"] = values, [list(map(str, line)) for line in widths]
+    return heat_maps(panels, SELECTIONS, "layer", "part of the selection kept", path)

@@ -20,8 +20,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from benchmarks.compression.methods import parameters
-from hf_qst.calibration import CalibrationRun, calibration_mode, hooks
-from hf_qst.calibration.moments import SecondMoment
+from hf_qst.calibration import CalibrationRun, SecondMoment, calibration_mode, hooks
 
 
 class SlicedNorm(nn.Module):

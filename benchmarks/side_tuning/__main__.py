@@ -1,12 +1,12 @@
-"""QST beside QLoRA, checkpointed QLoRA and ShadowPEFT, and beside the least a step can cost.
+"""QST next to QLoRA, checkpointed QLoRA and ShadowPEFT, and next to the least a step can cost.
 
     python -m benchmarks.side_tuning                             # the demo's base, ~100M parameters, a 128k vocabulary
     python -m benchmarks.side_tuning --shape demo --model NAME   # another trained base
-    python -m benchmarks.side_tuning --shape demo --sweep        # which learning rate suits each method
+    python -m benchmarks.side_tuning --shape demo --sweep        # the learning rate that suits each method
     python -m benchmarks.side_tuning --device cuda --shape llama-3-8b
 
-All methods run on the same 4-bit base, batch and steps, one step of each in turn. Prints a table and writes it with
-everything it was made from to `benchmarks/results/side_tuning_<shape>.json`, with plots beside it.
+All methods run on the same 4-bit base, batch and steps, one step of each in turn. Prints a table and writes it to
+`benchmarks/results/side_tuning_<shape>.json`, with plots.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from statistics import median
@@ -25,25 +24,21 @@ from statistics import median
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.common.checks import require_device, require_positive
-from benchmarks.common.measure import ROOT, environment, peak_rss, settle_rss, write_json
+from benchmarks.common.command_line import as_json, parser_of, require_device, require_positive
+from benchmarks.common.measure import RESULTS, ROOT, environment, message, peak_rss, settle_rss, write_json
+from benchmarks.common.timing import in_turns, paired_ratio
 from benchmarks.side_tuning import bases
 from benchmarks.side_tuning.losses import CURVES, loss_results, sweep, train_curves
 from benchmarks.side_tuning.methods import METHODS, Floor, Run
-from benchmarks.side_tuning.report import paired_ratio, plots, table, targets
+from benchmarks.side_tuning.report import plots, table, targets
 
 DEFAULT_SHAPES = ("demo", "100m", "100m-128k")
 PEAK_STEPS = 2  # the optimiser's state is there from the second on
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PACKED = "bitsandbytes' bf16 (AVX512-BF16) where the base is in eval mode, else dequantise and float32"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.side_tuning",
-        description="Compare side tuning with its peers on one 4-bit base.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_of("benchmarks.side_tuning", __doc__)
     add = parser.add_argument
     add("--shape", nargs="+", choices=bases.SHAPES, default=list(DEFAULT_SHAPES), help="bases to measure on")
     add("--model", metavar="PATH_OR_NAME", help="trained model in place of the base of --shape demo")
@@ -52,7 +47,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, help="sequences per step; without it, the shape's")
     add("--seq", type=int, help="tokens per sequence; without it, the shape's")
     add("--repeats", type=int, help="timed rounds; without it 10, or 2 for shapes that are there for their memory")
-    add("--warmup", type=int, help="rounds before them; without it 2, or 1 for shapes that are there for their memory")
     add("--steps", type=int, default=150, help="training steps of the loss curves (--shape demo); 0 for none")
     add("--eval-every", type=int, default=15, help="steps between two points of a loss curve")
     add("--held-out-blocks", type=int, default=32, help="sequences the held-out loss is measured on")
@@ -61,14 +55,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--packed", action="store_true", help="let bitsandbytes use its inference-only bf16 kernel on CPU where it can")
     add("--no-rss", action="store_true", help="leave out the peak RSS, which takes a process for each method")
     add("--threads", type=int, default=2, help="CPU threads")
-    add("--clock", choices=CLOCKS, default="wall",
-        help="cpu: processor time of one thread, for a machine that others use too; ratios only mean something then")  # fmt: skip
     add("--seed", type=int, default=0, help="of weights, batches and order")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    add("--out", type=Path, default=RESULTS, help="folder of the results")
     add("--rss-of", metavar="METHOD", choices=[*METHODS, "floor"], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
-        parser.error("--clock cpu needs --threads 1 and --device cpu: waiting threads would count as working")
     counts = ("batch", "seq", "repeats", "threads", "held_out_blocks", "sweep_steps", "eval_every")
     require_positive(parser, args, counts)
     require_device(parser, args)
@@ -88,7 +78,6 @@ class Bench:
         self.batch, self.seq = args.batch or settings.batch, args.seq or settings.seq
         self.memory_only = settings.memory_only
         self.repeats = args.repeats or (2 if self.memory_only else 10)
-        self.warmup = (1 if self.memory_only else 2) if args.warmup is None else args.warmup
         self.trained = settings.config is None
         self.model = args.model if self.trained else None
         self.base = bases.load_base(shape, self.model, self.device, args.packed, args.seed)
@@ -105,11 +94,7 @@ class Bench:
     def run(self, name: str, lr: float | None = None) -> Run:
         """A fresh `Run` of a method; runs share the base's weights unless the kernel in use rewrites them."""
         own = self.args.packed and not METHODS[name].runs_base
-        return Run(name, bases.copy_of(self.base, own), self.device, self.calibration, lr, self.args.seed)
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return Run(METHODS[name], bases.copy_of(self.base, own), self.device, self.calibration, lr, self.args.seed)
 
 
 def prepare(bench: Bench) -> tuple[dict[str, Run], dict[str, dict]]:
@@ -133,45 +118,33 @@ def prepare(bench: Bench) -> tuple[dict[str, Run], dict[str, dict]]:
             row["trainable"], row["file_bytes"] = run.count(), run.file_bytes()
             runs[name] = run
         except Exception as error:
-            row["error"] = _short(error)
+            row["error"] = message(error)
             logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
     return runs, rows
 
 
-def time_steps(bench: Bench, runs: dict[str, Run]) -> dict[str, list[float | None]]:
+def time_steps(bench: Bench, runs: dict[str, Run]) -> dict[str, list[float]]:
     """Seconds of each round of each method, of the floor, and of the bare forward that is most of it.
 
-    One step of each in turn, so that drift of the machine hits all alike. Variants sit out every second round (None), and
-    all rounds of a shape that is there for its memory.
+    One step of each in turn, so that drift of the machine hits all alike. Variants take part in the first half of the
+    rounds, and in none of a shape that is there for its memory.
     """
     floor = Floor(bases.copy_of(bench.base), bench.device)
-    work = {"floor": floor.step, "forward": floor.forward, **{name: run.step for name, run in runs.items()}}
-    clock = CLOCKS[bench.args.clock]
-    variants = {name for name, run in runs.items() if not run.method.main}
-    if bench.memory_only:
-        work = {name: step for name, step in work.items() if name not in variants}
-    times: dict[str, list[float | None]] = {name: [] for name in work}
-    with tqdm(total=(bench.warmup + bench.repeats) * len(work), desc="timing", unit="step") as bar:
-        for turn in range(-bench.warmup, bench.repeats):
-            for name, step in work.items():
-                bar.update()
-                spent = None
-                if name not in variants or turn % 2 == 0:
-                    start = clock()
-                    step(bench.ids)
-                    spent = clock() - start
-                if turn >= 0:
-                    times[name].append(spent)
-    return times
+    steps = {"floor": floor.step, "forward": floor.forward, **{name: run.step for name, run in runs.items()}}
+    calls = {name: lambda step=step: step(bench.ids) for name, step in steps.items()}
+    main = {name: call for name, call in calls.items() if name not in runs or runs[name].method.main}
+    half = 0 if bench.memory_only else -(-bench.repeats // 2)
+    first = in_turns(calls, half, bench.device) if half else {}
+    second = in_turns(main, bench.repeats - half, bench.device)
+    return {name: first.get(name, []) + second.get(name, []) for name in (first or main)}
 
 
 def rss_above_base(bench: Bench, name: str) -> int:
     """Peak resident bytes of a few training steps above those of the loaded base."""
-    ids = bench.ids
     before = settle_rss()
     worker = Floor(bench.base, bench.device) if name == "floor" else bench.run(name)
     for _ in range(PEAK_STEPS):
-        worker.step(ids)
+        worker.step(bench.ids)
     return peak_rss() - before
 
 
@@ -193,18 +166,15 @@ def measure(bench: Bench) -> dict:
     runs, rows = prepare(bench)
     times = time_steps(bench, runs)
     rows = {"forward": {"label": "floor: bare forward"}, "floor": {"label": "floor: forward and head"}, **rows}
-    for name, rounds in times.items():
-        spent = [seconds for seconds in rounds if seconds is not None]
-        rows[name]["step_seconds"] = median(spent)
-        rows[name]["fastest_seconds"] = min(spent)
-        rows[name]["rounds"] = len(spent)
+    for name, spent in times.items():
+        rows[name] |= {"step_seconds": median(spent), "fastest_seconds": min(spent), "rounds": len(spent)}
         rows[name]["tokens_per_second"] = bench.batch * bench.seq / median(spent)
         rows[name]["of_floor"] = paired_ratio(times, name, "floor")
     used = vars(args) | {"shape": bench.shape, "batch": bench.batch, "seq": bench.seq}
-    used |= {"repeats": bench.repeats, "warmup": bench.warmup}
+    used["repeats"] = bench.repeats
     result = {
         **environment(bench.device),
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in used.items() if k not in ("rss_of", "sweep")},
+        "arguments": as_json({k: v for k, v in used.items() if k not in ("rss_of", "sweep")}),
         "parameters": _parameters(bench.base),
         "kernel": PACKED if args.packed else "dequantise, then a product in the compute type",
         "rows": rows,
@@ -215,7 +185,7 @@ def measure(bench: Bench) -> dict:
         gc.collect()
         names = [n for n in CURVES if n in args.methods and "error" not in rows[n]]
         curves = train_curves(
-            [bench.run(n) for n in names], bench.text, bench.batch, args.steps, args.eval_every, CLOCKS[args.clock]
+            {name: bench.run(name) for name in names}, bench.text, bench.batch, args.steps, args.eval_every
         )
         result["losses"] = loss_results(curves, args.steps)
     if bench.device.type == "cpu" and not args.no_rss:

@@ -9,13 +9,13 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from benchmarks.common.measure import ROOT
-from hf_qst.base_model.packed_weights import forbid_packing
-
-DEMO_MODEL = ROOT / "examples" / "base_model"
+from benchmarks.common.llama import llama
+from examples.corpus import blocks, split, tokens, transformers_files
+from examples.demo import BASE, nf4
+from hf_qst.base_model import forbid_packing
 
 
 @dataclass(frozen=True)
@@ -32,43 +32,18 @@ class Shape:
     memory_only: bool = False
 
 
-def _llama(vocab, hidden, layers, heads, intermediate, kv_heads=None, theta=10000.0) -> dict:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads or heads,
-        "intermediate_size": intermediate,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-    }
-
-
 SHAPES = {
     "demo": Shape(None, batch=4, seq=256),
-    "100m": Shape(_llama(8192, 768, 12, 12, 2048), batch=2, seq=256),
-    "100m-128k": Shape(_llama(131072, 768, 12, 12, 2048), batch=2, seq=256, memory_only=True),
-    "tiny": Shape(_llama(512, 64, 2, 4, 192), batch=2, seq=32),
-    "llama-2-7b": Shape(_llama(32000, 4096, 32, 32, 11008), batch=4, seq=512, device="cuda"),
-    "llama-3-8b": Shape(_llama(128256, 4096, 32, 32, 14336, 8, 500000.0), batch=4, seq=512, device="cuda"),
-    "llama-2-70b": Shape(_llama(32000, 8192, 80, 64, 28672, 8), batch=4, seq=512, device="cuda"),
+    "100m": Shape(llama(8192, 768, 12, 12, 2048), batch=2, seq=256),
+    "100m-128k": Shape(llama(131072, 768, 12, 12, 2048), batch=2, seq=256, memory_only=True),
+    "tiny": Shape(llama(512, 64, 2, 4, 192), batch=2, seq=32),
+    "llama-2-7b": Shape(llama(32000, 4096, 32, 32, 11008), batch=4, seq=512, device="cuda"),
+    "llama-3-8b": Shape(llama(128256, 4096, 32, 32, 14336, 8, 500000.0), batch=4, seq=512, device="cuda"),
 }
 
 
-def quantization(device: torch.device) -> BitsAndBytesConfig:
-    """NF4 with double quantisation; matrix products in float32 on CPU and bfloat16 on CUDA."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=base_dtype(device),
-    )
-
-
 def base_dtype(device: torch.device) -> torch.dtype:
-    """Of everything that is not in 4 bits."""
+    """Of everything that is not in 4 bits, and of the matrix products."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -86,17 +61,11 @@ def random_base(config: dict, device: torch.device, seed: int = 0) -> LlamaForCa
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
 
-    settings = quantization(device)
+    settings = nf4(dtype)
     linear = [(name, part) for name, part in model.model.named_modules() if type(part) is nn.Linear]
     for name, part in tqdm(linear, desc="random NF4 base", unit="weight", leave=False, delay=2):
         made = bnb.nn.Linear4bit(
-            part.in_features,
-            part.out_features,
-            bias=False,
-            compute_dtype=settings.bnb_4bit_compute_dtype,
-            compress_statistics=settings.bnb_4bit_use_double_quant,
-            quant_type=settings.bnb_4bit_quant_type,
-            device="meta",
+            part.in_features, part.out_features, False, dtype, compress_statistics=True, quant_type="nf4", device="meta"
         )
         weight = normal(part.out_features, part.in_features)
         # Quantised by the move, on the device the weight is already on.
@@ -130,13 +99,13 @@ def load_base(shape: str, model: str | None, device: torch.device, packed: bool,
     if config is not None and model is None:
         base = random_base(config, device, seed)
     else:
-        path = model or str(DEMO_MODEL)
-        if model is None and not (DEMO_MODEL / "config.json").exists():
-            raise FileNotFoundError(f"{DEMO_MODEL} holds no model; give --model PATH_OR_NAME")
+        path = model or str(BASE)
+        if model is None and not (BASE / "config.json").exists():
+            raise FileNotFoundError(f"{BASE} holds no model; give --model PATH_OR_NAME")
         base = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=base_dtype(device),
-            quantization_config=quantization(device),
+            quantization_config=nf4(base_dtype(device)),
             device_map={"": device} if device.type == "cuda" else None,
         )
     base.requires_grad_(False)
@@ -168,9 +137,7 @@ class Text:
 
 def demo_text(model: str | None, seq: int, held_out_blocks: int, seed: int = 0) -> Text:
     """The source of the installed transformers package, split by file, as blocks of `seq` tokens."""
-    from examples.corpus import blocks, split, tokens, transformers_files
-
-    tokenizer = AutoTokenizer.from_pretrained(model or str(DEMO_MODEL))
+    tokenizer = AutoTokenizer.from_pretrained(model or str(BASE))
     train, held_out = split(transformers_files())
     rows = blocks(tokens(train, tokenizer), seq)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))

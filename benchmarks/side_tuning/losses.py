@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.side_tuning.methods import METHODS, Run
+from benchmarks.side_tuning.methods import Run
 
-# Checkpointed QLoRA has QLoRA's losses; the demo's setting of QST is shown beside the default.
+# Checkpointed QLoRA has QLoRA's losses; the demo's setting of QST is shown with the default.
 CURVES = ("qst", "qst-r2", "qlora", "shadow")
 WARMUP_STEPS = 10
 SWEEP = {
@@ -25,8 +24,8 @@ SWEEP = {
 class Curve:
     """A method in training: (step, training seconds, held-out loss) as it goes. Seconds are of its own steps alone."""
 
-    def __init__(self, run: Run, clock: Callable[[], float] = time.perf_counter):
-        self.run, self.clock = run, clock
+    def __init__(self, run: Run):
+        self.run = run
         self.steps = 0
         self.seconds = 0.0
         self.points: list[tuple[int, float, float]] = []
@@ -34,10 +33,10 @@ class Curve:
     def step(self, rows: torch.Tensor, batch: int) -> None:
         start = self.steps * batch % (len(rows) - batch + 1)
         ids = rows[start : start + batch].to(self.run.device)
-        begin = self.clock()
+        begin = time.perf_counter()
         # The rate rises over the first steps and stays: a decay would tie the curve to one length.
         self.run.step(ids, min(1.0, (self.steps + 1) / WARMUP_STEPS))
-        self.seconds += self.clock() - begin
+        self.seconds += time.perf_counter() - begin
         self.steps += 1
 
     def measure(self, held_out: torch.Tensor) -> None:
@@ -54,10 +53,10 @@ def at_seconds(points: list[tuple[int, float, float]], seconds: float) -> float 
     return None
 
 
-def train_curves(runs: list[Run], text, batch: int, steps: int, every: int, clock) -> dict[str, Curve]:
+def train_curves(runs: dict[str, Run], text, batch: int, steps: int, every: int) -> dict[str, Curve]:
     """Train every run for `steps` steps on the same batches, one step of each in turn; then those that took less time
     than the slowest go on until they have had as much."""
-    curves = {run.name: Curve(run, clock) for run in runs}
+    curves = {name: Curve(run) for name, run in runs.items()}
     for curve in curves.values():
         curve.measure(text.held_out)
     with tqdm(total=steps * len(runs), desc="loss curves", unit="step") as bar:
@@ -114,7 +113,7 @@ def sweep(make_run, names: list[str], text, batch: int, steps: int) -> dict:
     results = {}
     for name in names:
         losses = {}
-        for lr in tqdm(SWEEP[METHODS[name].family], desc=f"learning rates of {name}", unit="run"):
+        for lr in tqdm(SWEEP[name], desc=f"learning rates of {name}", unit="run"):
             curve = Curve(make_run(name, lr))
             for _ in range(steps):
                 curve.step(text.train, batch)

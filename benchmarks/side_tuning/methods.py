@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.common.measure import synchronize
 from hf_qst import QSTConfig
-from hf_qst.planning.saved_bytes import SavedForBackward
+from hf_qst.planning import SavedForBackward
 
 # The best of `--sweep` on the demo's base and text, benchmarks/results/side_tuning_demo_sweep.json.
 QST_LR = 8e-3
@@ -34,7 +34,6 @@ class Method:
         label: as printed.
         make: base -> PEFT model; `calibration` batches are for methods that look at data before they start.
         lr: learning rate of its loss curve.
-        family: which learning-rate sweep it takes part in.
         main: rows that are timed in every round and measured for peak RSS and loss; the others are variants.
         runs_base: whether the base is only run forward, in eval mode.
     """
@@ -42,7 +41,6 @@ class Method:
     label: str
     make: Callable[[nn.Module, list[dict]], nn.Module]
     lr: float
-    family: str
     main: bool = True
     runs_base: bool = False
 
@@ -76,51 +74,53 @@ def _shadow(base, calibration):
     return get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0))
 
 
-def _variant(label: str, lr: float = QST_LR, family: str = "qst", config=QSTConfig, **changes) -> Method:
-    return Method(label, _qst(config, **changes), lr, family, main=False, runs_base=True)
+def _variant(label: str, lr: float = QST_LR, config=QSTConfig, **changes) -> Method:
+    return Method(label, _qst(config, **changes), lr, main=False, runs_base=True)
 
 
 METHODS = {
-    "qst": Method("QST", _qst(), QST_LR, "qst", runs_base=True),
-    "qst-r2": _variant("QST, r=2, principal", QST_R2_LR, "qst-r2", r=2, downsample="principal"),
+    "qst": Method("QST", _qst(), QST_LR, runs_base=True),
+    "qst-r2": _variant("QST, r=2, principal", QST_R2_LR, r=2, downsample="principal"),
     "qst-principal": _variant("QST, principal", downsample="principal"),
     "qst-avgpool": _variant("QST, average pooling", downsample="avgpool"),
     "qst-full-taps": _variant("QST, full taps", tap_storage="full"),
     "qst-recompute": _variant("QST, blocks recomputed", side_checkpointing=True),
     "qst-no-recompute": _variant("QST, no recomputation", side_checkpointing=False),
     "qst-paper": _variant("QST, paper's settings", config=QSTConfig.paper),
-    "qlora": Method("QLoRA", _qlora(False), LORA_LR, "qlora"),
-    "qlora-ckpt": Method("QLoRA, checkpointed", _qlora(True), LORA_LR, "qlora"),
-    "shadow": Method("ShadowPEFT", _shadow, SHADOW_LR, "shadow"),
+    "qlora": Method("QLoRA", _qlora(False), LORA_LR),
+    "qlora-ckpt": Method("QLoRA, checkpointed", _qlora(True), LORA_LR),
+    "shadow": Method("ShadowPEFT", _shadow, SHADOW_LR),
 }
+
+
+def autocast(device: torch.device):
+    """bfloat16 on a GPU, as training there is done; nothing elsewhere."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 class Run:
     """A method on a base, ready to train.
 
     Args:
-        name: key of `METHODS`.
+        method: a row of `METHODS`, or one like it.
         base: a model of its own (`copy_of`).
         device: of the batches.
         calibration: see `Method`.
         lr: in place of the method's.
     """
 
-    def __init__(self, name: str, base: nn.Module, device: torch.device, calibration: list[dict], lr=None, seed=0):
-        self.name, self.method, self.device = name, METHODS[name], device
+    def __init__(self, method: Method, base: nn.Module, device: torch.device, calibration: list[dict], lr=None, seed=0):
+        self.method, self.device = method, device
         torch.manual_seed(seed)
-        self.model = self.method.make(base, calibration).train()
+        self.model = method.make(base, calibration).train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.lr = self.method.lr if lr is None else lr
+        self.lr = method.lr if lr is None else lr
         # Trainer's default optimiser, and its clipping of gradients in `step`.
         self.optimizer = torch.optim.AdamW(self.trainable, lr=self.lr, weight_decay=0.0, fused=True)
 
-    def _autocast(self):
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Mean loss of ids [batch, seq] as their own labels."""
-        with self._autocast():
+        with autocast(self.device):
             return self.model(input_ids=ids, labels=ids, use_cache=False).loss
 
     def step(self, ids: torch.Tensor, lr_scale: float = 1.0) -> None:
@@ -136,19 +136,14 @@ class Run:
     def saved_bytes(self, ids: torch.Tensor, head: bool) -> dict[str, int]:
         """Bytes kept for backward at the end of forward and at most; `head` includes the loss head's."""
         with SavedForBackward(self.model) as saved:
-            if head:
-                output = self.loss(ids)
-                gradient = None
-            else:
-                output = self._stack_output(ids)
-                gradient = torch.randn_like(output)
+            output = self.loss(ids) if head else self._stack_output(ids)
             forward = saved.live
-            output.backward(gradient)
+            output.backward(None if head else torch.randn_like(output))
         self.optimizer.zero_grad(set_to_none=True)
         return {"forward": forward, "peak": saved.peak}
 
     def _stack_output(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the decoder stack hands to the head, caught there so that every method's own hooks run."""
+        """The output of the decoder stack, caught at the head so that every method's own hooks run."""
         model, caught = self.model.get_base_model(), []
 
         def catch(head, args):
@@ -157,7 +152,7 @@ class Run:
 
         handle = model.get_output_embeddings().register_forward_pre_hook(catch)
         try:
-            with self._autocast():
+            with autocast(self.device):
                 model(input_ids=ids, use_cache=False)
         except _Caught:
             pass
@@ -181,7 +176,7 @@ class Run:
         total, count = 0.0, 0
         for part in rows.split(batch):
             part = part.to(self.device)
-            with self._autocast():
+            with autocast(self.device):
                 logits = self.model(input_ids=part, use_cache=False).logits
             logits, targets = logits[:, :-1].float().flatten(0, 1), part[:, 1:].flatten()
             total += nn.functional.cross_entropy(logits, targets, reduction="sum").double().item()
@@ -198,19 +193,18 @@ class Floor:
 
     def __init__(self, base: nn.Module, device: torch.device):
         self.base, self.device = base.eval(), device
-        self.autocast = Run._autocast
 
     @torch.no_grad()
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The base's decoder stack alone, [batch, seq, d]."""
-        with self.autocast(self):
+        with autocast(self.device):
             hidden = self.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         synchronize(self.device)
         return hidden
 
     def step(self, ids: torch.Tensor) -> None:
         hidden = self.forward(ids).requires_grad_()
-        with self.autocast(self):
+        with autocast(self.device):
             logits = self.base.get_output_embeddings()(hidden)[:, :-1].flatten(0, 1).float()
             nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
         synchronize(self.device)

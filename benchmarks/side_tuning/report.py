@@ -1,29 +1,20 @@
-"""What the side-tuning benchmark prints and draws."""
+"""The tables and plots of the side-tuning benchmark."""
 
 from __future__ import annotations
 
-from statistics import median
-
-from benchmarks.common.measure import save_figure
-
-MIB = 2**20
-
-
-def paired_ratio(times: dict[str, list[float | None]], slow: str, fast: str) -> float | None:
-    """Median over the rounds of slow / fast: the two ran next to each other in each round, so drift cancels."""
-    pairs = zip(times.get(slow, ()), times.get(fast, ()), strict=False)
-    ratios = [a / b for a, b in pairs if a is not None and b is not None]
-    return median(ratios) if ratios else None
+from benchmarks.common.plots import pyplot, save_figure
+from benchmarks.common.tables import MIB, markdown
+from benchmarks.common.timing import paired_ratio
 
 
 def targets(shape: str, result: dict) -> list[dict]:
-    """What this project set out to reach, and what was reached: [{what, target, reached, met}]."""
+    """The aims of side tuning and the figures reached: [{what, target, reached, met}]."""
     times, rows = result["times"], result["rows"]
-    found = []
+    reached_aims = []
 
     def add(what: str, sense: str, target: float, reached: float | None) -> None:
         met = None if reached is None else (reached >= target if sense == ">=" else reached <= target)
-        found.append({"what": what, "target": f"{sense} {target:g}", "reached": reached, "met": met})
+        reached_aims.append({"what": what, "target": f"{sense} {target:g}", "reached": reached, "met": met})
 
     def saved(which: str) -> float | None:
         values = [rows.get(name, {}).get(which, {}) for name in ("qlora-ckpt", "qst")]
@@ -35,33 +26,27 @@ def targets(shape: str, result: dict) -> list[dict]:
     add("saved bytes with the loss head, checkpointed QLoRA / QST", ">=", 8.0, saved("saved_with_head"))
     add("saved bytes without the loss head, checkpointed QLoRA / QST", ">=", 2.0, saved("saved_without_head"))
     if shape == "100m":
-        found = [row for row in found if "with the loss head" not in row["what"]]
+        reached_aims = [row for row in reached_aims if "with the loss head" not in row["what"]]
     if shape == "100m-128k":
-        found = [row for row in found if "saved" in row["what"]]
+        reached_aims = [row for row in reached_aims if "saved" in row["what"]]
     if shape == "demo":  # too small for its speed to say anything about larger models
-        found.clear()
+        reached_aims.clear()
     if "losses" in result:
-        equal = next((v for k, v in result["losses"]["at_equal_seconds"].items() if k.startswith("as qlora")), {})
+        equal = _equal_seconds(result)
         for name, label in (("qst-r2", "the demo's QST (r=2, principal)"), ("qst", "QST as it is by default")):
             both = equal.get(name), equal.get("qlora")
             reached = both[0] / both[1] if None not in both else None
             add(f"held-out loss at equal seconds, {label} / QLoRA", "<=", 1.02, reached)
-    return found
+    return reached_aims
+
+
+def _equal_seconds(result: dict) -> dict:
+    """The losses at the seconds that QLoRA took for its steps."""
+    return next((v for k, v in result["losses"]["at_equal_seconds"].items() if k.startswith("as qlora")), {})
 
 
 def _mib(value: int | None) -> str:
     return "-" if value is None else f"{value / MIB:.1f}"
-
-
-def _table(columns: list[str], lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
-
-    def row(cells: list[str]) -> str:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]])
-
-    text = [row(line) for line in [columns, *lines]]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
 def table(result: dict) -> str:
@@ -73,11 +58,11 @@ def table(result: dict) -> str:
     has_losses = "losses" in result
     if has_losses:
         columns += ["loss, steps", "loss, seconds"]
-        equal = next((v for k, v in result["losses"]["at_equal_seconds"].items() if k.startswith("as qlora")), {})
+        equal = _equal_seconds(result)
     lines = []
     for name, row in rows.items():
         if "error" in row:
-            lines.append([row["label"], "failed", *[""] * (len(columns) - 2)])
+            lines.append([row["label"], "failed"])
             continue
         line = [
             row["label"],
@@ -100,13 +85,7 @@ def table(result: dict) -> str:
         f"tokens, {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, 4-bit kernel: {result['kernel']}"
     )
     notes = [f"{row['label']} did not run: {row['error']}" for row in rows.values() if "error" in row]
-    notes += [
-        f"step: median of {arguments['repeats']} rounds (variants: half of them), one step of each method in turn; "
-        "of floor: median of the ratios within a round.",
-        "kept: most bytes saved for backward at any time of a step, recomputation included; no head: backward from the "
-        "decoder's output.",
-        "peak RSS / device: above the loaded base, optimiser state included, in a process of its own on CPU.",
-    ]
+    notes.append(f"medians of {arguments['repeats']} rounds (variants: half of them); memory is above the loaded base")
     if has_losses:
         losses = result["losses"]
         start, seconds = losses["start"].get("qst", float("nan")), equal.get("seconds", float("nan"))
@@ -119,24 +98,19 @@ def table(result: dict) -> str:
          "-" if t["met"] is None else ("yes" if t["met"] else "no")]
         for t in result["targets"]
     ]  # fmt: skip
-    parts = [heading, "", _table(columns, lines), *notes]
+    parts = [heading, "", markdown(columns, lines), *notes]
     if goals:
-        parts += ["", _table(["to reach", "target", "reached", "met"], goals)]
+        parts += ["", markdown(["to reach", "target", "reached", "met"], goals)]
     return "\n".join(parts)
 
 
 def plots(result: dict, stem) -> list:
-    """PNG files beside `stem`: memory bars, and the loss curves if there are any. Returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draw memory bars, and the loss curves if there are any, to `<stem>_*.png`; returns the paths."""
     rows = {name: row for name, row in result["rows"].items() if "saved_with_head" in row}
     paths = []
     if rows:
         labels = [row["label"] for row in rows.values()]
-        figure, axes = plt.subplots(figsize=(8, 0.45 * len(labels) + 1.2))
+        figure, axes = pyplot().subplots(figsize=(8, 0.45 * len(labels) + 1.2))
         places = range(len(labels))
         kinds = ((-0.2, "saved_with_head", "with the loss head"), (0.2, "saved_without_head", "decoder alone"))
         for offset, key, label in kinds:
@@ -148,16 +122,14 @@ def plots(result: dict, stem) -> list:
         axes.set_xscale("log")
         axes.set_xlabel("MiB kept for the backward pass (log scale)")
         axes.legend()
-        paths.append(stem.with_name(f"{stem.name}_memory.png"))
-        save_figure(figure, paths[-1])
+        paths.append(save_figure(figure, stem.with_name(f"{stem.name}_memory.png")))
     if "losses" in result:
-        figure, axes = plt.subplots(figsize=(7, 4))
+        figure, axes = pyplot().subplots(figsize=(7, 4))
         for name, points in result["losses"]["points"].items():
             axes.plot([p[1] for p in points], [p[2] for p in points], marker=".", label=result["rows"][name]["label"])
         axes.set_xlabel("training seconds")
         axes.set_ylabel("held-out loss, nats per token")
         axes.grid(alpha=0.3)
         axes.legend()
-        paths.append(stem.with_name(f"{stem.name}_loss.png"))
-        save_figure(figure, paths[-1])
+        paths.append(save_figure(figure, stem.with_name(f"{stem.name}_loss.png")))
     return paths

@@ -1,1 +1,7 @@
 """What is known of other people's models: where their parts are, their linear layers, how their weights lie."""
+
+from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.base_model.linear_layers import dense_shape, dense_weight
+from hf_qst.base_model.packed_weights import forbid_packing
+
+__all__ = ["dense_shape", "dense_weight", "find_decoder_stack", "forbid_packing"]

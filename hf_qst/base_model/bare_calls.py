@@ -1,16 +1,53 @@
-"""When a kernel may stand in for modules: where calling them runs their `forward` and nothing besides.
+"""When a kernel may stand in for modules: where calling them runs their `forward` and nothing else.
 
-A module's hooks, a `forward` of its own that accelerate or a kernel library gave it, and autocast all see less, or something
-else, once a kernel is called in its place. Where one of them is there, the modules are called as ever.
+A module's hooks, a `forward` of its own that accelerate or a kernel library gave it, autocast, a compiler and a trace all
+see less, or something else, once a kernel is called in the module's place. Where there is one, the modules are called.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
+from hf_qst_kernels.dispatch import every_operation_counts, runs_triton
+
 _PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def kernel_replaces(op: str, sizes: Mapping[str, int] | None, hidden: torch.Tensor, *modules: nn.Module) -> bool:
+    """
+    Whether a kernel is to compute what calling `modules` would: it wins, and the calls would do nothing else.
+
+    Args:
+        op (`str`): name of the op of `hf_qst_kernels`.
+        sizes (`Mapping[str, int]`, *optional*): of the call, by `hf_qst_kernels.decisions`.
+        hidden (`torch.Tensor`): the op's main input.
+        modules: those that the kernel replaces.
+    """
+    return (
+        runs_triton(op, hidden, sizes)
+        and not torch.is_autocast_enabled(hidden.device.type)
+        and are_bare(hidden, *modules)
+    )
+
+
+def are_bare(hidden: torch.Tensor, *modules: nn.Module) -> bool:
+    """
+    Whether calling the modules with `hidden` runs the `forward` of their classes on plain tensors, and nothing sees it.
+
+    Plain are tensors of `hidden`'s dtype, with memory, and of no subclass (sharded, quantised, fake).
+    """
+    if torch.compiler.is_compiling() or every_operation_counts() or _module._has_any_global_hook():
+        return False
+    tensors = [hidden]
+    for module in modules:
+        if not is_bare(module):
+            return False
+        tensors += module._parameters.values()
+    return all(t is None or (type(t) in _PLAIN and t.dtype == hidden.dtype and not t.is_meta) for t in tensors)
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -22,24 +59,3 @@ def is_bare(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
-
-
-def nobody_looks_on(inputs: torch.Tensor) -> bool:
-    """Whether modules given `inputs` are called outside autocast, and without hooks on all modules at once.
-
-    That nothing is compiled or traced is part of the rule of `hf_qst_kernels.dispatch`.
-    """
-    return not torch.is_autocast_enabled(inputs.device.type) and no_global_hooks()
-
-
-def no_global_hooks() -> bool:
-    """Whether there are no hooks on all modules at once."""
-    return not _module._has_any_global_hook()
-
-
-def are_plain(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
-    """Whether all are of this dtype and none is of a subclass (sharded, quantised, fake) or without memory."""
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.dtype != dtype or tensor.is_meta):
-            return False
-    return True

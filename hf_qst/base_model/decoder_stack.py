@@ -63,6 +63,18 @@ _SPLIT = Projections(
 
 
 @dataclass(frozen=True)
+class SequentialBlock:
+    """A block that is `h = h + attention(norm_1(h))`, then `h = h + mlp(norm_2(h))`, with RMSNorm and nothing in between.
+
+    Kernels may compute the norms and additions of such blocks. Not one is a block with a norm on a branch's output
+    (Gemma), one addition for both branches (Phi, GPT-NeoX), dropout before it (GPT-2, OPT) or `Conv1D` (GPT-2).
+    """
+
+    block: str  # its class in `transformers.models.<model type>.modeling_<model type>`
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One row of the table: the names a model class gives to its parts.
 
@@ -78,6 +90,7 @@ class Architecture:
     mlp: tuple[str, ...]
     projections: Projections
     spec: Callable[[object], BlockSpec]
+    sequential: SequentialBlock | None = None
 
 
 def _rotary_dim(config, head_dim: int) -> int:
@@ -186,10 +199,12 @@ def _decoder(spec: Callable, attention: str = "self_attn", **changes) -> Archite
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _decoder(_llama_like),
-    "mistral": _decoder(_llama_like),
-    "qwen2": _decoder(lambda c: _llama_like(c, qkv_bias=True, out_bias=False)),
-    "qwen3": _decoder(lambda c: _llama_like(c, qk_norm=True)),
+    "llama": _decoder(_llama_like, sequential=SequentialBlock("LlamaDecoderLayer")),
+    "mistral": _decoder(_llama_like, sequential=SequentialBlock("MistralDecoderLayer")),
+    "qwen2": _decoder(
+        lambda c: _llama_like(c, qkv_bias=True, out_bias=False), sequential=SequentialBlock("Qwen2DecoderLayer")
+    ),
+    "qwen3": _decoder(lambda c: _llama_like(c, qk_norm=True), sequential=SequentialBlock("Qwen3DecoderLayer")),
     "gemma2": _decoder(_gemma),
     "gemma3_text": _decoder(lambda c: _gemma(c, qk_norm=True)),
     "opt": _decoder(

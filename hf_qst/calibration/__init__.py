@@ -7,6 +7,7 @@
 """
 
 from hf_qst.calibration.data import CalibrationError, as_batches
+from hf_qst.calibration.moments import CrossMoment, SecondMoment
 from hf_qst.calibration.passes import (
     CalibrationRun,
     calibration_mode,
@@ -20,6 +21,8 @@ from hf_qst.calibration.passes import (
 __all__ = [
     "CalibrationError",
     "CalibrationRun",
+    "CrossMoment",
+    "SecondMoment",
     "as_batches",
     "calibration_mode",
     "collect_statistics",

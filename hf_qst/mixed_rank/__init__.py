@@ -1,14 +1,16 @@
 """Mixed-rank compression: activation-aware low-rank factors with a rank for each layer, as a PEFT method."""
 
 from hf_qst.mixed_rank.allocation import BudgetError, LayerSpectrum, allocate_ranks
+from hf_qst.mixed_rank.compensation import least_squares_factors
 from hf_qst.mixed_rank.compression import compress, compress_model
 from hf_qst.mixed_rank.config import CompressionResults, MixedRankConfig
-from hf_qst.mixed_rank.decomposition import factorize, metric_matrix, output_energies
+from hf_qst.mixed_rank.decomposition import factorize, metric_matrix, output_energies, output_error
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.model import MixedRankModel
 from hf_qst.mixed_rank.pipeline import Compression
 from hf_qst.mixed_rank.rank_report import rank_report
 from hf_qst.mixed_rank.stage_configs import AllocationConfig, CompensationConfig, DecompositionConfig, ResidualConfig
+from hf_qst.mixed_rank.targets import find_targets
 from hf_qst.reshaped_models import register_kind
 from hf_qst.tuner.registration import HfQstPeftType, register_method
 
@@ -33,7 +35,10 @@ __all__ = [
     "compress",
     "compress_model",
     "factorize",
+    "find_targets",
+    "least_squares_factors",
     "metric_matrix",
     "output_energies",
+    "output_error",
     "rank_report",
 ]

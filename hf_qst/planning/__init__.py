@@ -1,1 +1,5 @@
-"""Memory that a run takes."""
+"""What a run takes: bytes a training step keeps."""
+
+from hf_qst.planning.saved_bytes import SavedForBackward
+
+__all__ = ["SavedForBackward"]

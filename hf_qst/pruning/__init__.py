@@ -1,10 +1,16 @@
-"""What pruning methods share: the sizes of a decoder, widths under a budget, the pruned branch, and pruning by scores."""
+"""What pruning methods share: a decoder's sizes, widths under a budget, the pruned branch, its kernels, and pruning by scores.
 
-from hf_qst.pruning.branch import PrunedBranch, prune_blocks
+Importing this package registers pruned branches as a kind of changed module.
+"""
+
+from hf_qst.pruning.branch import KIND, PrunedBranch, prune_blocks
 from hf_qst.pruning.by_scores import prune_model
+from hf_qst.pruning.fused import use_kernels, use_kernels_where_measured
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from hf_qst.pruning.options import PruningOptions
 from hf_qst.pruning.scores import PRUNING_METHODS, PruningMethod, PruningTask, register_pruning_method
+from hf_qst.pruning.widths import best_channels, masks_by_layer, rounded_width, widths_on_budget
+from hf_qst.reshaped_models import register_kind
 
 __all__ = [
     "PRUNING_METHODS",
@@ -14,7 +20,14 @@ __all__ = [
     "PruningMethod",
     "PruningOptions",
     "PruningTask",
+    "best_channels",
+    "masks_by_layer",
     "prune_blocks",
     "prune_model",
     "register_pruning_method",
+    "rounded_width",
+    "use_kernels",
+    "widths_on_budget",
 ]
+
+register_kind(KIND, PrunedBranch.from_description, finish=use_kernels_where_measured)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_qst.base_model.decoder_stack import Architecture, DecoderStack, UnsupportedArchitectureError, find_decoder_stack
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, is_linear, set_weights
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
-from hf_qst.reshaped_models import ReshapedModelError, register_kind, reshape_model
+from hf_qst.reshaped_models import ReshapedModelError, reshape_model
 
 KIND = "pruned_branch"
 
@@ -286,16 +286,7 @@ def _check_masks(stack: DecoderStack, masks: Sequence[Mapping[str, torch.Tensor]
         for name in SELECTIONS:
             mask = chosen.get(name)
             if mask is None or mask.dtype != torch.bool or mask.shape != (layout.size(name),):
-                found = None if mask is None else (mask.dtype, list(mask.shape))
-                raise ValueError(f"masks[{i}][{name!r}] must be bool [{layout.size(name)}], got {found}")
+                got = None if mask is None else (mask.dtype, list(mask.shape))
+                raise ValueError(f"masks[{i}][{name!r}] must be bool [{layout.size(name)}], got {got}")
             if not mask.any():
                 raise ValueError(f"masks[{i}][{name!r}] must keep at least one channel, it keeps none")
-
-
-def _finish(model: nn.Module) -> None:
-    from hf_qst.pruning.fused import fuse_blocks  # which imports this file
-
-    fuse_blocks(model)
-
-
-register_kind(KIND, PrunedBranch.from_description, finish=_finish)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from hf_qst.base_model.bare_calls import are_plain, is_bare, no_global_hooks
-from hf_qst_kernels.dispatch import autocast_dtype, every_operation_counts
+from hf_qst.base_model.bare_calls import are_bare
+from hf_qst_kernels.dispatch import autocast_dtype
 
 _aten = torch.ops.aten
 # Activations by transformers' names: the function, and its gradient from the incoming one and the input.
@@ -38,12 +38,7 @@ def fuses(block: nn.Module, hidden: torch.Tensor) -> bool:
     spec = block.attention.spec
     if spec.parallel is not None or spec.post_norms or spec.activation not in ACTIVATIONS:
         return False
-    if torch.compiler.is_compiling() or every_operation_counts() or not no_global_hooks():
-        return False
-    parts = block.fused_parts
-    return all(map(is_bare, parts)) and are_plain(
-        hidden.dtype, hidden, *(parameter for part in parts for parameter in part._parameters.values())
-    )
+    return are_bare(hidden, *block.fused_parts)
 
 
 def heads(

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.qst.downsample import make_downsample
 from hf_qst.qst.side_block import BlockContext, SideBlock, make_norm, side_spec
-from hf_qst_kernels import dispatch
+from hf_qst_kernels import decisions, dispatch
 
 
 class Float32Parameter(nn.Module):
@@ -214,12 +214,9 @@ class SideNetwork(nn.Module):
     def _fuses(self, i: int, side: torch.Tensor) -> bool:
         """Whether step `i` begins with one fused kernel: no dropout is active and the kernel was measured to be faster."""
         dropout = self.downsample[i].dropout
-        # Without sizes the check is cheap; it fails on a CPU and under a compiler, which fuses the ops itself.
-        if (dropout.training and dropout.p > 0) or not dispatch.runs_triton("norm_gate", side):
+        if dropout.training and dropout.p > 0:
             return False
-        from hf_qst_kernels.gated_norm import table_sizes  # imported late, because it registers operators
-
-        return dispatch.runs_triton("norm_gate", side, table_sizes(side))
+        return dispatch.runs_triton("norm_gate", side, decisions.norm_gate_sizes(side))
 
     def _has_dropout(self, i: int) -> bool:
         rate = max(self.downsample[i].dropout.p, self.blocks[i].attention.spec.attention_dropout)

@@ -141,6 +141,7 @@ class ReshapedModel:
         _require_loaded(model, loading_info["missing_keys"])
         forbid_packing_of_odd_shapes(model)
         save_as_loaded(model)
+        finish_modules(model.base_model, config.reshaped_modules)  # again, for now it is on its device
         return (model, loading_info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):

@@ -34,7 +34,7 @@ def register_kind(name: str, builder: Builder, finish: Callable[[nn.Module], Non
             one that was saved. The values are filled in afterwards.
         finish (`Callable[[nn.Module], None]`, *optional*):
             Called with the base model when all its modules are in place, by `reshape_model` and when a saved model is
-            built, again whenever more modules are exchanged. It is for what a kind needs around its modules and a builder
+            built and loaded, again whenever more modules are exchanged. It is for what a kind needs around its modules and a builder
             cannot reach, such as a forward of another class for their parents. It leaves the tensors and their names
             alone. A class it gives to a module is a subclass of the module's own and names that as `plain_class`, which
             `to_dense` gives back.

@@ -37,8 +37,3 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`[..., dim]` as `[rows, dim]` whose entries lie side by side, copied where its strides have no room for that."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
-
-
-def alignment(*widths: int) -> int:
-    """16 if rows of these widths start at boundaries that wide loads need, else 1; one of the sizes of a table's entry."""
-    return 1 if any(width % 16 for width in widths) else 16

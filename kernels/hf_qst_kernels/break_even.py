@@ -1,8 +1,7 @@
 """Where a Triton kernel was measured to beat the library, and with which configuration: one JSON table a chip.
 
-Tables are shipped in the folder `measured` beside this file for the chips that were measured. A user's own, written by
-`python -m benchmarks.kernels --device cuda --tune`, lie in `user_folder()` and stand before the shipped ones, decision
-by decision. A table is
+The folder `measured` holds those of the chips that were measured. A user's own, written by `python -m benchmarks.kernels
+--device cuda --tune`, lie in `user_folder()` and take precedence, decision by decision. A table is
 
     {"format": 1, "chip": "nvidia_h200", "versions": {...}, "decisions": {"norm_index_select": [
         {"dtype": "bfloat16", "sizes": {"rows": 1, "dim": 4096, "width": 2589},
@@ -21,16 +20,16 @@ import torch
 
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("measured")
-# A measurement speaks for sizes up to this factor away, each of them.
+# A measurement counts for sizes up to this factor away, each of them.
 REACH = 2.0
 
 
 class KernelTableError(ValueError):
     """A file of kernel measurements that is not what `python -m benchmarks.kernels --tune` writes."""
 
-    def __init__(self, path: Path, found: str):
+    def __init__(self, path: Path, problem: str):
         super().__init__(
-            f"{path} is no table of kernel measurements: {found}. Delete it, or write it again with "
+            f"{path} is no table of kernel measurements: {problem}. Delete it, or write it again with "
             "`python -m benchmarks.kernels --device cuda --tune`"
         )
 
@@ -70,15 +69,14 @@ def chip_of(device_name: str) -> str:
 
 def nearest(decision: str, tensor: torch.Tensor, sizes: Mapping[str, int]) -> Measurement | None:
     """
-    The measurement that speaks for these sizes on the tensor's chip, `None` if none does.
+    The measurement of this kernel nearest to these sizes on the tensor's chip, `None` if none is near enough.
 
     Args:
-        decision (`str`): which kernel: an op's name, or that with `_backward`.
-        tensor (`torch.Tensor`): its main input; device and dtype count.
-        sizes (`Mapping[str, int]`): e.g. `{"rows": 1, "dim": 4096, "width": 2589}`.
+        decision (`str`): an op's name, or that with `_backward`.
+        tensor (`torch.Tensor`): its main input, whose device and dtype count.
 
     Raises:
-        KernelTableError: a table for this chip is there and broken.
+        KernelTableError: the table for this chip is broken.
     """
     if not tensor.is_cuda:
         return None
@@ -97,7 +95,7 @@ def _nearest(decision, dtype, sizes, device) -> Measurement | None:
 
 
 def nearest_in(measurements, dtype: str, sizes: Mapping[str, int]) -> Measurement | None:
-    """Of these measurements the one that speaks for `sizes`, `None` if none is near enough."""
+    """Of these measurements the one nearest to `sizes`, `None` if none is near enough."""
     reached = [m for m in measurements if m.dtype == dtype and m.distance(sizes) <= REACH]
 
     def far(m):
@@ -132,8 +130,8 @@ def read_table(path: Path, chip: str) -> dict[str, tuple[Measurement, ...]]:
     except (OSError, ValueError) as error:
         raise KernelTableError(path, str(error)) from error
     if not isinstance(table, dict) or table.get("format") != FORMAT:
-        found = table.get("format") if isinstance(table, dict) else type(table).__name__
-        raise KernelTableError(path, f"format must be {FORMAT}, got {found!r}")
+        got = table.get("format") if isinstance(table, dict) else type(table).__name__
+        raise KernelTableError(path, f"format must be {FORMAT}, got {got!r}")
     if table.get("chip") != chip:
         raise KernelTableError(path, f"chip must be {chip!r}, got {table.get('chip')!r}")
     decisions = table.get("decisions")

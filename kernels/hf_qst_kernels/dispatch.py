@@ -1,4 +1,4 @@
-"""What every op asks before it runs: the one rule that chooses its implementation, and autocast's dtype."""
+"""The one rule that chooses an op's implementation, and autocast's dtype."""
 
 import contextlib
 import functools
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "torch", "naive")
 VARIABLE = "HF_QST_KERNELS"
+# The sizes of an op whose kernel wins everywhere.
+NO_TABLE: Mapping[str, int] = {}
 
 
 def _from_environment() -> str:
@@ -35,9 +37,9 @@ def use_backend(backend: str) -> Iterator[None]:
     """
     Force every op onto one implementation inside a `with` block, for tests, debugging and benchmarks.
 
-    The choice is process-wide. It is read when an op runs (a compiled graph follows it too, `"naive"` aside, which it
-    has traced), so a backward that runs outside the block follows the rule that holds there. The environment variable
-    `HF_QST_KERNELS`, read once at import, sets what holds outside all blocks.
+    The choice is process-wide and read when an op runs, also in a compiled graph (which has traced `"naive"`); a backward
+    outside the block follows the rule there. The environment variable `HF_QST_KERNELS`, read once at import, sets what
+    holds outside all blocks.
 
     Args:
         backend (`str`): `"auto"` (the rule of `runs_triton`), `"torch"` (the library path), `"triton"`, which refuses
@@ -74,20 +76,21 @@ def runs_naive() -> bool:
     return _forced == "naive"
 
 
-def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None = None) -> bool:
+def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None = NO_TABLE) -> bool:
     """
     Whether `op` shall run its Triton kernel for `tensor`.
 
-    By default it does on a CUDA device if Triton imports and, for an op that names `sizes`, a table for this chip says
-    that the kernel was faster than the library there. Never where each operation of torch has to be seen: while
-    `torch.compile` or a trace is made, under `torch.func`'s transforms and forward-mode differentiation. (Inside an
-    operator, which a compiled graph holds as one node, it is asked when the graph runs.)
+    By default it does on a CUDA device if Triton imports and, with `sizes`, if a table for this chip says that the kernel
+    was faster than the library. Never where each operation of torch has to be seen: while `torch.compile` or a trace is
+    made, under `torch.func`'s transforms and forward-mode differentiation. (A compiled graph holds an op as one operator,
+    inside which this is asked when the graph runs.)
 
     Args:
         op (`str`): the op's name, or that with `_backward`; for messages and as the table's key.
         tensor (`torch.Tensor`): the op's main input. float64 always takes the torch path: the kernels compute in
             float32.
-        sizes (`Mapping[str, int]`, *optional*): what the kernel's time depends on; without it no table is asked.
+        sizes (`Mapping[str, int]`, *optional*): of this call, by `hf_qst_kernels.decisions`; `None` where no kernel can
+            compute it. Without the argument no table is asked.
 
     Raises:
         RuntimeError: under `use_backend("triton")` where Triton cannot run: not installed, or a CPU tensor without the
@@ -96,7 +99,12 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
     """
     if torch.compiler.is_compiling():  # first of all, so that nothing below is compiled
         return False
-    if _forced in ("torch", "naive") or tensor.dtype == torch.float64 or _forced_configurations.get(op, True) is None:
+    if (
+        sizes is None
+        or _forced in ("torch", "naive")
+        or tensor.dtype == torch.float64
+        or _forced_configurations.get(op, True) is None
+    ):
         return False
     if every_operation_counts():
         return False
@@ -114,7 +122,7 @@ def runs_triton(op: str, tensor: torch.Tensor, sizes: Mapping[str, int] | None =
     if not _triton_importable():
         _say_fallback_once()
         return False
-    if sizes is None:
+    if sizes is NO_TABLE:
         return True
     measured = break_even.nearest(op, tensor, sizes)
     if measured is None:
@@ -154,14 +162,6 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
-
-
-def autocast_all(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The operands of a GEMM in the dtype autocast prescribes; as they are where it is off. `None` stays."""
-    dtype = autocast_dtype(tensors[0].device.type)
-    if dtype is None:
-        return tensors
-    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def every_operation_counts() -> bool:

@@ -138,7 +138,7 @@ def with_plain_scales(weight: NF4Weight, dtype: torch.dtype) -> NF4Weight:
 
 
 def some_rows(weight: NF4Weight, rows: slice) -> NF4Weight:
-    """Views of rows `start` to `stop` of `W`, of which none is missing; `weight` has plain scales."""
+    """Views of rows `start` to `stop` of `W`, which must exist; `weight` has plain scales."""
     count, inputs = rows.stop - rows.start, weight.in_features
     packed = weight.packed.narrow(0, rows.start * inputs // 2, count * inputs // 2)
     return NF4Weight(packed, weight.absmax.narrow(0, rows.start * inputs // BLOCK, count * inputs // BLOCK), count)

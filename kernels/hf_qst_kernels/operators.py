@@ -68,7 +68,7 @@ class Operator:
 
 
 def _is_eager(args: tuple) -> bool:
-    """Whether nobody traces these tensors: they are plain, with memory, and no compiler is at work."""
+    """Whether these tensors are not traced: they are plain, with memory, and no compiler is at work."""
     if torch.compiler.is_compiling():
         return False
     return all(type(a) in _PLAIN and not a.is_meta for a in args if isinstance(a, torch.Tensor))

@@ -7,10 +7,9 @@ import json
 
 import torch
 
-from benchmarks.kernels.tune import candidates
+from benchmarks.kernels.registry import OPS, ModelShape
 from hf_qst_kernels import linear_index_add, norm_index_select, use_backend
 from hf_qst_kernels.dispatch import use_configuration
-from hf_qst_kernels.registry import OPS, ModelShape
 from tests.kernels.compared import poison, results, worst_distance
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,14 +30,14 @@ TINY = ModelShape("tiny", 64, 128, 50)
 
 def configurations():
     """Every shipped configuration, at shapes that do not fall back to the one of unaligned rows."""
-    for op in filter(candidates, OPS):
+    for op in (op for op in OPS if op.configurations):
         for workload in op.workloads(TINY, 3, torch.float32, "cpu"):
             arguments = {name: value for name, value in workload.arguments.items() if name != "inplace"}
             if not op.trains:
                 first = next(iter(arguments))
                 arguments[first] = arguments[first].detach().requires_grad_()
             twin = results(op.naive, arguments, torch.float64)
-            for decision, choices in candidates(op).items():
+            for decision, choices in op.configurations.items():
                 for i, configuration in enumerate(choices):
                     with use_configuration(decision, configuration):
                         ours = results(op.function, arguments)

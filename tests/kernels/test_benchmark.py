@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from benchmarks.common.measure import ROOT
+from benchmarks.common.timing import in_turns
 from benchmarks.kernels import peers as kernels_peers
 from benchmarks.kernels import rows as kernels_rows
 from benchmarks.kernels import tune as kernels_tune
 from benchmarks.kernels.peers import PLAIN, peers
 from benchmarks.kernels.reads import READINGS
-from benchmarks.kernels.timing import LEAST_REPEATS, Timer, comparable, floor_us, in_turns, spread
+from benchmarks.kernels.registry import OPS, ModelShape
+from benchmarks.kernels.timing import LEAST_REPEATS, Rows, Timer, comparable, floor_us, spread
 from hf_qst_kernels import break_even, dispatch
-from hf_qst_kernels.registry import OPS, ModelShape
 from tests.kernels.compared import TOLERANCE, results, worst_distance
 
 TINY = ModelShape("tiny", 64, 128, 50)
@@ -55,7 +56,7 @@ def test_rows_of_the_same_kernels_are_not_measured_again(tmp_path):
     first = measure(tmp_path / "rows.json", ops)["rows"]
     assert measure(tmp_path / "rows.json", ops)["rows"] == first
     kept = json.loads((tmp_path / "rows.json").read_text())
-    (tmp_path / "rows.json").write_text(json.dumps({**kept, "sources": {"linear_add.py": "another"}}))
+    (tmp_path / "rows.json").write_text(json.dumps({**kept, "sources": {"ops/linear_index_add.py": "another"}}))
     again = measure(tmp_path / "rows.json", ops)["rows"]
     assert len(again) == len(first) and again != first
 
@@ -63,8 +64,11 @@ def test_rows_of_the_same_kernels_are_not_measured_again(tmp_path):
 @pytest.mark.parametrize(
     ("file", "stale"),
     [
-        ("norm_select_triton.py", {"norm_index_select"}),
-        ("taps.py", {"quantize_taps", "dequantize_taps", "tap_linear", *(reading.name for reading in READINGS)}),
+        ("ops/norm_index_select_triton.py", {"norm_index_select"}),
+        (
+            "ops/quantize_taps.py",
+            {"quantize_taps", "dequantize_taps", "tap_linear", *(reading.name for reading in READINGS)},
+        ),
         ("dispatch.py", {op.name for op in EVERY}),
         ("new.py", {op.name for op in EVERY}),
     ],
@@ -79,10 +83,24 @@ def test_rows_of_other_kernels_stay(tmp_path):
     ops, output = [op for op in OPS if op.name in ("linear_index_add", "norm_gate")], tmp_path / "rows.json"
     first = {row["op"]: row for row in measure(output, ops)["rows"]}
     kept = json.loads(output.read_text())
-    kept["sources"]["gated_norm_triton.py"] = "another"
+    kept["sources"]["ops/norm_gate_triton.py"] = "another"
     output.write_text(json.dumps(kept))
     again = {row["op"]: row for row in measure(output, ops)["rows"]}
     assert again["linear_index_add"] == first["linear_index_add"] and again["norm_gate"] != first["norm_gate"]
+
+
+def test_rows_of_ops_left_out_stay_and_say_of_which_commit_they_are(tmp_path):
+    ops, output = [op for op in OPS if op.name in ("linear_index_add", "norm_gate")], tmp_path / "rows.json"
+    first = measure(output, ops)
+    others = [row for row in first["rows"] if row["op"] == "norm_gate"]
+    kept = {**json.loads(output.read_text()), "commit": "before", "sources": {"dispatch.py": "another"}}
+    output.write_text(json.dumps(kept))
+    for _ in range(2):
+        again = measure(output, [op for op in ops if op.name == "linear_index_add"])
+        assert [row for row in again["rows"] if row["op"] == "norm_gate"] == others
+        assert len(again["rows"]) == len(first["rows"]) and again["earlier"] == {"norm_gate": "before"}
+    again = measure(output, ops)
+    assert again["earlier"] == {} and [row for row in again["rows"] if row["op"] == "norm_gate"] != others
 
 
 def test_rows_of_ops_that_are_no_more_go(tmp_path):
@@ -110,7 +128,7 @@ def test_row_that_ended_its_process_twice_is_not_tried_again(tmp_path):
         "dtype": "torch.float32",
         "workload": "attention input",
     }
-    rows = kernels_rows.Rows({"rows": []}, output)
+    rows = Rows({"rows": []}, output)
     for _ in range(2):
         assert rows.begin({**key, "variant": "library"}) is None
     failed = [row for row in measure(output, ops)["rows"] if "failed" in row]
@@ -191,7 +209,9 @@ def test_floor_is_the_slower_of_bytes_and_products():
 
 def test_turns_alternate_and_a_spread_lies_within_the_times():
     order = []
-    times = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2, CPU, lambda: order.append("-"))
+    times = in_turns(
+        {name: lambda name=name: order.append(name) for name in "ab"}, 2, CPU, lambda call: order.append("-")
+    )
     assert "".join(order) == "-a-b" * 3 and [len(t) for t in times.values()] == [2, 2]
     middle, (low, high) = spread([1.0, 5.0])
     assert (middle, 1.0 <= low <= middle <= high <= 5.0) == (3.0, True)
@@ -203,10 +223,10 @@ def test_slow_calls_are_timed_less_often():
     assert Timer(CPU, 2)(lambda: time.sleep(0.1))["repeats"] == 2
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if kernels_tune.candidates(op)], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS if op.configurations], ids=lambda op: op.name)
 def test_each_decision_has_a_call_to_time(op):
     (workload, *_) = op.workloads(TINY, 2, torch.float32, "cpu")
-    for decision in kernels_tune.candidates(op):
+    for decision in op.configurations:
         assert workload.sizes
         times = Timer(CPU, 2)(kernels_tune.call_of(op, decision, workload))
         assert times["us"] > 0 and times["host_us"] > 0
@@ -245,7 +265,13 @@ def test_table_is_taken_up_where_it_stopped_and_forgets_kernels_that_changed(tmp
     fresh = kernels_tune.Table(path, "chip", CPU, resume=False)
     assert not fresh.known("linear_index_add", torch.bfloat16, ENTRY["sizes"])
     kept = json.loads(path.read_text())
-    path.write_text(json.dumps({**kept, "sources": {**kept["sources"], "linear_add_triton.py": "another"}}))
+    path.write_text(json.dumps({**kept, "sources": {**kept["sources"], "ops/linear_index_add_triton.py": "another"}}))
+    assert kernels_tune.Table(path, "chip", CPU, resume=True).decisions == {}
+    for _ in range(2):  # tuning another op leaves them, and says of which commit they are
+        table = kernels_tune.Table(path, "chip", CPU, True, [op for op in OPS if op.name == "norm_gate"])
+        assert table.decisions["linear_index_add"] == [ENTRY, impossible]
+        assert table.earlier == {"linear_index_add": kept["commit"]}
+        table.write()
     assert kernels_tune.Table(path, "chip", CPU, resume=True).decisions == {}
 
 
@@ -253,7 +279,7 @@ TUNE = """
 import dataclasses, sys, torch
 from pathlib import Path
 from benchmarks.kernels.tune import tune
-from hf_qst_kernels.registry import OPS, ModelShape
+from benchmarks.kernels.registry import OPS, ModelShape
 ops = [dataclasses.replace(op, rows=(1, 2)) for op in OPS if op.name in ("norm_index_select", "quantize_taps")]
 more = {"until": float(sys.argv[2]), "resume": True, "device": torch.device("cpu")}
 print(tune(ops, [ModelShape("tiny", 64, 128, 50)], torch.float32, Path(sys.argv[1]), 2, **more)[1])
@@ -275,7 +301,7 @@ def test_tuning_writes_a_table_with_a_configuration_for_each_shape(tmp_path):
     assert tuned(tmp_path) == 0
     table = break_even.read_table(tmp_path / "cpu.json", "cpu")
     assert set(table) == {"norm_index_select", "norm_index_select_backward"}
-    module = import_module("hf_qst_kernels.norm_select_triton")
+    module = import_module("hf_qst_kernels.ops.norm_index_select_triton")
     for decision, entries in table.items():
         assert sorted(entry.sizes["rows"] for entry in entries) == [1, 2]
         for entry in entries:

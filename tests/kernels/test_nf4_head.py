@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_qst_kernels import NF4Weight, cross_entropy, linear_cross_entropy, use_backend
-from hf_qst_kernels.cross_entropy import default_chunk_rows, naive_linear_cross_entropy
+from hf_qst_kernels import NF4Weight, linear_cross_entropy, use_backend
 from hf_qst_kernels.nf4_weight import check_weight, library_weight, naive_weight
+from hf_qst_kernels.ops import linear_cross_entropy as cross_entropy
+from hf_qst_kernels.ops.linear_cross_entropy import default_chunk_rows, naive_linear_cross_entropy
 from tests.kernels.compared import TOLERANCE, allocations, fresh, peak, results, worst_distance
 
 bnb = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.compiled import NVIDIA, fits, sources
-from hf_qst_kernels.registry import OPS
+from benchmarks.kernels.registry import OPS
 from tests.interpreter import interpreted
 from tests.kernels.compared import TOLERANCE
 

@@ -11,13 +11,13 @@ import json
 import torch
 
 from hf_qst_kernels import (
-    cross_entropy_triton,
     dequantize_taps,
     linear_cross_entropy,
     quantize_taps,
     tap_linear,
     use_backend,
 )
+from hf_qst_kernels.ops import linear_cross_entropy_triton as cross_entropy_triton
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

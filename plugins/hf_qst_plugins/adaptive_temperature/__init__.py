@@ -4,6 +4,7 @@ Zhu et al., "Hot or Cold? Adaptive Temperature Sampling for Code Generation with
 arXiv 2309.02772.
 """
 
+from hf_qst_plugins.adaptive_temperature.distribution import entropy
 from hf_qst_plugins.adaptive_temperature.generation import (
     adaptive_generate_kwargs,
     install_adaptive_temperature,
@@ -61,6 +62,7 @@ __all__ = [
     "adaptive_generate_kwargs",
     "character_rule",
     "combine",
+    "entropy",
     "fit_difficulty_probe",
     "install_adaptive_temperature",
     "observe",

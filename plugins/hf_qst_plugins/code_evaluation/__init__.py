@@ -14,6 +14,7 @@ which tokens of code are hard to predict. The guide is `docs/code_evaluation.md`
 
 from .pass_at_k import Difference, paired_bootstrap, pass_at_k, task_pass_at_k
 from .problems import SHIPPED, Problem, ProblemFileError, read_problems
+from .problems.generated import training_pairs
 from .report import Report, read_report
 from .runner import evaluate
 from .samples_file import SamplesFile, SamplesFileError, read_samples
@@ -44,5 +45,6 @@ __all__ = [
     "read_report",
     "read_samples",
     "task_pass_at_k",
+    "training_pairs",
     "truncate",
 ]

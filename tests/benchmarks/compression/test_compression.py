@@ -9,15 +9,17 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.tables import interval
+from benchmarks.common.timing import paired_ratio
 from benchmarks.compression import __main__ as compression
 from benchmarks.compression import layers as compression_layers
 from benchmarks.compression import llama_7b as compression_7b
 from benchmarks.compression import methods as compression_methods
 from benchmarks.compression import report as compression_report
-from benchmarks.compression.speed import _break_even, random_factors, ratio, with_ranks
-from benchmarks.compression.vit import interval, summary
+from benchmarks.compression.speed import break_even, random_factors, with_ranks
+from benchmarks.compression.vit import summary
 from benchmarks.side_tuning.bases import SHAPES
-from examples.compress_llm import BASE
+from examples.demo import BASE
 from hf_qst.mixed_rank import LowRankLinear
 
 CPU = torch.device("cpu")
@@ -102,10 +104,10 @@ def test_a_second_run_makes_nothing_again_and_other_arguments_do(quick):
     compression.main(arguments)
     assert path.stat().st_mtime_ns == before
     args = compression.arguments(arguments)
-    bench, results = compression.Bench(args), compression.results_of(args)
-    assert results.begun("llm", bench.used("llm")) == found["llm"]["result"]
+    results = compression.results_of(args)
+    assert results.begun("llm", compression.used(args, "llm")) == found["llm"]["result"]
     args.held_blocks = 4
-    assert results.begun("llm", bench.used("llm")) == {}
+    assert results.begun("llm", compression.used(args, "llm")) == {}
 
 
 def test_costs_are_counted_for_every_method(quick):
@@ -124,7 +126,7 @@ def test_impossible_arguments_are_refused(capsys):
 def test_a_compressed_copy_leaves_the_dense_model_alone():
     dense, data = tiny_llama(), batches()
     before = copy.deepcopy(dense.state_dict())
-    small, facts = compression_methods.compressed(dense, "mix", 0.5, data, progress=False)
+    small, facts = compression_methods.compressed(dense, "mix", 0.5, data)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     assert facts["parameters"] == sum(p.numel() for p in small.parameters()) < compression_methods.parameters(dense)
     assert facts["seconds"] > 0 and facts["ranks"]
@@ -133,7 +135,7 @@ def test_a_compressed_copy_leaves_the_dense_model_alone():
 def test_errors_in_the_model_are_those_of_whole_forwards():
     dense, data = tiny_llama(), batches(1)
     result = compression_layers.in_the_model(dense, data, data, 0.5)
-    small, _ = compression_methods.compressed(dense, "mix", 0.5, data, progress=False)
+    small, _ = compression_methods.compressed(dense, "mix", 0.5, data)
     name = "model.layers.1.mlp.down_proj"
     outputs = []
     for model in (dense, small):
@@ -153,10 +155,10 @@ def test_models_of_random_factors_have_the_ranks_asked_for():
     assert random_factors(nn.Linear(8, 4), 2)(torch.randn(3, 8)).shape == (3, 4)
 
 
-def test_break_even_lies_on_the_line_between_measured_parts():
-    assert _break_even([(0.2, 0.5), (0.6, 0.9), (1.0, 1.1)]) == pytest.approx(0.8)
-    assert _break_even([(0.2, 0.5), (0.6, 0.9)]) is None
-    assert ratio({"a": [2.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2.0
+def testbreak_even_lies_on_the_line_between_measured_parts():
+    assert break_even([(0.2, 0.5), (0.6, 0.9), (1.0, 1.1)]) == pytest.approx(0.8)
+    assert break_even([(0.2, 0.5), (0.6, 0.9)]) is None
+    assert paired_ratio({"a": [2.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2.0
 
 
 def test_intervals_are_students():
@@ -172,7 +174,7 @@ def test_arithmetic_of_the_large_model_is_that_of_its_shapes():
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES["llama-2-7b"].config))
     linear = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    counted = compression_7b.arithmetic(compression_7b.Plan(tokens=1000))
+    counted = compression_7b.arithmetic(**{**compression_7b.PLAN, "tokens": 1000})
     assert counted["target_weights"] == sum(module.weight.numel() for module in linear)
     assert counted["eigenproblems"] == len(linear)
     assert counted["weights_bytes_bf16"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=1e-4)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.kernels import sanitize as kernels_sanitize
+from benchmarks.kernels.registry import OPS
 from benchmarks.kernels.sanitize import errors_in, run_device_tests, sanitize
-from hf_qst_kernels.registry import OPS
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from benchmarks.kernels import end_to_end as kernels_end_to_end
 from benchmarks.kernels import rows as kernels_rows
 from benchmarks.kernels import stages as kernels_all
 from benchmarks.kernels.aims import aims, never_wins
+from benchmarks.kernels.registry import MODELS
 from benchmarks.kernels.stages import STAGES, Plan
-from hf_qst_kernels.registry import MODELS
 
 
 def command(monkeypatch, folder, *more):

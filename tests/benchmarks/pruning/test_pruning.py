@@ -14,7 +14,7 @@ from benchmarks.pruning import cost as pruning_cost
 from benchmarks.pruning import methods as pruning_methods
 from benchmarks.pruning import report as pruning_report
 from benchmarks.pruning import slicing as pruning_slicing
-from examples.prune import BASE
+from examples.demo import BASE
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.pruning.layout import PruningLayout
 

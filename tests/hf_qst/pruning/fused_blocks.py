@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from hf_qst import PrunedBranch, prune_blocks
+from hf_qst.pruning import PrunedBranch, prune_blocks, use_kernels
 from tests.architectures import tiny, token_batch
 from tests.pruned_models import random_masks
 
@@ -21,7 +21,7 @@ def pruned(name="llama", device="cpu", blocks=None, **changes):
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms of one and biases of zero would hide a wrong channel
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    model = prune_blocks(model, random_masks(model)).to(device)
+    model = use_kernels(prune_blocks(model, random_masks(model)).to(device))
     model.model.layers = model.model.layers[:blocks]
     return model
 
@@ -36,10 +36,12 @@ class Launches:
     """Counts the launches of the two kernels: `(selections, additions)` since the last look."""
 
     def __init__(self, patch=setattr):
-        from hf_qst_kernels import linear_add_triton, norm_select_triton
+        from hf_qst_kernels.ops import linear_index_add_triton, norm_index_select_triton
 
         self.numbers = [0, 0]
-        for i, (module, name) in enumerate(((norm_select_triton, "norm_select"), (linear_add_triton, "add_linear"))):
+        for i, (module, name) in enumerate(
+            ((norm_index_select_triton, "norm_select"), (linear_index_add_triton, "add_linear"))
+        ):
             patch(module, name, self._counted(i, getattr(module, name)))
 
     def _counted(self, i, launch):

@@ -11,10 +11,11 @@ from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from hf_qst.pruning import use_kernels
 from hf_qst.pruning.fused import DeferrableLinear
 from hf_qst_kernels import use_backend
 from hf_qst_kernels.dispatch import use_configuration
-from hf_qst_kernels.norm_select_triton import CONFIGURATIONS
+from hf_qst_kernels.ops.norm_index_select_triton import CONFIGURATIONS
 from tests.architectures import NF4
 from tests.hf_qst.pruning.fused_blocks import FUSED, IDS, Launches, furthest, inputs_watched, logits, pruned, sites
 
@@ -61,8 +62,9 @@ def saved_and_loaded():
     twin = logits(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = AutoModelForCausalLM.from_pretrained(folder)
+        again = use_kernels(AutoModelForCausalLM.from_pretrained(folder))
         narrow = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**NF4))
+    use_kernels(narrow)
     ours, launched = in_kernels(lambda: logits(again))
     yield "reloaded", [furthest(ours, twin), launched, sites(again)]
     twin = logits(narrow)
@@ -146,7 +148,7 @@ def other_conditions():
     yield "vmap", [furthest(ours, twin), launched, none]
     model = pruned("qwen2", blocks=1)
     settings = {"r": 2, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    in_kernels(lambda: logits(model))  # its projections can be put off from here on
+    in_kernels(lambda: logits(model))  # its projections can be deferred from here on
     tuned = get_peft_model(model, LoraConfig(**settings)).eval()
     twin, (ours, launched) = logits(tuned), in_kernels(lambda: logits(tuned))
     attentions = sum(block.self_attn.output_index is not None for block in model.model.layers)

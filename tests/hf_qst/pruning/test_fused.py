@@ -10,12 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
+from benchmarks.common.measure import write_json
 from hf_qst import prune_blocks, register_kind, reshape_model, to_dense
 from hf_qst.base_model.decoder_stack import find_decoder_stack
-from hf_qst.pruning import fused
-from hf_qst_kernels import linear_index_add, use_backend
+from hf_qst.pruning import fused, use_kernels
+from hf_qst_kernels import break_even, linear_index_add, use_backend
 from tests.architectures import tiny
-from tests.hf_qst.pruning.fused_blocks import FUSED, IDS, Launches, furthest, logits, pruned, sites
+from tests.hf_qst.pruning.fused_blocks import FUSED, IDS, SMALL, Launches, furthest, logits, pruned, sites
 from tests.interpreter import interpreted
 from tests.pruned_models import random_masks
 
@@ -71,7 +72,7 @@ def test_each_kernel_runs_without_the_other(results):
         "LoRA",
     ],
 )
-def test_kernels_run_where_nobody_would_notice(results, condition):
+def test_kernels_run_where_no_hook_or_transform_would_notice(results, condition):
     """And the results, with what hooks see, are those of the blocks without them."""
     error, launched, expected = results[condition]
     assert error < 1e-5 and launched == expected
@@ -93,8 +94,8 @@ def test_cpu_runs_no_kernel_and_gives_the_same_bits(name, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("an op ran")
 
-    monkeypatch.setattr("hf_qst_kernels.norm_select.norm_index_select", never)
-    monkeypatch.setattr("hf_qst_kernels.linear_add.linear_index_add", never)
+    monkeypatch.setattr("hf_qst_kernels.norm_index_select", never)
+    monkeypatch.setattr("hf_qst_kernels.linear_index_add", never)
     model = pruned(name)
     ours = logits(model)
     for block in model.model.layers:
@@ -127,6 +128,8 @@ def test_blocks_of_another_form_stay_as_they_are(name):
     model = tiny(name)
     blocks = [type(block) for block in find_decoder_stack(model).blocks]
     prune_blocks(model, random_masks(model))
+    with pytest.raises(ValueError, match=r"use_kernels takes a pruned model with blocks of Llama.*got Reshaped"):
+        use_kernels(model)
     assert [type(block) for block in find_decoder_stack(model).blocks] == blocks
 
 
@@ -186,7 +189,7 @@ def test_compiles_into_one_graph_as_before():
         assert torch.equal(compiled(hidden, position_embeddings=rotary), block(hidden, position_embeddings=rotary))
 
 
-def test_projection_is_put_off_in_one_thread_only():
+def test_projection_is_deferred_in_one_thread_only():
     layer, x, products = nn.Linear(3, 2), torch.randn(4, 3), []
     expected = layer(x)
 
@@ -196,27 +199,45 @@ def test_projection_is_put_off_in_one_thread_only():
         thread.join()
         return layer(x)
 
-    found, put_off = fused._without(layer, run)
-    assert found is x and put_off
+    output, deferred = fused._without(layer, run)
+    assert output is x and deferred
     assert torch.equal(products[0], expected) and torch.equal(layer(x), expected)
     assert copy.deepcopy(layer)(x).equal(expected)
 
 
 def test_projection_that_is_not_the_last_layer_is_an_error():
     layer, x = nn.Linear(3, 3), torch.randn(4, 3)
-    with pytest.raises(RuntimeError, match=r"does not return what its last linear layer.*use_backend\('torch'\)"):
+    with pytest.raises(
+        RuntimeError, match=r"does not return what its last linear layer.*use_kernels\(model, enabled=False\)"
+    ):
         fused._without(layer, lambda: layer(x) + 1)
     assert not torch.equal(layer(x), x)
 
 
 @pytest.mark.parametrize("classifier", [False, True])
-def test_saved_model_is_built_with_its_fused_blocks(classifier, tmp_path):
+def test_kernels_are_attached_by_a_call_and_detached_by_another(classifier, tmp_path):
+    """Without a GPU nothing else attaches them, neither pruning nor loading."""
     model = tiny("mistral", classifier=classifier)
     prune_blocks(model, random_masks(model)).save_pretrained(tmp_path)
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     again = auto.from_pretrained(tmp_path)
-    assert {type(block).__module__ for block in again.model.layers} == {fused.__name__}
+    for pruned_model in (model, again):
+        assert {type(block) for block in pruned_model.model.layers} == {MistralDecoderLayer}
+        for _ in range(2):
+            assert use_kernels(pruned_model) is pruned_model
+            assert {type(block).__module__ for block in pruned_model.model.layers} == {fused.__name__}
+            assert {type(block).plain_class for block in pruned_model.model.layers} == {MistralDecoderLayer}
     assert {type(block).__module__ for block in to_dense(again).model.layers} == {MistralDecoderLayer.__module__}
+    again.model.layers[0].mlp.module.down_proj.__class__ = fused.DeferrableLinear
+    for _ in range(2):
+        use_kernels(again, enabled=False)
+        assert {type(block) for block in again.model.layers} == {MistralDecoderLayer}
+        assert not any(type(module).__module__ == fused.__name__ for module in again.modules())
+
+
+def test_model_that_was_not_pruned_has_no_use_for_kernels():
+    with pytest.raises(ValueError, match=r"use_kernels takes a pruned model.*got LlamaForCausalLM"):
+        use_kernels(tiny("llama"))
 
 
 def test_kind_is_finished_with_all_modules_in_place():
@@ -246,6 +267,28 @@ class Finished(nn.Module):
 
     def describe(self):
         return {"kind": "toy_finished"}
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+def test_kernels_are_attached_where_this_gpu_has_a_table(tmp_path, monkeypatch):
+    def attached(model):
+        return {isinstance(block, fused._Fused) for block in model.model.layers}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(break_even, "SHIPPED", tmp_path / "shipped")
+    models = [tiny("qwen3", **SMALL) for _ in range(2)]
+    masks = random_masks(models[0])
+    assert attached(prune_blocks(models[0].cuda(), masks)) == {False}
+    chip = break_even.chip_of(torch.cuda.get_device_name())
+    table = {"format": break_even.FORMAT, "chip": chip, "decisions": {}}
+    write_json(break_even.user_folder() / f"{chip}.json", {**table, "decisions": {"norm_index_select": []}})
+    break_even._tables.cache_clear()
+    models[0].save_pretrained(tmp_path / "model")
+    assert attached(AutoModelForCausalLM.from_pretrained(tmp_path / "model")) == {False}
+    assert attached(AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cuda")) == {True}
+    assert attached(prune_blocks(models[1].cuda(), masks)) == {True}
+    break_even._tables.cache_clear()
 
 
 @pytest.mark.gpu

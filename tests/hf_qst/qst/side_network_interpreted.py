@@ -40,10 +40,10 @@ class Counted:
     """Calls of a launcher."""
 
     def __init__(self, name):
-        from hf_qst_kernels import gated_norm_triton
+        from hf_qst_kernels.ops import norm_gate_triton
 
-        self.calls, self.real = 0, getattr(gated_norm_triton, name)
-        setattr(gated_norm_triton, name, self)
+        self.calls, self.real = 0, getattr(norm_gate_triton, name)
+        setattr(norm_gate_triton, name, self)
 
     def __call__(self, *args):
         self.calls += 1

@@ -127,8 +127,8 @@ def test_without_a_gpu_the_op_is_not_even_registered():
         "import sys, torch; from tests.architectures import tiny, token_batch\n"
         "from hf_qst import QSTConfig; from peft import get_peft_model\n"
         "model = get_peft_model(tiny('llama'), QSTConfig(task_type='CAUSAL_LM'))\n"
-        "model(input_ids=token_batch(1, 3)); assert 'hf_qst_kernels.taps' in sys.modules\n"
-        "assert 'hf_qst_kernels.gated_norm' not in sys.modules"
+        "model(input_ids=token_batch(1, 3)); assert 'hf_qst_kernels.ops.tap_linear' in sys.modules\n"
+        "assert 'hf_qst_kernels.ops.norm_gate' not in sys.modules"
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -12,9 +12,10 @@ the row is read once and only the selected channels are written.
 import torch
 import torch.nn.functional as F
 
-from .arguments import as_rows, check_floats, check_index, check_shape
-from .dispatch import runs_naive, runs_triton
-from .operators import Operator, operator
+from hf_qst_kernels.arguments import as_rows, check_floats, check_index, check_shape
+from hf_qst_kernels.decisions import norm_index_select_sizes
+from hf_qst_kernels.dispatch import runs_naive, runs_triton
+from hf_qst_kernels.operators import Operator, operator
 
 KINDS = ("rms", "layer")
 
@@ -78,12 +79,14 @@ def naive_norm_index_select(hidden, weight, bias, index, eps=1e-6, kind="rms"):
 def _select(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor, eps: float, kind: str
 ) -> torch.Tensor:
-    if runs_triton("norm_index_select", hidden, table_sizes(hidden, index)):
-        from .norm_select_triton import norm_select
+    if runs_triton("norm_index_select", hidden, norm_index_select_sizes(hidden, index)):
+        from hf_qst_kernels.ops import norm_index_select_triton
 
         out = torch.empty((*hidden.shape[:-1], index.shape[0]), dtype=hidden.dtype, device=hidden.device)
         if out.numel():
-            norm_select(as_rows(hidden), weight, bias, index, out.view(-1, index.shape[0]), eps, kind)
+            norm_index_select_triton.norm_select(
+                as_rows(hidden), weight, bias, index, out.view(-1, index.shape[0]), eps, kind
+            )
         return out
     with torch.autocast(hidden.device.type, enabled=False):
         if kind == "rms":
@@ -114,12 +117,12 @@ def _norm_index_select_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients in `hidden`, and with `parameters` in `weight` and the bias, each `[dim]`."""
     dh = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    if not parameters and runs_triton("norm_index_select_backward", hidden, table_sizes(hidden, index)):
-        from .norm_select_triton import norm_select_backward
+    if not parameters and runs_triton("norm_index_select_backward", hidden, norm_index_select_sizes(hidden, index)):
+        from hf_qst_kernels.ops import norm_index_select_triton
 
         if dh.numel():
             rows = as_rows(hidden)
-            norm_select_backward(
+            norm_index_select_triton.norm_select_backward(
                 grad.reshape(-1, index.shape[0]).contiguous(), rows, weight, index, dh.view(rows.shape), eps, kind
             )
         return dh, *_no_parameters(hidden)
@@ -154,11 +157,6 @@ def _(grad, hidden, weight, index, eps, kind, parameters):
 
 def _no_parameters(hidden):
     return hidden.new_empty(0), hidden.new_empty(0)
-
-
-def table_sizes(hidden: torch.Tensor, index: torch.Tensor) -> dict[str, int]:
-    """What a table's entry says of a call."""
-    return {"rows": hidden.numel() // hidden.shape[-1], "dim": hidden.shape[-1], "width": index.shape[0]}
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_qst_kernels import linear_cross_entropy, use_backend
-from hf_qst_kernels.cross_entropy import default_chunk_rows
+from hf_qst_kernels.ops.linear_cross_entropy import default_chunk_rows
 from tests.kernels.compared import allocations
 
 OPTIONS = {

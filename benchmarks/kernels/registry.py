@@ -6,23 +6,22 @@ twin beside it. `examples` are small and awkward, `workloads` are what a layer o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 
-from . import gated_norm, linear_add, norm_select, taps
-from .cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
-from .gated_norm import naive_norm_gate, norm_gate
-from .linear_add import linear_index_add, naive_linear_index_add
-from .nf4_weight import NF4Weight
-from .norm_select import naive_norm_index_select, norm_index_select
-from .taps import (
+from hf_qst_kernels import NF4Weight, decisions
+from hf_qst_kernels.ops.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
+from hf_qst_kernels.ops.linear_index_add import linear_index_add, naive_linear_index_add
+from hf_qst_kernels.ops.norm_gate import naive_norm_gate, norm_gate
+from hf_qst_kernels.ops.norm_index_select import naive_norm_index_select, norm_index_select
+from hf_qst_kernels.ops.quantize_taps import (
     dequantize_taps,
     naive_dequantize_taps,
     naive_quantize_taps,
-    naive_tap_linear,
     quantize_taps,
-    tap_linear,
 )
+from hf_qst_kernels.ops.tap_linear import naive_tap_linear, tap_linear
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,14 @@ class Workload:
         arguments (`dict`): of the op's function.
         moved (`int`): bytes that have to cross the memory bus at least.
         flops (`int`): of its products.
-        sizes (`dict`): as the op's dispatch names them; empty if it asks no table.
+        sizes (`dict`): of `hf_qst_kernels.decisions`; empty if the op asks no table, `None` if no kernel can run.
     """
 
     name: str
     arguments: dict
     moved: int
     flops: int
-    sizes: dict
+    sizes: dict | None
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ class Op:
     Args:
         function: the public function.
         naive: its twin, written from the equation; same arguments.
-        triton (`str`): the module of its kernels, with `compiled_cases()`, and `CONFIGURATIONS` if they can be tuned.
         examples: `(dtype, device) -> (name, arguments)`; what is to be differentiated requires a gradient.
         workloads: `(model, rows, dtype, device) -> Workload`.
         trains (`bool`): a workload is a forward and a backward; else a forward.
@@ -80,7 +78,6 @@ class Op:
 
     function: Callable
     naive: Callable
-    triton: str
     examples: Callable[[torch.dtype, str], Iterator[tuple[str, dict]]]
     workloads: Callable[[ModelShape, int, torch.dtype, str], Iterator[Workload]]
     trains: bool = False
@@ -90,6 +87,18 @@ class Op:
     @property
     def name(self) -> str:
         return self.function.__name__
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """Of the package: the op's, and that of its kernels, which has `CONFIGURATIONS` if they can be tuned."""
+        return f"ops/{decisions.FILES[self.name]}.py", f"ops/{decisions.FILES[self.name]}_triton.py"
+
+    @property
+    def configurations(self) -> dict[str, list[dict]]:
+        """Those of each of its kernels, by the name in the table; empty for an op that asks no table."""
+        module = import_module(f"hf_qst_kernels.ops.{decisions.FILES[self.name]}_triton")
+        known = getattr(module, "CONFIGURATIONS", {})
+        return {name: choices for name, choices in known.items() if name.startswith(self.name)}
 
 
 def _normal(*shape, dtype, device, grad=False) -> torch.Tensor:
@@ -218,7 +227,7 @@ def _tap_workloads(model, rows, dtype, device):
         kept = storage == "int8"
         # x in forward, with its copy written, and that or x again in backward
         moved = x.numel() * (_size(dtype) + (2 if kept else _size(dtype))) + 3 * _size(dtype) * weight.numel()
-        sizes = taps.table_sizes(rows, model.dim, outputs, kept, center is not None)
+        sizes = decisions.tap_linear_sizes(x, weight, dtype, kept, center is not None)
         yield Workload(name, arguments, moved, 4 * x.numel() * outputs, sizes)
 
 
@@ -252,7 +261,7 @@ def _gate_workloads(model, rows, dtype, device):
     arguments |= {name: _normal(width, **options) for name in ("weight", "bias")}
     gate = torch.zeros(1, device=device, requires_grad=True)
     # two read and one written, then three read and two written
-    moved, sizes = 8 * _size(dtype) * rows * width, gated_norm.table_sizes(arguments["side"])
+    moved, sizes = 8 * _size(dtype) * rows * width, decisions.norm_gate_sizes(arguments["side"])
     yield Workload("side block input", {**arguments, "gate": gate}, moved, 0, sizes)
 
 
@@ -284,7 +293,7 @@ def _norm_workloads(model, rows, dtype, device):
     weight, index = _normal(model.dim, dtype=dtype, device=device), _selection(width, model.dim, device)
     arguments = {"hidden": hidden, "weight": weight, "bias": None, "index": index}
     moved = _size(dtype) * (rows * (model.dim + width) + model.dim) + 4 * width
-    yield Workload("attention input", arguments, moved, 0, norm_select.table_sizes(hidden, index))
+    yield Workload("attention input", arguments, moved, 0, decisions.norm_index_select_sizes(hidden, index))
 
 
 def _linear_add_examples(dtype, device):
@@ -326,15 +335,16 @@ def _linear_add_workloads(model, rows, dtype, device):
             "inplace": True,
         }
         moved = _size(dtype) * (rows * inputs + weight.numel() + 2 * rows * width) + 4 * width
-        yield Workload(name, arguments, moved, 2 * rows * weight.numel(), linear_add.table_sizes(rows, width, inputs))
+        sizes = decisions.linear_index_add_sizes(rows, weight)
+        yield Workload(name, arguments, moved, 2 * rows * weight.numel(), sizes)
 
 
 OPS = (
-    Op(linear_cross_entropy, naive_linear_cross_entropy, "cross_entropy_triton", _cross_entropy_examples, _cross_entropy_workloads, trains=True, rows=(2048, 8192)),
-    Op(quantize_taps, naive_quantize_taps, "taps_triton", _quantize_examples, _quantize_workloads, rows=(16, 2048, 8192)),
-    Op(dequantize_taps, naive_dequantize_taps, "taps_triton", _dequantize_examples, _dequantize_workloads, rows=(16, 2048, 8192)),
-    Op(tap_linear, naive_tap_linear, "taps_triton", _tap_examples, _tap_workloads, trains=True, exact_gradient=lambda a: a["storage"] == "full", rows=(2048, 8192)),
-    Op(norm_gate, naive_norm_gate, "gated_norm_triton", _gate_examples, _gate_workloads, trains=True, rows=(2048, 8192)),
-    Op(norm_index_select, naive_norm_index_select, "norm_select_triton", _norm_examples, _norm_workloads),
-    Op(linear_index_add, naive_linear_index_add, "linear_add_triton", _linear_add_examples, _linear_add_workloads),
+    Op(linear_cross_entropy, naive_linear_cross_entropy, _cross_entropy_examples, _cross_entropy_workloads, trains=True, rows=(2048, 8192)),
+    Op(quantize_taps, naive_quantize_taps, _quantize_examples, _quantize_workloads, rows=(16, 2048, 8192)),
+    Op(dequantize_taps, naive_dequantize_taps, _dequantize_examples, _dequantize_workloads, rows=(16, 2048, 8192)),
+    Op(tap_linear, naive_tap_linear, _tap_examples, _tap_workloads, trains=True, exact_gradient=lambda a: a["storage"] == "full", rows=(2048, 8192)),
+    Op(norm_gate, naive_norm_gate, _gate_examples, _gate_workloads, trains=True, rows=(2048, 8192)),
+    Op(norm_index_select, naive_norm_index_select, _norm_examples, _norm_workloads),
+    Op(linear_index_add, naive_linear_index_add, _linear_add_examples, _linear_add_workloads),
 )  # fmt: skip

@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 import torch
 
-from .arguments import check_floats, check_shape
-from .dispatch import autocast_dtype, runs_naive, runs_triton
-from .nf4_weight import (
+from hf_qst_kernels.arguments import check_floats, check_shape
+from hf_qst_kernels.dispatch import autocast_dtype, runs_naive, runs_triton
+from hf_qst_kernels.nf4_weight import (
     BLOCK,
     NF4Weight,
     check_blocks,
@@ -32,7 +32,7 @@ from .nf4_weight import (
     some_rows,
     with_plain_scales,
 )
-from .operators import operator
+from hf_qst_kernels.operators import operator
 
 # float32 bytes of one chunk's logits. Larger chunks make better GEMMs, smaller ones take less memory.
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
@@ -137,18 +137,9 @@ def linear_cross_entropy(
 
 
 def naive_linear_cross_entropy(
-    hidden,
-    weight,
-    labels,
-    bias=None,
-    *,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    logit_softcap=None,
-    logit_scale=1.0,
-    reduction="mean",
-    chunk_size=None,
-):
+    hidden, weight, labels, bias=None, *,
+    ignore_index=-100, label_smoothing=0.0, logit_softcap=None, logit_scale=1.0, reduction="mean", chunk_size=None,
+):  # fmt: skip
     """The equation at the top of this file, in float32 at least, with all logits at once."""
     compute = torch.promote_types(hidden.dtype, torch.float32)
     weight = naive_weight(weight, compute) if isinstance(weight, NF4Weight) else weight.to(compute)
@@ -279,15 +270,8 @@ def _linear_cross_entropy(
                 # beta=0 ignores what the buffer holds, so the factor on the logits costs no pass of its own
                 addend, beta = (out, 0.0) if bias is None else (bias[part], logit_scale)
                 torch.addmm(addend, chunk_hidden, words(part).t(), beta=beta, alpha=logit_scale, out=out)
-            softmax_chunk(
-                chunk_logits,
-                labels[index],
-                losses[start:stop],
-                ignore_index,
-                label_smoothing,
-                logit_softcap,
-                compute_grad,
-            )
+            options = ignore_index, label_smoothing, logit_softcap, compute_grad
+            softmax_chunk(chunk_logits, labels[index], losses[start:stop], *options)
             if not compute_grad:
                 continue
             if len(slices) > 1:
@@ -308,23 +292,9 @@ def _linear_cross_entropy(
 
 @_linear_cross_entropy.register_fake
 def _(
-    hidden,
-    weight,
-    labels,
-    bias,
-    ignore_index,
-    label_smoothing,
-    logit_softcap,
-    logit_scale,
-    reduction,
-    chunk_size,
-    compute_grad,
-    absmax=None,
-    nested_absmax=None,
-    nested_code=None,
-    nested_offset=None,
-    dtype=None,
-):
+    hidden, weight, labels, bias, ignore_index, label_smoothing, logit_softcap, logit_scale, reduction, chunk_size,
+    compute_grad, absmax=None, nested_absmax=None, nested_code=None, nested_offset=None, dtype=None,
+):  # fmt: skip
     stats_dtype = torch.promote_types(dtype or weight.dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=stats_dtype),
@@ -440,6 +410,8 @@ def _torch_block(logits, labels, losses, ignore_index, label_smoothing, softcap,
 
 
 def _triton_chunk(logits, labels, losses, ignore_index, label_smoothing, softcap, compute_grad) -> None:
-    from .cross_entropy_triton import cross_entropy_chunk
+    from hf_qst_kernels.ops import linear_cross_entropy_triton
 
-    cross_entropy_chunk(logits, labels, losses, ignore_index, label_smoothing, softcap, compute_grad)
+    linear_cross_entropy_triton.cross_entropy_chunk(
+        logits, labels, losses, ignore_index, label_smoothing, softcap, compute_grad
+    )

@@ -1,13 +1,13 @@
 """Triton path of `norm_gate`: a program holds whole rows, so that statistics, norm and mix are of one reading."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 
-from .dispatch import configuration
-from .gated_norm import MAX_WIDTH, table_sizes
+from hf_qst_kernels.decisions import norm_gate_sizes
+from hf_qst_kernels.dispatch import configuration
 
 # TILE: entries of a program's tile, as many rows as fill it. PROGRAMS: at most so many share the rows in backward; each
 # writes sums over its own.
@@ -53,23 +53,9 @@ def _normalised(d, mask, width, eps):
 
 @triton.jit
 def norm_gate_rows(
-    down,
-    down_stride,
-    side,
-    side_stride,
-    gate,
-    weight,
-    bias,
-    out,
-    rows,
-    width,
-    eps,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    down, down_stride, side, side_stride, gate, weight, bias, out, rows, width, eps,
+    NORM: tl.constexpr, BIAS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """`ROWS` rows of `out`; `WIDTH` is `width` rounded up to a power of 2, `VECTOR` a gate for each channel."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -88,28 +74,10 @@ def norm_gate_rows(
 
 @triton.jit
 def norm_gate_backward_rows(
-    grad,
-    grad_stride,
-    down,
-    down_stride,
-    side,
-    side_stride,
-    gate,
-    weight,
-    bias,
-    grad_down,
-    grad_side,
-    sums,
-    rows,
-    width,
-    turns,
-    eps,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    grad, grad_stride, down, down_stride, side, side_stride, gate, weight, bias, grad_down, grad_side, sums, rows,
+    width, turns, eps,
+    NORM: tl.constexpr, BIAS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Gradients of rows, `turns` tiles a program, and into `sums[program]` what they add to gate, weight and bias."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -152,43 +120,20 @@ def launch_options(options: Mapping[str, int], width: int) -> dict[str, int]:
 
 
 def mix_rows(down, side, gate, weight, bias, out, eps: float) -> None:
-    """
-    Fill `out`.
+    """Fill `out [rows, width]`, contiguous, from `down` and `side` of that shape, entries of a row side by side.
 
-    Args:
-        down, side (`torch.Tensor`): `[rows, width]`, entries of a row side by side; float32, bfloat16 or float16, width
-            at most `MAX_WIDTH`.
-        gate (`torch.Tensor`): `[1]` or `[width]`.
-        weight, bias (`torch.Tensor`): `[width]`, or `None`.
-        out (`torch.Tensor`): `[rows, width]`, contiguous.
+    `gate` is `[1]` or `[width]`; `weight` and `bias [width]` may be `None`.
     """
     rows, width = down.shape
     options = launch_options(_configured("norm_gate", down, side), width)
     with torch.cuda.device_of(down):
-        norm_gate_rows[(triton.cdiv(rows, options["ROWS"]),)](
-            down,
-            down.stride(0),
-            side,
-            side.stride(0),
-            *_vectors(gate, weight, bias),
-            out,
-            rows,
-            width,
-            eps,
-            **_flags(gate, weight, bias),
-            enable_fp_fusion=True,
-            **options,
-        )
+        operands = down, down.stride(0), side, side.stride(0), *_vectors(gate, weight, bias), out, rows, width, eps
+        grid = (triton.cdiv(rows, options["ROWS"]),)
+        norm_gate_rows[grid](*operands, **_flags(gate, weight, bias), enable_fp_fusion=True, **options)
 
 
 def mix_rows_backward(grad, down, side, gate, weight, bias, grad_down, grad_side, eps: float) -> torch.Tensor:
-    """
-    Fill `grad_down` and `grad_side`.
-
-    Args:
-        grad, down, side (`torch.Tensor`): `[rows, width]`, as in `mix_rows`.
-        gate, weight, bias (`torch.Tensor`): as in `mix_rows`.
-        grad_down, grad_side (`torch.Tensor`): `[rows, width]`, contiguous.
+    """Fill `grad_down` and `grad_side [rows, width]`, contiguous; the other arguments are as in `mix_rows`.
 
     Returns:
         `torch.Tensor`: float32 `[3, width]`: the gradients in a gate for each channel, in `weight` and in `bias`.
@@ -201,25 +146,9 @@ def mix_rows_backward(grad, down, side, gate, weight, bias, grad_down, grad_side
     programs = triton.cdiv(tiles, turns)
     sums = torch.empty(programs, 3, width, dtype=torch.float32, device=down.device)
     with torch.cuda.device_of(down):
-        norm_gate_backward_rows[(programs,)](
-            grad,
-            grad.stride(0),
-            down,
-            down.stride(0),
-            side,
-            side.stride(0),
-            *_vectors(gate, weight, bias),
-            grad_down,
-            grad_side,
-            sums,
-            rows,
-            width,
-            turns,
-            eps,
-            **_flags(gate, weight, bias),
-            enable_fp_fusion=True,
-            **options,
-        )
+        inputs = grad, grad.stride(0), down, down.stride(0), side, side.stride(0), *_vectors(gate, weight, bias)
+        operands = *inputs, grad_down, grad_side, sums, rows, width, turns, eps
+        norm_gate_backward_rows[(programs,)](*operands, **_flags(gate, weight, bias), enable_fp_fusion=True, **options)
     return sums.sum(0)
 
 
@@ -227,7 +156,7 @@ def _configured(decision: str, *rows: torch.Tensor) -> Mapping[str, int]:
     side = rows[-1]
     if side.shape[1] % 16 or any(tensor.stride(0) % 16 for tensor in rows):
         return UNALIGNED
-    return configuration(decision, side, table_sizes(side), CONFIGURATIONS[decision][0])
+    return configuration(decision, side, norm_gate_sizes(side), CONFIGURATIONS[decision][0])
 
 
 def _vectors(gate, weight, bias):
@@ -237,23 +166,3 @@ def _vectors(gate, weight, bias):
 
 def _flags(gate, weight, bias) -> dict[str, bool]:
     return {"NORM": weight is not None, "BIAS": bias is not None, "VECTOR": gate.shape[0] > 1}
-
-
-def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
-    """Name, kernel, argument types and options of every specialisation worth compiling without a device."""
-    sizes = dict.fromkeys(("down_stride", "side_stride", "grad_stride"), "i64:16")
-    sizes |= {"rows": "i32", "width": "i32:16", "turns": "i32", "eps": "fp32"}
-    odd = {**dict.fromkeys(("down_stride", "side_stride", "grad_stride"), "i64"), "width": "i32"}
-    vectors = dict.fromkeys(("gate", "sums"), "*fp32")
-    for decision, kernel in (("norm_gate", norm_gate_rows), ("norm_gate_backward", norm_gate_backward_rows)):
-        for dtype in ("bf16", "fp32"):
-            tensors = ("down", "side", "weight", "bias", "out", "grad", "grad_down", "grad_side")
-            types = {**dict.fromkeys(tensors, f"*{dtype}"), **vectors, **sizes}
-            full = {**types, "NORM": True, "BIAS": True, "VECTOR": True}
-            for width in (64, 256, MAX_WIDTH):
-                for choice in CONFIGURATIONS[decision]:
-                    yield f"{decision} width {width} {dtype}", kernel, full, launch_options(choice, width)
-                unaligned = launch_options(UNALIGNED, width)
-                yield f"{decision} width {width} unaligned {dtype}", kernel, {**full, **odd}, unaligned
-            plain = {**types, "NORM": False, "BIAS": False, "VECTOR": False}
-            yield f"{decision} no norm {dtype}", kernel, plain, launch_options(CONFIGURATIONS[decision][0], 256)

@@ -9,10 +9,12 @@ import json
 
 import torch
 
-from hf_qst_kernels import gated_norm_triton, norm_gate, quantize_taps, tap_linear, use_backend
+from hf_qst_kernels import norm_gate, quantize_taps, tap_linear, use_backend
+from hf_qst_kernels.decisions import NORM_GATE_WIDTH, TAP_OUTPUTS_UNALIGNED
 from hf_qst_kernels.dispatch import use_configuration
-from hf_qst_kernels.gated_norm import MAX_WIDTH, naive_norm_gate
-from hf_qst_kernels.taps import MAX_OUTPUTS_UNALIGNED, naive_tap_linear
+from hf_qst_kernels.ops import norm_gate_triton, tap_linear_triton
+from hf_qst_kernels.ops.norm_gate import naive_norm_gate
+from hf_qst_kernels.ops.tap_linear import naive_tap_linear
 from tests.kernels.compared import TOLERANCE, distance, poison, results, worst_distance
 
 FLOAT32 = TOLERANCE[torch.float32]
@@ -76,20 +78,18 @@ def calls_of(module, name, call):
 
 
 def chosen_paths():
-    from hf_qst_kernels import taps_triton
-
     def gate(width, dtype=torch.float32):
         return lambda: norm_gate(torch.randn(2, width, dtype=dtype), torch.randn(2, width, dtype=dtype), torch.zeros(1))
 
-    counts = [calls_of(gated_norm_triton, "mix_rows", gate(n)) for n in (MAX_WIDTH, MAX_WIDTH + 1)]
-    counts.append(calls_of(gated_norm_triton, "mix_rows", gate(8, torch.float64)))
+    counts = [calls_of(norm_gate_triton, "mix_rows", gate(n)) for n in (NORM_GATE_WIDTH, NORM_GATE_WIDTH + 1)]
+    counts.append(calls_of(norm_gate_triton, "mix_rows", gate(8, torch.float64)))
     yield "wide rows and float64 take torch", float(counts != [1, 0, 0]), 0.0
 
     def tap(dim, outputs, **options):
         return lambda: tap_linear(torch.randn(3, dim), torch.randn(outputs, dim).bfloat16(), **options)
 
-    cases = (tap(32, 256), tap(32, 257), tap(33, MAX_OUTPUTS_UNALIGNED), tap(33, MAX_OUTPUTS_UNALIGNED + 1))
-    counts = [calls_of(taps_triton, "project_and_quantize", case) for case in cases]
+    cases = (tap(32, 256), tap(32, 257), tap(33, TAP_OUTPUTS_UNALIGNED), tap(33, TAP_OUTPUTS_UNALIGNED + 1))
+    counts = [calls_of(tap_linear_triton, "project_and_quantize", case) for case in cases]
     yield "taps by outputs and alignment", float(counts != [1, 0, 1, 0]), 0.0
 
 

@@ -1,7 +1,5 @@
 """Triton path of `linear_cross_entropy`: all that lies between its two GEMMs, one program a row."""
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -17,19 +15,9 @@ def _tanh(x):
 
 @triton.jit
 def cross_entropy_rows(
-    logits,
-    row_stride,
-    labels,
-    losses,
-    vocab,
-    ignore_index,
-    smoothing,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, row_stride, labels, losses, vocab, ignore_index, smoothing, softcap,
+    SOFTCAP: tl.constexpr, SMOOTH: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`losses[row]`, and with `GRAD` the gradient in `logits[row]`'s place, all arithmetic in float32."""
     row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2^31 at 16k rows of a 131k vocabulary
     logits += row * row_stride
@@ -92,50 +80,16 @@ def launch_options(vocab: int) -> dict:
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 512)), "enable_fp_fusion": True}
 
 
-def cross_entropy_chunk(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    losses: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    compute_grad: bool,
-) -> None:
-    """
-    Fill `losses` and, if asked for, turn `logits` into their gradient in place.
+def cross_entropy_chunk(logits, labels, losses, ignore_index, label_smoothing, softcap, compute_grad) -> None:
+    """Fill `losses [rows]`, float32, and with `compute_grad` turn `logits [rows, vocab]` into their gradient in place.
 
-    Args:
-        logits (`torch.Tensor`): `[rows, vocab]`, rows contiguous; float32, bfloat16 or float16.
-        labels (`torch.Tensor`): `[rows]`, integers. An ignored row gets loss and gradient 0, a label out of range NaN.
-        losses (`torch.Tensor`): `[rows]`, float32, contiguous.
+    An ignored row gets loss and gradient 0, a label out of range NaN.
     """
     rows, vocab = logits.shape
     if rows == 0:
         return
     with torch.cuda.device_of(logits):
-        cross_entropy_rows[(rows,)](
-            logits,
-            logits.stride(0),
-            labels.contiguous(),
-            losses,
-            vocab,
-            ignore_index,
-            label_smoothing,
-            1.0 if softcap is None else softcap,
-            SOFTCAP=softcap is not None,
-            SMOOTH=label_smoothing > 0,
-            GRAD=compute_grad,
-            **launch_options(vocab),
-        )
-
-
-def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
-    """Name, kernel, argument types and options of every specialisation worth compiling without a device."""
-    floats = {"labels": "*i64", "losses": "*fp32", "ignore_index": "i32", "smoothing": "fp32", "softcap": "fp32"}
-    for dtype, vocab in (("bf16", 131072), ("fp16", 4097), ("fp32", 100), ("bf16", 1)):
-        # Triton makes a constexpr of an integer argument that is 1
-        sizes = {"row_stride": "i64", "vocab": "i32"} if vocab > 1 else {"row_stride": 1, "vocab": 1}
-        for everything in (True, False):
-            flags = {"SOFTCAP": everything, "SMOOTH": everything, "GRAD": everything}
-            name = f"linear_cross_entropy {'all options' if everything else 'loss only'} vocab {vocab} {dtype}"
-            yield name, cross_entropy_rows, {"logits": f"*{dtype}", **sizes, **floats, **flags}, launch_options(vocab)
+        numbers = vocab, ignore_index, label_smoothing, 1.0 if softcap is None else softcap
+        flags = {"SOFTCAP": softcap is not None, "SMOOTH": label_smoothing > 0, "GRAD": compute_grad}
+        operands = logits, logits.stride(0), labels.contiguous(), losses, *numbers
+        cross_entropy_rows[(rows,)](*operands, **flags, **launch_options(vocab))

@@ -1,4 +1,4 @@
-"""`tap_linear`, `quantize_taps` and `dequantize_taps` against the equations in `taps.py`."""
+"""`tap_linear`, `quantize_taps` and `dequantize_taps` against the equations of their files."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import hf_qst_kernels.taps
-from hf_qst_kernels import dequantize_taps, quantize_taps, tap_linear, taps, use_backend
-from hf_qst_kernels.taps import TINY
+from hf_qst_kernels import dequantize_taps, ops, quantize_taps, tap_linear, use_backend
+from hf_qst_kernels.decisions import tap_linear_sizes
+from hf_qst_kernels.ops.quantize_taps import TINY
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (7, 3), (5, 64), (3, 65), (2, 4, 130), (1, 1023), (9,)]
@@ -158,7 +158,7 @@ def test_gradient_summed_over_chunks_of_rows(storage, monkeypatch, poisoned):
     x, weight = torch.randn(50, 130).bfloat16(), torch.randn(6, 130, requires_grad=True)
     grad_y = torch.randn(50, 6)
     (whole,) = torch.autograd.grad(tap_linear(x, weight, storage), weight, grad_y)
-    monkeypatch.setattr("hf_qst_kernels.taps.CHUNK_BYTES", {"cpu": 4 * 130 * 7, "cuda": 0})
+    monkeypatch.setattr("hf_qst_kernels.ops.quantize_taps.CHUNK_BYTES", {"cpu": 4 * 130 * 7, "cuda": 0})
     (chunked,) = torch.autograd.grad(tap_linear(x, weight, storage), weight, grad_y)
     torch.testing.assert_close(chunked, whole)
 
@@ -172,7 +172,7 @@ def test_full_gradient_is_exact_and_passes_gradcheck(center):
 
 
 def test_an_eager_call_passes_its_operator_by(monkeypatch):
-    monkeypatch.setattr(hf_qst_kernels.taps._tap_linear, "library", None)
+    monkeypatch.setattr(ops.tap_linear._tap_linear, "library", None)
     x, weight = torch.randn(3, 70), torch.randn(4, 70, requires_grad=True)
     with torch.no_grad():
         assert torch.equal(tap_linear(x, weight), F.linear(x, weight))
@@ -193,13 +193,13 @@ def test_sizes_in_the_table():
         (torch.float32, False, False): {**plain, "product_bits": 32},
     }
     for (dtype, quantized, centered), expected in cases.items():
-        assert taps._one_pass_sizes(x, weight.to(dtype), dtype, quantized, centered) == expected
+        assert tap_linear_sizes(x, weight.to(dtype), dtype, quantized, centered) == expected
     apart = torch.randn(6, 33).bfloat16()[:, :32]
-    assert taps._one_pass_sizes(apart, weight.bfloat16(), torch.bfloat16, False, False) == {**plain, "alignment": 1}
+    assert tap_linear_sizes(apart, weight.bfloat16(), torch.bfloat16, False, False) == {**plain, "alignment": 1}
     for bad in (weight.new_zeros(257, 32), weight.new_zeros(0, 32)):
-        assert taps._one_pass_sizes(x, bad.bfloat16(), torch.bfloat16, True, False) is None
-    assert taps._one_pass_sizes(x[..., ::2], weight.new_zeros(129, 16).bfloat16(), torch.bfloat16, True, False)
-    assert taps._one_pass_sizes(x[..., :7], weight.new_zeros(129, 7).bfloat16(), torch.bfloat16, True, False) is None
+        assert tap_linear_sizes(x, bad.bfloat16(), torch.bfloat16, True, False) is None
+    assert tap_linear_sizes(x[..., ::2], weight.new_zeros(129, 16).bfloat16(), torch.bfloat16, True, False)
+    assert tap_linear_sizes(x[..., :7], weight.new_zeros(129, 7).bfloat16(), torch.bfloat16, True, False) is None
 
 
 @pytest.mark.parametrize("storage", ["int8", "full"])
@@ -235,7 +235,7 @@ def test_no_copy_of_all_rows_is_made(x_dtype, center, monkeypatch):
     x, weight = torch.randn(4, 50, 130).to(x_dtype), torch.randn(6, 130)
     c = torch.randn(130) if center else None
     whole = tap_linear(x, weight, center=c)
-    monkeypatch.setattr("hf_qst_kernels.taps.CHUNK_BYTES", {"cpu": 4 * 130 * 7, "cuda": 0})
+    monkeypatch.setattr("hf_qst_kernels.ops.quantize_taps.CHUNK_BYTES", {"cpu": 4 * 130 * 7, "cuda": 0})
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         chunked = tap_linear(x, weight, center=c)
     torch.testing.assert_close(chunked, whole)

@@ -1,28 +1,26 @@
 """Triton path of `linear_index_add`: a GEMM whose epilogue reads, adds to and writes the selected channels."""
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from .dispatch import configuration, interpreted
-from .linear_add import table_sizes
+from hf_qst_kernels.decisions import linear_index_add_sizes
+from hf_qst_kernels.dispatch import configuration, interpreted
 
-_DECODE = [
+DECODE = [
     {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
     {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4},
     {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
 ]
 # A tile of 128 x 128 does not fit, nor one of 128 x 64 in four warps (Triton 3.4, 3.6): the epilogue's 64-bit addresses
 # beside its sums take more registers than there are.
-_PREFILL = [
+PREFILL = [
     {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
     {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
 ]
-_FLOAT32 = [{"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}]
-CONFIGURATIONS = {"linear_index_add": [*_DECODE, *_PREFILL]}
+FLOAT32 = [{"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}]
+CONFIGURATIONS = {"linear_index_add": [*DECODE, *PREFILL]}
 # Rows that do not start at 16-byte boundaries are loaded entry by entry, which takes the registers of larger tiles.
 UNALIGNED = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 # Programs that share a strip of the weight run one after another, so that it is read from memory once.
@@ -31,24 +29,9 @@ STRIP = tl.constexpr(8)
 
 @triton.jit
 def add_linear_tiles(
-    x,
-    x_stride,
-    weight,
-    weight_stride,
-    bias,
-    index,
-    residual,
-    residual_stride,
-    rows,
-    inputs,
-    outputs,
-    dim,
-    BIAS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x, x_stride, weight, weight_stride, bias, index, residual, residual_stride, rows, inputs, outputs, dim,
+    BIAS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """`residual[row, index[j]] += x[row] . weight[j] + bias[j]`; each entry belongs to one program."""
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -88,59 +71,24 @@ def add_linear_tiles(
 def default_configuration(rows: int, dtype: torch.dtype) -> dict:
     """By rows, where nothing was measured."""
     if dtype == torch.float32:
-        return _FLOAT32[0]
+        return FLOAT32[0]
     if rows <= 64:
-        return _DECODE[0] if rows <= 16 else _DECODE[2]
-    return _PREFILL[0]
+        return DECODE[0] if rows <= 16 else DECODE[2]
+    return PREFILL[0]
 
 
 def add_linear(x, weight, bias, index, residual) -> None:
-    """
-    Add to `residual` in place.
-
-    Args:
-        x (`torch.Tensor`): `[rows, inputs]`, entries of a row side by side; float32, bfloat16 or float16.
-        weight (`torch.Tensor`): `[width, inputs]`, likewise, in `x`'s dtype.
-        bias (`torch.Tensor`): `[width]`, or `None`.
-        index (`torch.Tensor`): `[width]`, distinct; int32 or int64.
-        residual (`torch.Tensor`): `[rows, dim]`, entries of a row side by side.
-    """
+    """Add to `residual [rows, dim]` in place; entries of its rows, `x`'s and `weight`'s lie side by side."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
     options = UNALIGNED
     if not (inputs % 16 or x.stride(0) % 16 or weight.stride(0) % 16):
-        sizes, default = table_sizes(rows, outputs, inputs), default_configuration(rows, x.dtype)
+        sizes, default = linear_index_add_sizes(rows, weight), default_configuration(rows, x.dtype)
         options = configuration("linear_index_add", x, sizes, default)
     grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(outputs, options["BLOCK_N"]),)
     with torch.cuda.device_of(x):
-        add_linear_tiles[grid](
-            x,
-            x.stride(0),
-            weight,
-            weight.stride(0),
-            weight if bias is None else bias.contiguous(),
-            index.contiguous(),
-            residual,
-            residual.stride(0),
-            rows,
-            inputs,
-            outputs,
-            residual.shape[1],
-            BIAS=bias is not None,
-            UPCAST=interpreted() and x.dtype == torch.bfloat16,
-            enable_fp_fusion=True,
-            **options,
-        )
-
-
-def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
-    """Name, kernel, argument types and options of every specialisation worth compiling without a device."""
-    strides = dict.fromkeys(("x_stride", "weight_stride", "residual_stride"), "i64:16")
-    sizes = {"rows": "i32", "inputs": "i32:16", "outputs": "i32", "dim": "i32:16"}
-    odd = {"x_stride": "i64", "weight_stride": "i64", "inputs": "i32"}
-    for dtype, candidates in (("bf16", [*_DECODE, *_PREFILL]), ("fp32", _FLOAT32)):
-        tensors = dict.fromkeys(("x", "weight", "bias", "residual"), f"*{dtype}")
-        types = {**tensors, **strides, **sizes, "index": "*i64", "BIAS": True, "UPCAST": False}
-        for options in candidates:
-            yield f"linear_index_add {dtype}", add_linear_tiles, types, options
-        yield f"linear_index_add unaligned {dtype}", add_linear_tiles, {**types, **odd}, UNALIGNED
+        vectors = weight if bias is None else bias.contiguous(), index.contiguous()
+        operands = x, x.stride(0), weight, weight.stride(0), *vectors, residual, residual.stride(0)
+        flags = {"BIAS": bias is not None, "UPCAST": interpreted() and x.dtype == torch.bfloat16}
+        flags["enable_fp_fusion"] = True
+        add_linear_tiles[grid](*operands, rows, inputs, outputs, residual.shape[1], **flags, **options)

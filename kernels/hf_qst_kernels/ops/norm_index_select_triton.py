@@ -1,13 +1,11 @@
 """Triton path of `norm_index_select`: a few rows a program, read once from memory and again from the cache."""
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from .dispatch import configuration
-from .norm_select import table_sizes
+from hf_qst_kernels.decisions import norm_index_select_sizes
+from hf_qst_kernels.dispatch import configuration
 
 # Wide rows first: what the launch takes by default, then what tuning tries beside it.
 CONFIGURATIONS = {
@@ -43,21 +41,9 @@ def _statistics(base, inside, dim, eps, LAYER: tl.constexpr, ROWS: tl.constexpr,
 
 @triton.jit
 def norm_select_rows(
-    hidden,
-    row_stride,
-    weight,
-    bias,
-    index,
-    out,
-    rows,
-    dim,
-    width,
-    eps,
-    LAYER: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    hidden, row_stride, weight, bias, index, out, rows, dim, width, eps,
+    LAYER: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`out[row, j] = norm(hidden[row])[index[j]]`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -79,21 +65,9 @@ def norm_select_rows(
 
 @triton.jit
 def norm_select_backward_rows(
-    grad,
-    hidden,
-    row_stride,
-    weight,
-    index,
-    place,
-    grad_hidden,
-    rows,
-    dim,
-    width,
-    eps,
-    LAYER: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad, hidden, row_stride, weight, index, place, grad_hidden, rows, dim, width, eps,
+    LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The gradient in `hidden`; `place[c]` is where channel c stands in `index`, -1 where it does not: no atomics."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -128,86 +102,28 @@ def norm_select_backward_rows(
 
 
 def norm_select(hidden, weight, bias, index, out, eps: float, kind: str) -> None:
-    """
-    Fill `out`.
-
-    Args:
-        hidden (`torch.Tensor`): `[rows, dim]`, entries of a row side by side; float32, bfloat16 or float16.
-        weight, bias (`torch.Tensor`): `[dim]`; the bias may be `None`.
-        index (`torch.Tensor`): `[width]`, int32 or int64.
-        out (`torch.Tensor`): `[rows, width]`, contiguous.
-    """
+    """Fill `out [rows, width]`, contiguous, from `hidden [rows, dim]`, entries of a row side by side; `bias` may be `None`."""
     rows, dim = hidden.shape
     options = _options("norm_index_select", hidden, index)
     with torch.cuda.device_of(hidden):
-        norm_select_rows[(triton.cdiv(rows, options["ROWS"]),)](
-            hidden,
-            hidden.stride(0),
-            weight.contiguous(),
-            weight if bias is None else bias.contiguous(),
-            index.contiguous(),
-            out,
-            rows,
-            dim,
-            index.shape[0],
-            eps,
-            LAYER=kind == "layer",
-            BIAS=bias is not None,
-            enable_fp_fusion=True,
-            **options,
-        )
+        parameters = weight.contiguous(), weight if bias is None else bias.contiguous(), index.contiguous()
+        operands = hidden, hidden.stride(0), *parameters, out, rows, dim, index.shape[0], eps
+        flags = {"LAYER": kind == "layer", "BIAS": bias is not None, "enable_fp_fusion": True}
+        norm_select_rows[(triton.cdiv(rows, options["ROWS"]),)](*operands, **flags, **options)
 
 
 def norm_select_backward(grad, hidden, weight, index, grad_hidden, eps: float, kind: str) -> None:
-    """
-    Fill `grad_hidden`.
-
-    Args:
-        grad (`torch.Tensor`): `[rows, width]`, contiguous.
-        hidden (`torch.Tensor`): `[rows, dim]`, entries of a row side by side.
-        weight (`torch.Tensor`): `[dim]`.
-        index (`torch.Tensor`): `[width]`, distinct.
-        grad_hidden (`torch.Tensor`): `[rows, dim]`, contiguous.
-    """
+    """Fill `grad_hidden [rows, dim]` from `grad [rows, width]`, both contiguous; `hidden` as in `norm_select`."""
     rows, dim = hidden.shape
     place = torch.full((dim,), -1, dtype=torch.int32, device=hidden.device)
     place[index.long()] = torch.arange(index.shape[0], dtype=torch.int32, device=hidden.device)
     options = _options("norm_index_select_backward", hidden, index)
     with torch.cuda.device_of(hidden):
-        norm_select_backward_rows[(triton.cdiv(rows, options["ROWS"]),)](
-            grad,
-            hidden,
-            hidden.stride(0),
-            weight.contiguous(),
-            index.contiguous(),
-            place,
-            grad_hidden,
-            rows,
-            dim,
-            index.shape[0],
-            eps,
-            LAYER=kind == "layer",
-            enable_fp_fusion=True,
-            **options,
-        )
+        inputs = grad, hidden, hidden.stride(0), weight.contiguous(), index.contiguous(), place
+        operands = *inputs, grad_hidden, rows, dim, index.shape[0], eps
+        flags = {"LAYER": kind == "layer", "enable_fp_fusion": True}
+        norm_select_backward_rows[(triton.cdiv(rows, options["ROWS"]),)](*operands, **flags, **options)
 
 
 def _options(decision, hidden, index) -> dict:
-    return dict(configuration(decision, hidden, table_sizes(hidden, index), CONFIGURATIONS[decision][0]))
-
-
-def compiled_cases() -> Iterator[tuple[str, object, dict, dict]]:
-    """Name, kernel, argument types and options of every specialisation worth compiling without a device."""
-    sizes = {"row_stride": "i64:16", "rows": "i32", "dim": "i32:16", "width": "i32", "eps": "fp32"}
-    for dtype in ("bf16", "fp32"):
-        tensors = dict.fromkeys(("hidden", "weight", "bias", "out", "grad", "grad_hidden"), f"*{dtype}")
-        types = {**tensors, **sizes, "index": "*i64", "place": "*i32"}
-        for layer in (False, True):
-            flags = {"LAYER": layer, "BIAS": layer}
-            for decision, kernel in (
-                ("norm_index_select", norm_select_rows),
-                ("norm_index_select_backward", norm_select_backward_rows),
-            ):
-                for options in CONFIGURATIONS[decision]:
-                    name = f"{decision} {'layer' if layer else 'rms'} {dtype}"
-                    yield name, kernel, {**types, **flags}, options
+    return dict(configuration(decision, hidden, norm_index_select_sizes(hidden, index), CONFIGURATIONS[decision][0]))

@@ -19,12 +19,10 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .arguments import FLOAT_DTYPES, alignment, as_rows, check_floats, check_shape
-from .dispatch import runs_naive, runs_triton
-from .operators import Operator, operator
-
-# A program holds whole rows in registers.
-MAX_WIDTH = 2048
+from hf_qst_kernels.arguments import FLOAT_DTYPES, as_rows, check_floats, check_shape
+from hf_qst_kernels.decisions import norm_gate_sizes
+from hf_qst_kernels.dispatch import runs_naive, runs_triton
+from hf_qst_kernels.operators import Operator, operator
 
 
 def norm_gate(
@@ -91,12 +89,6 @@ def naive_norm_gate(down, side, gate, weight=None, bias=None, eps=1e-5, out_dtyp
     return y.to(torch.promote_types(down.dtype, side.dtype) if out_dtype is None else out_dtype)
 
 
-def table_sizes(side: torch.Tensor) -> dict[str, int]:
-    """What a table's entry says of a call."""
-    width = side.shape[-1]
-    return {"rows": side.numel() // width, "width": width, "alignment": alignment(width)}
-
-
 def _mix(
     down: torch.Tensor,
     side: torch.Tensor,
@@ -108,10 +100,10 @@ def _mix(
 ) -> torch.Tensor:
     wide = _wide(down, side, gate, weight, bias)
     if _in_one_kernel("norm_gate", side, wide):
-        from .gated_norm_triton import mix_rows
+        from hf_qst_kernels.ops import norm_gate_triton
 
         out = torch.empty(down.shape, dtype=out_dtype, device=down.device)
-        mix_rows(as_rows(down), as_rows(side), gate, weight, bias, out.view(-1, out.shape[-1]), eps)
+        norm_gate_triton.mix_rows(as_rows(down), as_rows(side), gate, weight, bias, out.view(-1, out.shape[-1]), eps)
         return out
     width = down.shape[-1]
     with torch.autocast(down.device.type, enabled=False):
@@ -144,10 +136,12 @@ def _norm_gate_backward(
     grad_side = torch.empty(side.shape, dtype=side.dtype, device=side.device)
     rows = [as_rows(tensor) for tensor in (grad, down, side)]
     if _in_one_kernel("norm_gate_backward", side, wide):
-        from .gated_norm_triton import mix_rows_backward
+        from hf_qst_kernels.ops import norm_gate_triton
 
         shape = rows[1].shape
-        sums = mix_rows_backward(*rows, gate, weight, bias, grad_down.view(shape), grad_side.view(shape), eps)
+        sums = norm_gate_triton.mix_rows_backward(
+            *rows, gate, weight, bias, grad_down.view(shape), grad_side.view(shape), eps
+        )
         return grad_down, grad_side, sums
     g, d, s = (tensor.to(wide) for tensor in rows)
     beta, z, x = torch.sigmoid(gate.to(wide)), d, d
@@ -197,9 +191,7 @@ _norm_gate.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _in_one_kernel(decision: str, side: torch.Tensor, wide: torch.dtype) -> bool:
-    if side.numel() == 0 or side.shape[-1] > MAX_WIDTH or wide == torch.float64:
-        return False
-    return runs_triton(decision, side, table_sizes(side))
+    return wide != torch.float64 and runs_triton(decision, side, norm_gate_sizes(side))
 
 
 def _wide(*tensors: torch.Tensor | None) -> torch.dtype:

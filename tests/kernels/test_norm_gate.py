@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import hf_qst_kernels.gated_norm
-from hf_qst_kernels import norm_gate, use_backend
-from hf_qst_kernels.gated_norm import table_sizes
+from hf_qst_kernels import norm_gate, ops, use_backend
+from hf_qst_kernels.decisions import norm_gate_sizes
 from tests.interpreter import interpreted
 
 WIDTH = 65
@@ -89,7 +88,7 @@ def test_keeps_its_arguments_and_nothing_else():
 
 
 def test_an_eager_call_passes_its_operator_by(monkeypatch):
-    monkeypatch.setattr(hf_qst_kernels.gated_norm._norm_gate, "library", None)
+    monkeypatch.setattr(ops.norm_gate._norm_gate, "library", None)
     given = arguments()
     with torch.no_grad():
         assert torch.equal(norm_gate(**given), plain(**given))
@@ -99,8 +98,8 @@ def test_an_eager_call_passes_its_operator_by(monkeypatch):
 
 
 def test_sizes_in_the_table():
-    assert table_sizes(torch.empty(3, 4, 48)) == {"rows": 12, "width": 48, "alignment": 16}
-    assert table_sizes(torch.empty(5, 33)) == {"rows": 5, "width": 33, "alignment": 1}
+    assert norm_gate_sizes(torch.empty(3, 4, 48)) == {"rows": 12, "width": 48, "alignment": 16}
+    assert norm_gate_sizes(torch.empty(5, 33)) == {"rows": 5, "width": 33, "alignment": 1}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,7 @@ def test_triton_is_refused_without_the_interpreter(monkeypatch):
 
 @pytest.fixture(scope="module")
 def limits():
-    return interpreted("tests/kernels/gated_norm_interpreted.py")
+    return interpreted("tests/kernels/norm_gate_interpreted.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
