@@ -325,8 +325,8 @@ class MixedRankLayer(ManifestLayer):
             # PEFT holds adapters of a model in half precision in float32.
             cast = self.keeps_base and factors.down.weight.is_floating_point()
             return factors.to(float_dtype(self.base_layer)) if cast else factors
-        if missing := [name for name in names if name not in self.merged_adapters]:
-            self.merge(adapter_names=missing)
+        if rest := [name for name in names if name not in self.merged_adapters]:
+            self.merge(adapter_names=rest)
         return self.base_layer
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -71,10 +71,11 @@ class MixedRankModel(ManifestTuner):
 
     def _prepare_adapter_config(self, peft_config, model_config):
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        config = self.peft_config[name] = copy.copy(peft_config)
+        config = copy.copy(peft_config)
+        self.peft_config[name] = config
         with self._as_base():
             self._make_factors(config)
-        config.calibration_data = config.reference_model = None
+        config = self.peft_config[name] = config.without_data()
         if config.target_modules == "all-linear":
             # PEFT would replace it by its own list.
             config.target_modules = None
@@ -114,8 +115,7 @@ class MixedRankModel(ManifestTuner):
             self._factors, config.manifest = found.factors, None
             if not config.init_weights:
                 self._factors = {n: self._random(layer, config) for n, layer in found.factors.items()}
-            config.rank_pattern, config.dense_modules = found.ranks, found.dense
-            config.statistics, config.allocation = found.statistics, found.allocation
+            config.rank_pattern, config.results = found.ranks, found.results
         else:
             self._check_base(config)
             require_in_place(self.model, "MixedRankConfig")

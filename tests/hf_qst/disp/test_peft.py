@@ -310,7 +310,7 @@ def test_bases_with_changed_shapes_are_refused():
     small = prune_blocks(model, random_masks(model))
     with pytest.raises(ValueError, match="pruned, compressed or wrapped before"):
         with_disp(model=small)
-    config = MixedRankConfig(keep_ratio=0.5, metric="plain", compensation="none", progress=False)
+    config = MixedRankConfig(keep_ratio=0.5, decomposition="plain", compensation="none", progress=False)
     low_rank = get_peft_model(tiny("llama"), config).merge_and_unload()
     with pytest.raises(ValueError, match="pruned, compressed or wrapped before"):
         with_disp(model=low_rank)
