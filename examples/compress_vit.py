@@ -87,7 +87,7 @@ def accuracy(model, data: Images) -> float:
 
 
 def calibration(data: Images, count: int, batch: int = 64) -> list[dict]:
-    """The first `count` images as batches of model inputs. Labels only matter to `layer_weight="fisher"`."""
+    """The first `count` images as batches of model inputs. Labels only matter to the layer weight `"fisher"`."""
     images, labels = data
     parts = zip(images[:count].split(batch), labels[:count].split(batch), strict=True)
     return [{"pixel_values": part, "labels": answers} for part, answers in parts]

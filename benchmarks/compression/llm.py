@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common.parts import fill
-from benchmarks.compression.methods import compressed, parameters, target_shapes
+from benchmarks.compression.methods import UNIFORM, compressed, parameters, target_shapes
 from examples.corpus import SourceFile, blocks, held_out_loss, split, stdlib_files, tokens, transformers_files
 from examples.demo import nf4
 from hf_qst import MixedRankConfig
@@ -98,8 +98,8 @@ def cost(dense, text: Text, methods: list[str], keep: float, done: dict, save: C
 
 RESIDUALS = {
     "none": ("NF4", None),
-    "plain": ("+ plain SVD of what is missing", {"metric": "plain", "allocator": "uniform", "compensation": "none"}),
-    "uniform": ("+ second moment, one rank (EoRA-style)", {"allocator": "uniform", "compensation": "none"}),
+    "plain": ("+ plain SVD of what is missing", {"decomposition": "plain", **UNIFORM}),
+    "uniform": ("+ second moment, one rank (EoRA-style)", UNIFORM),
     "mix-lstsq": ("+ mixed ranks + lstsq (default)", {}),
 }
 
@@ -116,7 +116,7 @@ def residuals(dense, text: Text, model: str | Path, rank: int, done: dict, save:
             device_map={"": next(dense.parameters()).device},
         ).eval()
         if name != "none":
-            settings = {"mode": "residual", "residual_rank": rank, "reference_model": dense, **RESIDUALS[name][1]}
+            settings = {"residual": {"reference_model": dense, "rank": rank}, **RESIDUALS[name][1]}
             config = MixedRankConfig(calibration_data=text.calibration, progress=False, **settings)
             tuned = get_peft_model(tuned, config)
         added = sum(p.numel() for key, p in tuned.named_parameters() if "mixed_rank_" in key)

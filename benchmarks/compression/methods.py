@@ -14,7 +14,7 @@ from hf_qst import LowRankLinear, MixedRankConfig, compress_model
 from hf_qst.base_model import dense_shape
 from hf_qst.mixed_rank import find_targets
 
-UNIFORM = {"allocator": "uniform", "compensation": "none"}
+UNIFORM = {"allocation": "uniform", "compensation": "none"}
 # How far a model's parameters may be from the budget, as a part of it.
 TOLERANCE = 0.005
 
@@ -29,15 +29,17 @@ class Method:
 
 
 METHODS = {
-    "svd": Method("plain SVD, uniform", {"metric": "plain", **UNIFORM}, True),
-    "asvd": Method("ASVD-style, uniform", {"metric": "diagonal", **UNIFORM}, True),
-    "svd-llm": Method("SVD-LLM-style, uniform", {"metric": "second_moment", "shrinkage": None, **UNIFORM}, True),
+    "svd": Method("plain SVD, uniform", {"decomposition": "plain", **UNIFORM}, True),
+    "asvd": Method("ASVD-style, uniform", {"decomposition": "diagonal", **UNIFORM}, True),
+    "svd-llm": Method(
+        "SVD-LLM-style, uniform", {"decomposition": {"metric": "second_moment", "shrinkage": None}, **UNIFORM}, True
+    ),
     "mix": Method("mixed ranks", {"compensation": "none"}),
-    "mix-gradual": Method("mixed ranks, gradual search", {"allocator": "gradual", "compensation": "none"}),
+    "mix-gradual": Method("mixed ranks, gradual search", {"allocation": "gradual", "compensation": "none"}),
     "mix-gradient": Method("mixed ranks + gradient", {"compensation": "gradient"}),
-    "uniform-lstsq": Method("uniform ranks + lstsq", {"allocator": "uniform", "compensation": "lstsq"}),
+    "uniform-lstsq": Method("uniform ranks + lstsq", {"allocation": "uniform", "compensation": "lstsq"}),
     "mix-lstsq": Method("mixed ranks + lstsq (default)", {}),
-    "mix-fisher": Method("mixed ranks by Fisher weights + lstsq", {"layer_weight": "fisher"}),
+    "mix-fisher": Method("mixed ranks by Fisher weights + lstsq", {"allocation": {"layer_weight": "fisher"}}),
     "mix-kd": Method("mixed ranks + distillation", {"compensation": "kd"}),
 }
 DEFAULT = "mix-lstsq"

@@ -4,8 +4,8 @@ from hf_qst.disp.config import DISPConfig
 from hf_qst.disp.layer import DISPLayer
 from hf_qst.disp.model import DISPModel
 from hf_qst.disp.report import PruningReport
-from hf_qst.tuner.registration import HfQstPeftType, register_method
+from hf_qst.tuner.registration import register_method
 
-register_method(HfQstPeftType.DISP, DISPConfig, DISPModel)
+register_method(DISPConfig, DISPModel)
 
 __all__ = ["DISPConfig", "DISPLayer", "DISPModel", "PruningReport"]

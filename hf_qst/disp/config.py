@@ -10,7 +10,6 @@ from hf_qst.disp.hypernetwork import HYPERNETWORKS
 from hf_qst.pruning.layout import SELECTIONS
 from hf_qst.pruning.options import check_options
 from hf_qst.tuner.config import MethodConfig, is_count, is_number
-from hf_qst.tuner.registration import HfQstPeftType
 
 HARDENINGS = ("budget", "threshold")
 
@@ -73,6 +72,7 @@ class DISPConfig(MethodConfig):
         default=None, init=False, repr=False, compare=False, metadata={"help": "Set to the decoder stack's path."}
     )
 
+    method: ClassVar[str] = "DISP"
     card_remark: ClassVar[str] = (
         "It holds what pruning learnt about the base model, which is needed to load it. `model.merge_and_unload()` gives "
         "the smaller model, which saves and loads without the base."
@@ -81,7 +81,6 @@ class DISPConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = HfQstPeftType.DISP
         check_options(self, f"{type(self).__name__}.")
         for name, accepted in (
             ("estimator", tuple(ESTIMATORS)),

@@ -186,7 +186,7 @@ class DISPLayer(StackLayer):
             if name not in self.networks:
                 raise ValueError(f"there is no DISP adapter {name!r}, only {', '.join(self.networks)}")
             try:
-                chosen[name] = self._checked(name).masks()
+                chosen[name] = self.checked(name).masks()
             except UndecidableError as error:  # in PEFT's words; checked without safe_merge too
                 broken = f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 raise ValueError(broken) from error

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
+from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.offloading import require_in_place, require_weights
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing
 from hf_qst.disp.layer import DISPLayer
@@ -33,14 +32,6 @@ class DISPModel(StackTuner):
     prefix = "disp_"
     tuner_layer_cls = DISPLayer
 
-    def _check_new_adapter_config(self, config) -> None:
-        super()._check_new_adapter_config(config)
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, DISPLayer):
-                raise ValueError(
-                    f"{DISPLayer.alone} The model has adapters of type {type(module).__name__}: merge or unload them first."
-                )
-
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
         require_in_place(self.model, type(peft_config).__name__)
         find_prunable_stack(self.model)
@@ -52,38 +43,22 @@ class DISPModel(StackTuner):
             )
         parameter_budget(self.model, stack, peft_config, f"{type(peft_config).__name__}.")
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        stack = find_decoder_stack(self.model)
+    def _make_network(self, peft_config, stack: DecoderStack) -> SelectionNetwork:
         budget = parameter_budget(self.model, stack, peft_config, f"{type(peft_config).__name__}.")
-        network = SelectionNetwork(peft_config, PruningLayout.of(stack), budget)
-        if isinstance(target, DISPLayer):
-            layer = target
-            for other in layer.networks.values():
-                if other.config is peft_config:
-                    # TRL copies an adapter so, for a reference: another of its configuration, then parameters by name.
-                    network.copy_buffers(other)
-        else:
-            forbid_packing(target)  # the gates' gradients go through the base
-            layer = DISPLayer(target, stack)
-            self._replace_module(parent, target_name, layer, target)
-        layer.update_layer(adapter_name, network, peft_config.inference_mode)
-        layer._move_adapter_to_device_of_base_layer(adapter_name)
-        layer.train(self.model.training)
-        layer.unchecked[adapter_name] = peft_config.manifest
+        return SelectionNetwork(peft_config, PruningLayout.of(stack), budget)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """float32, or with `autocast_adapter_dtype=False` the base's dtype, as PEFT has it."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        network = self.disp_layer.networks[adapter_name]
-        network.in_base_dtype = not autocast_adapter_dtype
-        if not autocast_adapter_dtype:
-            dtype = next(p.dtype for p in self.disp_layer.base_layer.parameters() if p.is_floating_point())
-            for parameter in network.parameters():
-                parameter.data = parameter.data.to(dtype)
+    def _make_layer(self, target: nn.Module, stack: DecoderStack) -> DISPLayer:
+        forbid_packing(target)  # the gates' gradients go through the base
+        return super()._make_layer(target, stack)
+
+    def _start(self, peft_config, adapter_name: str, twin: SelectionNetwork | None) -> None:
+        if twin is not None:
+            self.disp_layer.networks[adapter_name].copy_buffers(twin)
+        self.disp_layer._move_adapter_to_device_of_base_layer(adapter_name)
 
     @property
     def disp_layer(self) -> DISPLayer:
-        return next(module for module in self.model.modules() if isinstance(module, DISPLayer))
+        return self.stack_layer
 
     def _network(self) -> SelectionNetwork:
         network = self.disp_layer.active_network()

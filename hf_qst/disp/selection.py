@@ -87,6 +87,12 @@ class SelectionNetwork(nn.Module):
         """Whether the choice was made for good. Reads one number, for which a GPU finishes what it is doing."""
         return bool(self.kept[0] != _UNDECIDED)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """All parameters in this dtype, also while training."""
+        self.in_base_dtype = True
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+
     @torch.no_grad()
     def copy_buffers(self, other: SelectionNetwork) -> None:
         """Take over what defines the other network, of the same configuration, beside its parameters."""

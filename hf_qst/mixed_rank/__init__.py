@@ -2,28 +2,35 @@
 
 from hf_qst.mixed_rank.allocation import BudgetError, LayerSpectrum, allocate_ranks
 from hf_qst.mixed_rank.compensation import least_squares_factors
-from hf_qst.mixed_rank.compression import Compression, compress, compress_model
-from hf_qst.mixed_rank.config import MixedRankConfig
+from hf_qst.mixed_rank.compression import compress, compress_model
+from hf_qst.mixed_rank.config import CompressionResults, MixedRankConfig
 from hf_qst.mixed_rank.decomposition import factorize, metric_matrix, output_energies, output_error
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.model import MixedRankModel
-from hf_qst.mixed_rank.report import rank_report
+from hf_qst.mixed_rank.pipeline import Compression
+from hf_qst.mixed_rank.rank_report import rank_report
+from hf_qst.mixed_rank.stage_configs import AllocationConfig, CompensationConfig, DecompositionConfig, ResidualConfig
 from hf_qst.mixed_rank.targets import find_targets
 from hf_qst.reshaped_models import register_kind
-from hf_qst.tuner.registration import HfQstPeftType, register_method
+from hf_qst.tuner.registration import register_method
 
-register_method(HfQstPeftType.MIXED_RANK, MixedRankConfig, MixedRankModel)
+register_method(MixedRankConfig, MixedRankModel)
 register_kind(KIND, LowRankLinear.from_description)
 
 __all__ = [
+    "AllocationConfig",
     "BudgetError",
+    "CompensationConfig",
     "Compression",
+    "CompressionResults",
+    "DecompositionConfig",
     "LayerSpectrum",
     "LowRankLinear",
     "MixedRankConfig",
     "MixedRankLayer",
     "MixedRankModel",
     "NoDenseWeightsError",
+    "ResidualConfig",
     "allocate_ranks",
     "compress",
     "compress_model",

@@ -6,13 +6,14 @@ import functools
 import warnings
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, set_weights
 from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.reshaped_models import ReshapedModelError
+from hf_qst.tuner.manifest_tuner import ManifestLayer
 
 KIND = "low_rank"
 # bitsandbytes' packed layout of 4-bit weights on CPU fails for widths that are no multiple of it.
@@ -149,7 +150,7 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class MixedRankLayer(nn.Module, BaseTunerLayer):
+class MixedRankLayer(ManifestLayer):
     """Holds the factors of one layer as PEFT adapters, under the adapters' names.
 
     Factors of mode `"replace"` run in the place of the dense layer; those of mode `"residual"` are added to it. Without
@@ -165,18 +166,15 @@ class MixedRankLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("mixed_rank_factors",)
     other_param_names = ("mixed_rank_modes",)
+    method = "mixed rank"
+    alone = "Mixed rank replaces dense weights, which cannot have adapters of another method."
 
     def __init__(
         self, adapter_name: str, factors: LowRankLinear, base_layer: nn.Module | None = None, mode: str = "residual"
     ):
-        super().__init__()
-        if base_layer is not None:
-            self.base_layer = base_layer
-        self.mixed_rank_factors = nn.ModuleDict()
+        super().__init__(base_layer)
         self.mixed_rank_modes: dict[str, str] = {}
         self.in_features, self.out_features = factors.in_features, factors.out_features
-        self.merged_adapters = []
-        self._disable_adapters = False
         self._active_adapter = [adapter_name]
         # The dense weight and bias while adapters are merged into the base layer.
         self.register_buffer("dense_weight", None, persistent=False)
@@ -327,20 +325,21 @@ class MixedRankLayer(nn.Module, BaseTunerLayer):
             # PEFT holds adapters of a model in half precision in float32.
             cast = self.keeps_base and factors.down.weight.is_floating_point()
             return factors.to(float_dtype(self.base_layer)) if cast else factors
-        if missing := [name for name in names if name not in self.merged_adapters]:
-            self.merge(adapter_names=missing)
+        if rest := [name for name in names if name not in self.merged_adapters]:
+            self.merge(adapter_names=rest)
         return self.base_layer
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if not self.keeps_base:
-            return self.factors(inputs)
+            (name,) = self.mixed_rank_factors
+            return self.checked(name)(inputs)
         if self.merged:
             if self.disable_adapters:
                 self.unmerge()
             return self.base_layer(inputs)
         names = [] if self.disable_adapters else self.used
         replacing = sum(self.mixed_rank_modes[name] == "replace" for name in names)
-        outputs = [self.mixed_rank_factors[name](inputs) for name in names]
+        outputs = [self.checked(name)(inputs) for name in names]
         if replacing != 1:
             base = self.base_layer(inputs)
             outputs.insert(0, base if replacing == 0 else base * (1 - replacing))

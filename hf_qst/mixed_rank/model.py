@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -26,11 +25,11 @@ from hf_qst.mixed_rank.quantization import (
 )
 from hf_qst.mixed_rank.targets import matches
 from hf_qst.reshaped_models import ReshapedModel, to_dense
-from hf_qst.saved import manifest
 from hf_qst.saved.manifest import WEIGHTS_NAME, CheckpointError
+from hf_qst.tuner.manifest_tuner import ManifestTuner
 
 
-class MixedRankModel(BaseTuner):
+class MixedRankModel(ManifestTuner):
     """Replaces a model's linear layers by factors, as `get_peft_model(model, MixedRankConfig(...))` does.
 
     Without a saved manifest the configuration is compressed from its calibration data; with one, empty factors of the
@@ -44,7 +43,6 @@ class MixedRankModel(BaseTuner):
 
     prefix = "mixed_rank_"
     tuner_layer_cls = MixedRankLayer
-    target_module_mapping = {}
 
     def __init__(self, model: nn.Module, config, adapter_name: str, *args, **kwargs):
         # transformers' own adapter methods give one configuration, PEFT's models a dictionary.
@@ -65,32 +63,19 @@ class MixedRankModel(BaseTuner):
                 "MixedRankConfig.keep_base_weights=True, merge the first (merge_and_unload), or load the base model "
                 "again."
             )
-        if sum(isinstance(module, BaseTunerLayer) for module in self.model.modules()) > len(layers):
-            raise ValueError(
-                "MixedRankConfig replaces dense weights, but the model has adapters of another method on them; merge "
-                "or unload these first"
-            )
 
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
         """As of PEFT; `low_cpu_mem_usage` leaves the factors on the meta device, for weights that are loaded next."""
         self._empty_factors = low_cpu_mem_usage
-        try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
-        except Exception:
-            # The name of a refused adapter stays free, also where transformers and not PEFT keeps the dictionary.
-            self.peft_config.pop(adapter_name, None)
-            raise
-
-    def _layers(self) -> dict[str, MixedRankLayer]:
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, MixedRankLayer)}
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        config = self.peft_config[name] = copy.copy(peft_config)
+        config = copy.copy(peft_config)
+        self.peft_config[name] = config
         with self._as_base():
             self._make_factors(config)
-            self._refuse_confusing_names()
-        config.calibration_data = config.reference_model = None
+        config = self.peft_config[name] = config.without_data()
         if config.target_modules == "all-linear":
             # PEFT would replace it by its own list.
             config.target_modules = None
@@ -119,20 +104,6 @@ class MixedRankModel(BaseTuner):
             for wrapper, before in zip(wrappers, disabled, strict=True):
                 wrapper._disable_adapters = before
 
-    def _refuse_confusing_names(self) -> None:
-        """PEFT finds the tensors of other adapters by names in keys, and would leave out what is called like one."""
-        if len(self.peft_config) == 1:
-            return
-        modules = [name for name, _ in self.model.named_modules() if ".modules_to_save." not in name]
-        factors = [f"mixed_rank_factors.{key}" for layer in self._factors.values() for key in layer.state_dict()]
-        parts = {part for name in ("base_model.model", *modules, *factors) for part in name.split(".")}
-        confusing = sorted(parts & self.peft_config.keys())
-        if confusing:
-            raise ValueError(
-                f"adapter_name must be none of the names of the model's modules where there are several adapters, got "
-                f"{confusing[0]!r}: PEFT would leave tensors of other adapters out when it saves them"
-            )
-
     def _make_factors(self, config) -> None:
         if config.manifest is None or config.calibration_data is not None:
             found = compress(self.model, config)
@@ -141,12 +112,12 @@ class MixedRankModel(BaseTuner):
                     f"MixedRankConfig.keep_ratio={config.keep_ratio} leaves all {len(found.dense)} targets dense: "
                     "there is nothing to compress"
                 )
-            self._factors = found.factors
+            self._factors, config.manifest = found.factors, None
             if not config.init_weights:
                 self._factors = {n: self._random(layer, config) for n, layer in found.factors.items()}
-            config.rank_pattern, config.dense_modules = found.ranks, found.dense
-            config.statistics, config.allocation = found.statistics, found.allocation
+            config.rank_pattern, config.results = found.ranks, found.results
         else:
+            self._check_base(config)
             require_in_place(self.model, "MixedRankConfig")
             require_available(config.quantize_factors, self.model, config.mode)
             self._factors = {n: self._empty(n, rank, config) for n, rank in config.rank_pattern.items()}
@@ -193,27 +164,15 @@ class MixedRankModel(BaseTuner):
             keeps = peft_config.mode == "residual" or peft_config.keep_base_weights
             layer = MixedRankLayer(adapter_name, factors, target if keeps else None, peft_config.mode)
             self._replace_module(parent, target_name, layer, target)
+        layer.expect(adapter_name, peft_config, current_key)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-        factors.train(target.training)
-
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
-        # PEFT's would give the dense weight to the new module.
-        setattr(parent, child_name, new_module)
+        layer.train(target.training)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Factors beside dense weights follow PEFT's rule; in their place they are the model's and keep its dtype."""
         config = self.peft_config[adapter_name]
         if config.mode == "replace" and config.keep_base_weights and config.quantize_factors is None:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "mixed rank runs the same adapters for a whole batch and cannot mix adapter_names in it; call "
-                "set_adapter(name)"
-            )
-        yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         if any(adapter_name in m.mixed_rank_factors and not m.keeps_base for m in self._layers().values()):
@@ -255,22 +214,9 @@ class MixedRankModel(BaseTuner):
         return finished(super()._unload_and_optionally_merge(merge=merge, safe_merge=safe_merge, **kwargs))
 
     @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key.replace(f"mixed_rank_factors.{adapter_name}.", "mixed_rank_factors.", 1)
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
-        manifest.remember(config, saved, {})
-        return tensors
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _check_configuration(cls, model, config, adapter_name, state_dict, tensors) -> None:
         _check_ranks(config.rank_pattern, state_dict)
-        if config.manifest is not None:
-            manifest.check(config.manifest, manifest.as_saved(state_dict, adapter_name))
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        super()._check_configuration(model, config, adapter_name, state_dict, tensors)
 
 
 def _check_ranks(ranks: dict[str, int], state_dict: dict[str, torch.Tensor]) -> None:

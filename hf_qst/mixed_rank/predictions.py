@@ -11,7 +11,8 @@ Which distance that is follows from the model's head, as transformers chooses it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,6 @@ from torch import nn
 
 from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode
 from hf_qst.calibration.passes import output_tensors
-from hf_qst.mixed_rank.sequential import installed
 
 CLASSES, LABELS, REGRESSION, STATES = "classes", "labels", "regression", "states"
 
@@ -94,28 +94,41 @@ def _kind(model: nn.Module, logits: torch.Tensor, batch: Mapping) -> str:
     return CLASSES
 
 
-def divergence(reference: Mapping[str, Prediction], found: Mapping[str, Prediction]) -> torch.Tensor:
+def divergence(reference: Mapping[str, Prediction], other: Mapping[str, Prediction]) -> torch.Tensor:
     """Distance of predictions from those of the reference, a mean over rows; that of several fields is added up."""
-    return sum(_distance(one.kind, one.values, found[key].values) for key, one in reference.items() if len(one.values))
+    return sum(_distance(one.kind, one.values, other[key].values) for key, one in reference.items() if len(one.values))
 
 
-def _distance(kind: str, reference: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+def _distance(kind: str, reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     if kind == CLASSES:
-        log_p, log_q = reference.log_softmax(-1), found.log_softmax(-1)
+        log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
         return nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     if kind == LABELS:
         total = 0.0
         for sign in (1, -1):
-            log_p, log_q = (nn.functional.logsigmoid(sign * logits) for logits in (reference, found))
+            log_p, log_q = (nn.functional.logsigmoid(sign * logits) for logits in (reference, other))
             total = total + (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         return total
-    error = (found - reference).square().mean()
+    error = (other - reference).square().mean()
     return error if kind == REGRESSION else error / reference.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def row_count(predictions: Mapping[str, Prediction]) -> int:
     """Rows that predictions are compared by."""
     return max(len(one.values) for one in predictions.values())
+
+
+@contextmanager
+def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """These modules in the place of the model's own, for a while."""
+    own = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in own.items():
+            model.set_submodule(name, module)
 
 
 @torch.no_grad()

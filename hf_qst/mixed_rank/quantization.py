@@ -40,13 +40,13 @@ def require_available(scheme: str | None, model: nn.Module, mode: str = "replace
             "saved smaller model with a quantization_config of another library"
         )
     for name, module in model.named_modules():
-        found = scheme_of(module) if mode == "replace" else None
-        if found not in (None, scheme):
+        held = scheme_of(module) if mode == "replace" else None
+        if held not in (None, scheme):
             raise ValueError(
-                f"MixedRankConfig.quantize_factors={scheme!r} does not go with {name!r}, which is in {found}: a model "
-                f"has one quantisation. Use quantize_factors={found!r} or None"
-                if found in SCHEMES
-                else f"MixedRankConfig.quantize_factors must be None for a model in {found}, got {scheme!r}"
+                f"MixedRankConfig.quantize_factors={scheme!r} does not go with {name!r}, which is in {held}: a model "
+                f"has one quantisation. Use quantize_factors={held!r} or None"
+                if held in SCHEMES
+                else f"MixedRankConfig.quantize_factors must be None for a model in {held}, got {scheme!r}"
             )
 
 
@@ -148,11 +148,11 @@ def find_quantizer(model: PreTrainedModel) -> HfQuantizer | None:
 
     Its settings name the layers that are not quantised, so that the saved folder reloads as it is.
     """
-    found = {scheme_of(module): module for module in model.modules() if scheme_of(module)}
-    if not found:
+    quantised = {scheme_of(module): module for module in model.modules() if scheme_of(module)}
+    if not quantised:
         return None
     settings = getattr(model.config, "quantization_config", None)
-    settings = _settings(*found.popitem()) if settings is None else copy.copy(settings)
+    settings = _settings(*quantised.popitem()) if settings is None else copy.copy(settings)
     # Without the backbone's prefix the names also hold for the backbone loaded alone.
     prefix = f"{model.base_model_prefix}."
     settings.llm_int8_skip_modules = [

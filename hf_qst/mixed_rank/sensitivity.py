@@ -123,15 +123,15 @@ def _output_gradients(model: nn.Module, names: Sequence[str], batch: Mapping, in
     if not torch.isfinite(loss):
         raise CalibrationError(f"layer_weight='fisher': the loss on batch {index} of calibration_data is {loss.item()}")
     try:
-        found = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
+        gradients = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
     except RuntimeError as error:
         raise CalibrationError(
             f"layer_weight='fisher': batch {index} gives no gradient at a layer's output ({error})"
         ) from error
-    if all(gradient is None for gradient in found):
+    if all(gradient is None for gradient in gradients):
         raise CalibrationError(f"layer_weight='fisher': the loss on batch {index} does not depend on any target")
     total = dict.fromkeys(names, 0.0)
-    for (name, _), gradient in zip(outputs, found, strict=True):
+    for (name, _), gradient in zip(outputs, gradients, strict=True):
         # A layer may run and its output not be used, as that of the last vision layers in some multimodal models.
         total[name] += 0.0 if gradient is None else gradient.double().square().sum().item()
     return total

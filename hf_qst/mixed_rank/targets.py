@@ -1,4 +1,4 @@
-"""Which layers of a model are compressed, and how many parameters that leaves them."""
+"""Which layers of a model are compressed."""
 
 from __future__ import annotations
 
@@ -9,31 +9,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_qst.base_model.decoder_stack import ARCHITECTURES, UnsupportedArchitectureError
-from hf_qst.base_model.linear_layers import dense_shape, is_linear, weight_count
+from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError
+from hf_qst.base_model.encoder_blocks import find_blocks, known_types
+from hf_qst.base_model.linear_layers import is_linear
 from hf_qst.mixed_rank.layer import LowRankLinear
 
 logger = logging.getLogger(__name__)
-
-# Where vision models keep their blocks; decoder-only language models are in `hf_qst.base_model.decoder_stack`.
-VISION_BLOCKS = {"vit": "vit.layers", "deit": "deit.layers", "swin": "swin.encoder.layers"}
-
-
-def find_blocks(model: nn.Module) -> str | None:
-    """Path of the list of a model's transformer blocks, with a head or without; None for a model of no known type.
-
-    A `PeftModel` is no known type either.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if not isinstance(model, PreTrainedModel):
-        return None
-    path = VISION_BLOCKS.get(model_type)
-    if model_type in ARCHITECTURES:
-        architecture = ARCHITECTURES[model_type]
-        path = f"{architecture.stack}.{architecture.blocks}"
-    if path is not None and model.base_model is model:
-        path = path.removeprefix(f"{model.base_model_prefix}.")
-    return path if path in dict(model.named_modules()) else None
 
 
 def find_targets(model: nn.Module, config) -> list[str]:
@@ -49,11 +30,10 @@ def find_targets(model: nn.Module, config) -> list[str]:
     if everything and blocks is None:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} is not of a type whose blocks are known ("
-            f"{', '.join(sorted([*ARCHITECTURES, *VISION_BLOCKS]))}): name its layers in "
-            "MixedRankConfig.target_modules"
+            f"{', '.join(known_types())}): name its layers in MixedRankConfig.target_modules"
         )
     compressed = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
-    found = []
+    targets = []
     for name, module in model.named_modules():
         if everything and not name.startswith(f"{blocks}."):
             continue
@@ -61,16 +41,16 @@ def find_targets(model: nn.Module, config) -> list[str]:
             continue
         if any(name == other or name.startswith(f"{other}.") for other in compressed):
             raise ValueError(f"MixedRankConfig.target_modules: {name!r} is compressed already")
-        found.append(name)
-    if not found:
+        targets.append(name)
+    if not targets:
         raise ValueError(
             f"MixedRankConfig.target_modules={wanted!r} with exclude_modules={config.exclude_modules!r} matches no "
             f"linear layer of {type(model).__name__}"
         )
-    _refuse_outside(model, found)
-    _refuse_shared(model, found)
+    _refuse_outside(model, targets)
+    _refuse_shared(model, targets)
     _name_what_is_left_out(model)
-    return found
+    return targets
 
 
 def matches(config, name: str, target_modules):
@@ -123,17 +103,3 @@ def _name_what_is_left_out(model: nn.Module) -> None:
         logger.warning(
             "%d three-dimensional weights (stacked experts, such as %s) are not compressed", len(experts), experts[0]
         )
-
-
-def parameter_budget(model: nn.Module, names: list[str], keep_ratio: float, scope: str) -> int:
-    """Parameters that the weights of the named layers may have together.
-
-    Args:
-        keep_ratio (`float`): the part to keep.
-        scope (`str`): of what: `"targets"`, the named layers' weights, or `"model"`, all of the model's parameters.
-    """
-    targets = sum(shape[0] * shape[1] for shape in (dense_shape(model.get_submodule(name)) for name in names))
-    if scope == "targets":
-        return int(keep_ratio * targets)
-    total = weight_count(model)
-    return int(keep_ratio * total) - (total - targets)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_qst.base_model.budget import BudgetError
+from hf_qst.base_model.budget import Budget
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.linear_layers import weight_count
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
@@ -86,14 +86,7 @@ def parameter_budget(model: nn.Module, stack: DecoderStack, options, owner: str 
     layout = PruningLayout.of(stack)
     plan = SelectionMap.of(layout, options.selections, options.constraint)
     least = plan.parameters([rounded_width(0, n, options.width_multiple, options.min_width) for n in plan.sizes])
-    others = other_parameters(model, stack) if options.budget_scope == "model" else 0
-    budget = int(options.keep_ratio * (layout.total + others)) - others
-    if budget < least:
-        total = layout.total + others
-        raise BudgetError(
-            f"{owner}keep_ratio={options.keep_ratio} of the {options.budget_scope}'s {total} parameters "
-            f"cannot be met: {least + others} remain at the least widths, so keep_ratio must be at least "
-            f"{(least + others) / total:.4f}",
-            least + others,
-        )
-    return budget
+    budget = Budget(options.keep_ratio, options.budget_scope, layout.total, other_parameters(model, stack))
+    if budget.parameters < least:
+        raise budget.error(owner, least, "at the least widths")
+    return budget.parameters

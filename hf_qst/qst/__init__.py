@@ -4,8 +4,8 @@ from hf_qst.qst.config import QSTConfig
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.model import QSTModel
 from hf_qst.qst.side_network import SideNetwork
-from hf_qst.tuner.registration import HfQstPeftType, register_method
+from hf_qst.tuner.registration import register_method
 
-register_method(HfQstPeftType.QST, QSTConfig, QSTModel)
+register_method(QSTConfig, QSTModel)
 
 __all__ = ["QSTConfig", "QSTLayer", "QSTModel", "SideNetwork", "SideNetworkMergeError"]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_qst.tuner.config import MethodConfig, is_count, is_number
-from hf_qst.tuner.registration import HfQstPeftType
 
 DOWNSAMPLE_KINDS = ("linear", "lora", "adapter", "maxpool", "avgpool", "principal")
 MIX_KINDS = ("residual", "paper", "sigmoid")
@@ -113,6 +112,7 @@ class QSTConfig(MethodConfig):
         default=None, init=False, repr=False, compare=False, metadata={"help": "Set to the decoder stack's path."}
     )
 
+    method: ClassVar[str] = "QST"
     card_remark: ClassVar[str] = (
         "It is a side network, which cannot be merged into the base model; the base stays as it is and is needed to run it."
     )
@@ -120,7 +120,6 @@ class QSTConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = HfQstPeftType.QST
         self._require("r", self.r is None or is_count(self.r), "an integer >= 1 or None")
         for name in ("side_every", "readout_every"):
             self._require(name, is_count(getattr(self, name)), "an integer >= 1")

@@ -141,6 +141,3 @@ class QSTLayer(StackLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise SideNetworkMergeError()
-
-    def unmerge(self) -> None:
-        raise SideNetworkMergeError()

@@ -12,11 +12,10 @@ import os
 import re
 from collections.abc import Callable
 
-import torch
-from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
-from hf_qst.saved.manifest import CheckpointError, build, check, tensor_name
+from hf_qst.saved.manifest import CheckpointError, build, check, read_tensors, tensor_name
+from hf_qst.saved.model_card import complete_card
 from hf_qst.saved.whole_files import whole_files, write_text
 
 MANIFEST_NAME = "hf_qst_manifest.json"
@@ -65,10 +64,11 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
             names = sorted(name for name in os.listdir(staging) if name.endswith(".safetensors"))
             if not names:
                 raise CheckpointError(f"{directory}: nothing was saved as safetensors, the only format with a manifest")
-            files = {name: build(_read_tensors(os.path.join(staging, name)), {})["tensors"] for name in names}
+            files = {name: build(read_tensors(os.path.join(staging, name)), {})["tensors"] for name in names}
             manifest = {"version": MANIFEST_VERSION, "modules": modules, "files": files}
             write_text(os.path.join(staging, MANIFEST_NAME), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-            _write_card(staging, directory, *how_to_load)
+            imports, loader = how_to_load
+            complete_card(directory, _CARD_MARK, _CARD.format(imports=imports, loader=loader), staging)
             new = set(os.listdir(staging))
         for name in set(os.listdir(directory)) - new:
             if _WEIGHTS.fullmatch(name):
@@ -78,14 +78,6 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
             with contextlib.suppress(OSError):  # something else was put there meanwhile
                 os.rmdir(directory)
         raise
-
-
-def _write_card(staging: str, directory: str, imports: str, loader: str) -> None:
-    text = ""
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(directory, "README.md"), encoding="utf-8") as file:
-        text = file.read()
-    if _CARD_MARK not in text:
-        write_text(os.path.join(staging, "README.md"), text + _CARD.format(imports=imports, loader=loader))
 
 
 def check_folder(source: str, modules: dict, **hub) -> set[str]:
@@ -111,7 +103,7 @@ def check_folder(source: str, modules: dict, **hub) -> set[str]:
     _check_modules(manifest["modules"], modules, source)
     files = manifest["files"]
     for name, tensors in files.items():
-        check({"tensors": tensors}, _read_tensors(_locate(source, name, hub)), file=name)
+        check({"tensors": tensors}, read_tensors(_locate(source, name, hub)), file=name)
     if len(files) > 1:
         _check_index(_read_json(_locate(source, INDEX_NAME, hub)), files)
     for name in sorted(set(os.listdir(os.path.dirname(manifest_file))) - {*files, INDEX_NAME}):
@@ -138,15 +130,6 @@ def _read_json(path: str) -> dict:
             return json.load(file)
         except ValueError as error:
             raise CheckpointError(f"{path} is not whole: {error}") from error
-
-
-def _read_tensors(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file; the operating system reads their content when it is looked at."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _check_modules(saved: dict, found: dict, source: str) -> None:

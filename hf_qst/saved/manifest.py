@@ -15,39 +15,10 @@ import re
 from collections.abc import Mapping
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hf_qst.saved.whole_files import write_text
-
 WEIGHTS_NAME = "adapter_model.safetensors"
-CARD_MARK = "<!-- hf_qst usage -->"
-CARD_TEXT = f"""
-{CARD_MARK}
-## How to load
-
-This adapter is of the `hf_qst` package, which registers its methods with PEFT when it is imported:
-
-```python
-import hf_qst  # noqa: F401  (without it PEFT raises a KeyError)
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
-```
-
-{{remark}}
-"""
-# What the registered methods call the containers of their own tensors.
-_containers: set[str] = set()
-
-
-def register_container(name: str) -> None:
-    """Tensors below a module of this name are a method's own."""
-    _containers.add(name)
-
-
-def _own() -> re.Pattern:
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(_containers)))})\.")
 
 
 class CheckpointError(ValueError):
@@ -59,6 +30,19 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
+def read_tensors(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file; the operating system reads their content when it is looked at.
+
+    Raises:
+        CheckpointError: the file is not whole.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
 def describe(tensor: torch.Tensor) -> dict:
     """Shape, dtype and SHA-256 of one tensor."""
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -66,13 +50,11 @@ def describe(tensor: torch.Tensor) -> dict:
 
 
 def tensor_name(key: str) -> str:
-    """A tensor's name in the manifest: PEFT and transformers save the same tensor with and without this prefix."""
-    return key.removeprefix("base_model.model.")
+    """A tensor's name in the manifest, which does not depend on what saved or holds the tensor.
 
-
-def as_saved(state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
-    """Keys as they stand in the file: PEFT has renamed those of fully trained modules when it hands them to a method."""
-    return {key.replace(f".modules_to_save.{adapter_name}.", ".", 1): value for key, value in state_dict.items()}
+    PEFT and transformers save the same tensor with and without a prefix, and PEFT renames those of fully trained modules.
+    """
+    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", key.removeprefix("base_model.model."), count=1)
 
 
 def build(tensors: Mapping[str, torch.Tensor], base: Mapping[str, object]) -> dict:
@@ -92,19 +74,26 @@ def _require_finite(name: str, tensor: torch.Tensor, consequence: str) -> None:
         raise CheckpointError(f"tensor {name!r} holds NaN or infinite values and {consequence}")
 
 
-def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WEIGHTS_NAME) -> None:
+def check(
+    manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WEIGHTS_NAME, container: str = ""
+) -> None:
     """Check every tensor of a loaded file against its manifest.
+
+    Args:
+        manifest: what `build` gave.
+        tensors: the content of the file.
+        file: its name.
+        container: name of the module that holds the method's own tensors, to which a partial manifest is limited.
 
     Raises:
         CheckpointError: naming the file and the first tensor that is missing, extra, of another shape or dtype, not
             finite, or of another content.
     """
-    expected = manifest["tensors"]
+    expected = {tensor_name(key): entry for key, entry in manifest["tensors"].items()}
     tensors = {tensor_name(key): tensor for key, tensor in tensors.items()}
     extra = tensors.keys() - expected.keys()
     if manifest.get("partial"):
-        own = _own()
-        extra = {name for name in extra if own.search(name)}
+        extra = {name for name in extra if container in name.split(".")}
     for problem, names in (("is missing", expected.keys() - tensors), ("is not in its manifest", extra)):
         if names:
             raise CheckpointError(f"{file}: tensor {min(names)!r} {problem} ({len(names)} such tensors)")
@@ -120,12 +109,22 @@ def check(manifest: Mapping, tensors: Mapping[str, torch.Tensor], file: str = WE
             raise CheckpointError(f"{file}: tensor {name!r} does not have the content that was saved (checksum)")
 
 
-def check_in_memory(manifest: Mapping, network: nn.Module) -> bool:
+def entries_below(manifest: Mapping, path: str) -> dict[str, dict]:
+    """The entries of the tensors below the module `path`, by their names in it."""
+    prefix = f"{path}."
+    return {k.removeprefix(prefix): entry for k, entry in manifest["tensors"].items() if k.startswith(prefix)}
+
+
+def check_in_memory(expected: Mapping[str, Mapping], network: nn.Module) -> bool:
     """Check a network that transformers' own `load_adapter` filled, which shows a method no file or state dict.
 
     Its loader marks every tensor it sets, and weights that came another way carry no mark. Tensors that were certainly
     written to since, or cast, cannot be compared and are passed over. Not every way of writing can be seen, so this must
     be called before anything trains.
+
+    Args:
+        expected: entries of a manifest by the names of the tensors in `network`.
+        network: what was loaded.
 
     Returns:
         Whether there were tensors to check.
@@ -144,8 +143,6 @@ def check_in_memory(manifest: Mapping, network: nn.Module) -> bool:
     missing = parameters.keys() - loaded.keys()
     if missing:
         raise CheckpointError(f"{WEIGHTS_NAME}: tensor {min(missing)!r} is missing ({len(missing)} such tensors)")
-    own = _own()
-    expected = {own.split(key, maxsplit=1)[-1]: entry for key, entry in manifest["tensors"].items()}
     for name in loaded.keys() & expected.keys():
         tensor = loaded[name]
         if tensor._version > 0:
@@ -193,20 +190,7 @@ def for_directory(config, directory: str) -> dict | None:
     known = config.manifest if pending is None else pending
     path = os.path.join(directory, WEIGHTS_NAME)
     if known is not None and os.path.exists(path):
-        with safe_open(path, framework="pt") as file:
-            found = {tensor_name(key): describe(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-        if all(found.get(name) == entry for name, entry in known["tensors"].items()):
+        found = {tensor_name(key): describe(tensor) for key, tensor in read_tensors(path).items()}
+        if all(found.get(tensor_name(key)) == entry for key, entry in known["tensors"].items()):
             return {**known, "tensors": dict(sorted(found.items()))}
     return None if pending is None else {**pending, "partial": True}
-
-
-def complete_model_card(directory: str, remark: str) -> None:
-    """Say in the folder's README how to load the adapter beside it, once; `remark` is of its method."""
-    path = os.path.join(directory, "README.md")
-    text = ""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    if CARD_MARK in text:
-        return
-    write_text(path, text + CARD_TEXT.format(remark=remark))

@@ -11,11 +11,29 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from hf_qst.saved import manifest
+from hf_qst.saved.model_card import complete_card
 from hf_qst.saved.whole_files import whole_files
-from hf_qst.tuner.registration import write_saved_name
+from hf_qst.tuner.registration import HfQstPeftType, write_saved_name
 
 BUDGET_SCOPES = ("targets", "model")
 """What a `keep_ratio` is a part of: the weights a method may change, or all parameters of the model."""
+
+CARD_MARK = "<!-- hf_qst usage -->"
+CARD_TEXT = f"""
+{CARD_MARK}
+## How to load
+
+This adapter is of the `hf_qst` package, which registers its methods with PEFT when it is imported:
+
+```python
+import hf_qst  # noqa: F401  (without it PEFT raises a KeyError)
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
+```
+
+{{remark}}
+"""
 
 
 def is_number(value) -> bool:
@@ -45,6 +63,8 @@ class MethodConfig(PeftConfig):
         metadata={"help": "What the saved weights must be; written by save_pretrained, checked when they are loaded."},
     )
 
+    method: ClassVar[str]
+    """Name of the method's PEFT type."""
     not_saved: ClassVar[tuple[str, ...]] = ()
     """Fields with data or models, of use while the adapter is made."""
     card_remark: ClassVar[str] = ""
@@ -52,6 +72,7 @@ class MethodConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.peft_type = HfQstPeftType(self.method)
         self._require("init_weights", isinstance(self.init_weights, bool), "True or False")
 
     def _require(self, name: str, holds: bool, accepted: str) -> None:
@@ -96,4 +117,4 @@ class MethodConfig(PeftConfig):
                 write_saved_name(os.path.join(staging, CONFIG_NAME), self.peft_type)
         finally:
             self.manifest = loaded
-        manifest.complete_model_card(save_directory, self.card_remark)
+        complete_card(save_directory, CARD_MARK, CARD_TEXT.format(remark=self.card_remark))

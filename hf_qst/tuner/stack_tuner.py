@@ -9,62 +9,34 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from contextlib import contextmanager
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
-from hf_qst.saved import manifest
+from hf_qst.tuner.manifest_tuner import ManifestLayer, ManifestTuner
 
 logger = logging.getLogger(__name__)
 
 
-class StackLayer(nn.Module, BaseTunerLayer):
+class StackLayer(ManifestLayer):
     """Stands in the place of a decoder stack and holds a network for each adapter, one of which is in use at a time.
 
-    Subclasses name the `ModuleDict` of networks as the only entry of `adapter_layer_names`. Attributes the layer does
-    not have are the stack's. Modules of a network name in `fixed_parameters` what is a parameter but never trained.
+    Attributes the layer does not have are the stack's. Modules of a network name in `fixed_parameters` what is a
+    parameter but never trained.
     """
 
-    other_param_names = ()
-    method: str
-    """What error messages call the method; the value of its PEFT type."""
-    alone: str = "The model's decoder stack is wrapped by a method that cannot share it."
-    """A sentence that says why the model cannot have adapters of another method."""
+    alone = "The model's decoder stack is wrapped by a method that cannot share it."
     base_trains = False
     """Whether the stack is in training mode when the model is; if not, only its embeddings are."""
 
     def __init__(self, base_layer: nn.Module):
-        super().__init__()
-        self.base_layer = base_layer
-        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
-        self.merged_adapters = []
-        self._disable_adapters = False
-        self._active_adapter = []
-        # By adapter name: manifests of networks that were not loaded yet, and what was found wrong when they were.
-        self.unchecked: dict[str, dict | None] = {}
-        self.damage: dict[str, manifest.CheckpointError] = {}
+        super().__init__(base_layer)
         self.hook_handles: list = []
         self._parameters_of_base = list(inspect.signature(type(base_layer).forward).parameters)[1:]
 
-    @property
-    def networks(self) -> nn.ModuleDict:
-        return getattr(self, self.adapter_layer_names[0])
-
     def update_layer(self, adapter_name: str, network: nn.Module, inference_mode: bool) -> None:
-        """Add a network under this name.
-
-        Raises:
-            ValueError: a part of the network has this name: PEFT finds the tensors of other adapters by names in keys.
-        """
-        if adapter_name in {part for name, _ in network.named_parameters() for part in name.split(".")}:
-            raise ValueError(
-                f"adapter_name must be none of the names of {self.method}'s own modules, got {adapter_name!r}: PEFT would "
-                "leave tensors of other adapters out when it saves them"
-            )
+        """Add a network under this name."""
         self.networks[adapter_name] = network
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 
@@ -102,39 +74,7 @@ class StackLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"{self.method} runs one network at a time, but {names} are active; call set_adapter(name)"
             )
-        return self._checked(names[0]) if names else None
-
-    def _checked(self, name: str) -> nn.Module:
-        """The network of this name.
-
-        Raises:
-            CheckpointError: what transformers' own loader put into it is not what was saved.
-        """
-        if self.unchecked.get(name) is not None:
-            self._check_loaded(name)
-        if (damage := self.damage.get(name)) is not None:
-            raise damage
-        return self.networks[name]
-
-    def requires_grad_(self, requires_grad: bool = True):
-        """transformers' loader calls this on an adapter that it has loaded for inference: the moment to check it.
-
-        It calls nothing on one that was loaded for training, which is checked when it first runs.
-        """
-        super().requires_grad_(requires_grad)
-        for name in self.networks:
-            if self.unchecked.get(name) is not None:
-                self._check_loaded(name)
-        return self
-
-    @torch.compiler.disable
-    def _check_loaded(self, name: str) -> None:
-        try:
-            checked = manifest.check_in_memory(self.unchecked[name], self.networks[name])
-        except manifest.CheckpointError as error:
-            self.damage[name], checked = error, True
-        if checked:
-            self.unchecked[name] = None
+        return self.checked(names[0]) if names else None
 
     def base_arguments(self, args: tuple, kwargs: dict) -> dict:
         """All arguments of the stack by name; without a cache in training, where transformers makes one unless told."""
@@ -144,10 +84,13 @@ class StackLayer(nn.Module, BaseTunerLayer):
         return kwargs
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(f"{self.method} cannot be merged in place")
+        raise NotImplementedError(
+            f"{self.method} cannot be merged into the base's weights. Keep it as an adapter (save_pretrained), or take the "
+            "base back with unload()."
+        )
 
     def unmerge(self) -> None:
-        raise NotImplementedError(f"{self.method} cannot be unmerged")
+        self.merge()  # which says why there is nothing to undo
 
     def __getattr__(self, name: str):
         try:
@@ -203,14 +146,14 @@ class _ConfigsOfOneMethod(dict):
             self[name] = config
 
 
-class StackTuner(BaseTuner):
-    """A PEFT tuner whose only layer is a `StackLayer`, with a manifest of what it saves.
+class StackTuner(ManifestTuner):
+    """A PEFT tuner whose only layer is a `StackLayer`.
 
-    Subclasses set `prefix`, `tuner_layer_cls` and make the layer in `_create_and_replace`.
+    Subclasses set `prefix`, `tuner_layer_cls` and make layer and network in `_make_layer` and `_make_network`. A network
+    has a method `cast(dtype)`, which puts all its parameters into that dtype for good.
     """
 
     tuner_layer_cls = StackLayer
-    target_module_mapping = {}
 
     def __init__(self, model, peft_config, adapter_name: str, **kwargs):
         super().__init__(model, peft_config, adapter_name, **kwargs)
@@ -218,34 +161,20 @@ class StackTuner(BaseTuner):
             self.peft_config = _ConfigsOfOneMethod(self.peft_config, self.tuner_layer_cls)
         self.model.peft_config = self.peft_config
 
-    def inject_adapter(self, model, adapter_name: str, *args, **kwargs) -> None:
-        before = set(self._layers().values())
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            # The name of a refused adapter stays free, also where the dictionary is that of another method's adapters.
-            self.peft_config.pop(adapter_name, None)
-            self._remove_network(adapter_name, before)
-            raise
+    @property
+    def stack_layer(self) -> StackLayer:
+        """The layer in the stack's place."""
+        return next(iter(self._layers().values()))
 
-    def _layers(self) -> dict[str, StackLayer]:
-        return {path: m for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
-
-    def _remove_network(self, adapter_name: str, before: set[StackLayer]) -> None:
-        """Take the network of an adapter out, and the layer that was made for it unless it was there `before`."""
-        for path, layer in self._layers().items():
-            if adapter_name in layer.networks:
-                del layer.networks[adapter_name]
-            if layer not in before:
-                layer.remove_hooks()
-                parent, _, name = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), name, layer.base_layer)
+    def _take_out(self, adapter_name: str, path: str, layer: StackLayer, stays: bool) -> None:
+        if not stays:
+            layer.remove_hooks()
+        super()._take_out(adapter_name, path, layer, stays)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         stack = find_decoder_stack(self.model)
         self._check_stack(peft_config, stack)
-        if peft_config.manifest is not None:
-            manifest.check_base(peft_config.manifest, base_signature(stack))
+        self._check_base(peft_config)
         peft_config.target_modules = {stack.path}
         dropout = _dropout_rates(stack.module.config)
         if dropout and not peft_config.inference_mode:
@@ -266,54 +195,47 @@ class StackTuner(BaseTuner):
     def _check_target_module_exists(peft_config, key: str) -> bool:
         return key in peft_config.target_modules
 
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
-        setattr(parent, child_name, new_module)
+    def _make_network(self, peft_config, stack: DecoderStack) -> nn.Module:
+        raise NotImplementedError
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
-        if kwargs.get("adapter_names") is not None:
-            method = self.tuner_layer_cls.method
-            raise NotImplementedError(
-                f"{method} runs one network for a whole batch and cannot mix adapter_names in it; "
-                "call set_adapter(name)"
-            )
-        yield
+    def _make_layer(self, target: nn.Module, stack: DecoderStack) -> StackLayer:
+        """The layer around the stack `target`, with its hooks."""
+        return self.tuner_layer_cls(target, stack)
+
+    def _start(self, peft_config, adapter_name: str, twin: nn.Module | None) -> None:
+        """Finish a new network in its place. `twin` is the network of an adapter that was made of the same object.
+
+        TRL copies an adapter so, for a reference: another of its configuration, then parameters by name.
+        """
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        stack = find_decoder_stack(self.model)
+        network = self._make_network(peft_config, stack)
+        layer = target
+        if not isinstance(target, self.tuner_layer_cls):
+            layer = self._make_layer(target, stack)
+            self._replace_module(parent, target_name, layer, target)
+        same = (name for name, config in self.peft_config.items() if config is peft_config and name in layer.networks)
+        twin = next((layer.networks[name] for name in same if name != adapter_name), None)
+        layer.update_layer(adapter_name, network, peft_config.inference_mode)
+        layer.expect(adapter_name, peft_config, current_key)
+        layer.train(self.model.training)
+        self._start(peft_config, adapter_name, twin)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's rule: an adapter is float32, or with `autocast_adapter_dtype=False` of the base's dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            layer = self.stack_layer
+            dtype = next(p.dtype for p in layer.base_layer.parameters() if p.is_floating_point())
+            layer.networks[adapter_name].cast(dtype)
 
     def _unload_and_optionally_merge(self, merge=True, **kwargs):
         if merge:
-            self._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, StackLayer):
-                module.remove_hooks()
+            self.stack_layer.merge()
+        for layer in self._layers().values():
+            layer.remove_hooks()
         return super()._unload_and_optionally_merge(merge=False, **kwargs)
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        container = cls.tuner_layer_cls.adapter_layer_names[0]
-        key = key.replace(f"{container}.{adapter_name}.", f"{container}.", 1)
-        # PEFT names a fully trained module's tensor twice when it also saves the embedding layers.
-        return key.replace(f".modules_to_save.{adapter_name}.", ".", 1)
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        names = {key: cls._remove_adapter_name_from_key(key, adapter_name) for key in tensors}
-        base = base_signature(find_decoder_stack(with_head(model)))
-        saved = {names[key]: value for key, value in tensors.items()}
-        manifest.remember(config, {**saved, **_trained_modules(model, adapter_name, state_dict)}, base)
-        return tensors
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        if config.manifest is not None:
-            expected = {_without_wrapper(key): entry for key, entry in config.manifest["tensors"].items()}
-            found = {_without_wrapper(key): tensor for key, tensor in state_dict.items()}
-            manifest.check({**config.manifest, "tensors": expected}, found)
-        # PEFT has entered a trained module's tensors under this adapter's name; files of version 0.1 may hold them a
-        # second time, under the name of the adapter that was saved, which may be another one of this model.
-        own = f".modules_to_save.{adapter_name}."
-        state_dict = {key: tensor for key, tensor in state_dict.items() if own in key or _without_wrapper(key) == key}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def _dropout_rates(config) -> dict[str, float]:
@@ -324,35 +246,4 @@ def _dropout_rates(config) -> dict[str, float]:
         name: rate
         for name, rate in rates.items()
         if isinstance(rate, float) and rate > 0 and not name.startswith(in_heads)
-    }
-
-
-def _without_wrapper(key: str) -> str:
-    """A tensor's name without PEFT's wrapper of a fully trained module and the adapter's name in it."""
-    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", key, count=1)
-
-
-def with_head(model: nn.Module) -> nn.Module:
-    """The transformers model itself, whether or not PEFT wraps it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _trained_modules(model: nn.Module, adapter_name: str, state_dict: dict) -> dict[str, torch.Tensor]:
-    """Tensors of `modules_to_save`, as PEFT is about to add them to the network's."""
-    tensors = {}
-    for path, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            own = {k.removeprefix(f"{path}."): v for k, v in state_dict.items() if k.startswith(f"{path}.")}
-            saved = module.adapter_state_dict(adapter_name, own)
-            tensors.update({f"{path}.{key}": value for key, value in saved.items()})
-    return tensors
-
-
-def base_signature(stack: DecoderStack) -> dict:
-    """What a network depends on in its base."""
-    return {
-        "model_type": stack.model_type,
-        "hidden_size": stack.spec.hidden_size,
-        "num_hidden_layers": len(stack.blocks),
-        "output_size": stack.output_size,
     }

@@ -11,6 +11,7 @@ import pytest
 
 import hf_qst
 from hf_qst import QSTConfig
+from hf_qst.tuner import registration
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -65,7 +66,7 @@ def test_dependencies_point_one_way(package):
 
 # Folders of `hf_qst`, each of which may import those before it and the files beside it.
 ORDER = ["saved", "base_model", "calibration", "planning", "tuner", "reshaped_models", "pruning", "methods"]
-METHODS = {"qst", "disp", "mixed_rank"}
+METHODS = {tuner_class.__module__.split(".")[1] for _, tuner_class in registration.METHODS.values()}
 
 
 def modules() -> dict[str, Path]:

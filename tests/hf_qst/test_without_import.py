@@ -87,7 +87,7 @@ def root(tmp_path_factory):
         "qst": QSTConfig(task_type="CAUSAL_LM", r=4),
         "disp": DISPConfig(task_type="CAUSAL_LM"),
         "mixed_rank": MixedRankConfig(
-            task_type="CAUSAL_LM", calibration_data=[{"input_ids": IDS}], metric="plain", progress=False
+            task_type="CAUSAL_LM", calibration_data=[{"input_ids": IDS}], decomposition="plain", progress=False
         ),
     }.items():
         get_peft_model(LlamaForCausalLM.from_pretrained(root / "base"), config).save_pretrained(root / name)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from hf_qst import DISPConfig, MixedRankConfig, QSTConfig
+from hf_qst import MixedRankConfig, QSTConfig
+from hf_qst.tuner import registration
 
 
 @dataclass
@@ -13,14 +14,14 @@ class KeptMixedRankConfig(MixedRankConfig):
     progress: bool = False
 
 
-METHODS = (QSTConfig, DISPConfig, KeptMixedRankConfig)
+METHODS = [
+    KeptMixedRankConfig if config_class is MixedRankConfig else config_class
+    for config_class, _ in registration.METHODS.values()
+]
+_SMALLER = {QSTConfig: {"r": 4, "downsample_rank": 4}}
 
 # (configuration, arguments) of decoder models.
-DECODERS = [
-    (QSTConfig, {"task_type": "CAUSAL_LM", "r": 4, "downsample_rank": 4}),
-    (DISPConfig, {"task_type": "CAUSAL_LM"}),
-    (KeptMixedRankConfig, {"task_type": "CAUSAL_LM"}),
-]
+DECODERS = [(method, {"task_type": "CAUSAL_LM", **_SMALLER.get(method, {})}) for method in METHODS]
 
 # (name of the test, PEFT's model, configuration, arguments). Full ranks start at the base's own function, up to
 # rounding, as PEFT's methods do.

@@ -8,17 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.peft_suite import base_models, configurations, peft_tests
-from tests.peft_suite.expected_disp import EXPECTED as OF_DISP
-from tests.peft_suite.expected_mixed_rank import EXPECTED as OF_MIXED_RANK
-from tests.peft_suite.expected_qst import EXPECTED as OF_QST
+from tests.peft_suite import base_models, configurations, expected, peft_tests
 
 HERE = Path(__file__).parent
-EXPECTED = dict(zip(configurations.METHODS, (OF_QST, OF_DISP, OF_MIXED_RANK), strict=True))
 
 
 def pytest_collection_modifyitems(config, items):
-    others = {item for item in items if _is_of_peft(item) and _method(item) not in EXPECTED}
+    others = {item for item in items if _is_of_peft(item) and _method(item) not in configurations.METHODS}
     if others:
         config.hook.pytest_deselected(items=list(others))
         items[:] = [item for item in items if item not in others]
@@ -44,7 +40,7 @@ def _method(item) -> type | None:
 def _reason(item) -> str | None:
     """Why a test is expected to fail."""
     identity = f"{item.callspec.id} {base_models.STAND_INS.get(_parameters(item).get('model_id'))}"
-    for key, reason in EXPECTED[_method(item)].items():
+    for key, reason in expected.failures(_method(item).method).items():
         name, _, part = key.removesuffix("]").partition("[")
         if name == item.originalname and part in identity:
             return reason

@@ -1,13 +1,13 @@
-"""The lists of expected failures name tests that exist."""
+"""The lists of expected failures name methods and tests that exist."""
 
-import pytest
+from hf_qst.tuner.registration import METHODS
+from tests.peft_suite import expected, peft_tests
 
-from tests.peft_suite import expected_disp, expected_mixed_rank, expected_qst, peft_tests
 
-
-@pytest.mark.parametrize("module", [expected_qst, expected_disp, expected_mixed_rank])
-def test_every_expected_failure_names_a_test_of_peft(module):
+def test_every_expected_failure_names_a_test_of_peft():
     decoders, custom = peft_tests.load("test_decoder_models"), peft_tests.load("test_custom_models")
     classes = (decoders.TestDecoderModels, custom.TestPeftCustomModel, custom.TestMultipleActiveAdapters)
     names = {name for owner in (*classes, custom.TestRequiresGrad) for name in dir(owner)}
-    assert {key.partition("[")[0] for key in module.EXPECTED} <= names
+    assert expected.FAILURES.keys() <= METHODS.keys()
+    for method in METHODS:
+        assert {key.partition("[")[0] for key in expected.failures(method)} <= names

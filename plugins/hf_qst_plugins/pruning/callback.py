@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from hf_qst.disp import DISPLayer, PruningReport
 from hf_qst.tuner.config import is_count, is_number
-from hf_qst.tuner.stack_tuner import with_head
+from hf_qst.tuner.manifest_tuner import with_head
 from hf_qst_plugins.pruning.plots import plot_widths, require_matplotlib
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ def config(**changes):
 READERS = {
     "MixedRankConfig": lambda model: get_peft_model(model, config()),
     "MixedRankConfig, in place": lambda model: compress_model(model, config()),
-    "MixedRankConfig.reference_model": lambda model: get_peft_model(
-        tiny("llama"), config(mode="residual", reference_model=model)
+    "MixedRankConfig.residual.reference_model": lambda model: get_peft_model(
+        tiny("llama"), config(residual={"reference_model": model})
     ),
     "prune_model": lambda model: prune_model(model, "magnitude", 0.5),
     "DISPConfig": lambda model: get_peft_model(model, DISPConfig(keep_ratio=0.5)),

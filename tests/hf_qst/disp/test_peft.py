@@ -1,20 +1,17 @@
 """DISP as a PEFT method: configuration, saving, loading, several adapters, what is refused."""
 
 import copy
-import json
-import warnings
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, T5Config
 from trl import DPOConfig, DPOTrainer
 
 from hf_qst import (
     BudgetError,
-    CheckpointError,
     DISPConfig,
     MixedRankConfig,
     UnsupportedArchitectureError,
@@ -101,72 +98,7 @@ def test_hardened_choice_is_saved(tmp_path):
     assert network(loaded).is_hardened and torch.equal(logits(loaded), expected)
 
 
-def test_card_says_how_to_load(tmp_path):
-    with_disp().save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert "import hf_qst" in text and "merge_and_unload" in text
-
-
-@pytest.mark.parametrize("damage", ["flip", "nan", "missing", "extra"])
-def test_damaged_files_are_told(tmp_path, damage):
-    with_disp().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    name = next(key for key in tensors if key.endswith("norm.weight"))
-    if damage == "missing":
-        del tensors[name]
-    elif damage == "extra":
-        tensors[name + "2"] = tensors[name].clone()
-    else:
-        tensors[name][0] = torch.nan if damage == "nan" else tensors[name][0] + 1e-3
-    save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(CheckpointError, match=r"norm\.weight"):
-        PeftModel.from_pretrained(tiny("llama"), tmp_path)
-
-
-def test_adapter_of_another_base_is_refused(tmp_path):
-    with_disp().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="num_hidden_layers 3, the given model has 2"):
-        PeftModel.from_pretrained(tiny("llama", num_hidden_layers=2), tmp_path)
-
-
-def test_a_configuration_saved_by_itself_vouches_for_no_other_weights(tmp_path):
-    """The weights beside it may be written by another way, after more training."""
-    with_disp(awake=True).save_pretrained(tmp_path / "first")
-    model = PeftModel.from_pretrained(tiny("llama"), tmp_path / "first", is_trainable=True)
-    get_peft_model_state_dict(model)
-    model.save_pretrained(tmp_path / "second")
-    for parameter in network(model).hypernetwork.parameters():
-        parameter.data.add_(0.1)
-    config = model.peft_config["default"]
-    config.save_pretrained(tmp_path / "third")
-    save_file(get_peft_model_state_dict(model), tmp_path / "third" / WEIGHTS)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "third")), logits(model))
-    # Beside the very file that it was loaded with, it keeps what is known of it.
-    again = PeftConfig.from_pretrained(tmp_path / "first")
-    again.save_pretrained(tmp_path / "first")
-    assert PeftConfig.from_pretrained(tmp_path / "first").manifest == again.manifest is not None
-
-
-def test_unknown_fields_of_a_saved_config_are_passed_over_with_a_warning(tmp_path):
-    with_disp().save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_version": 1}))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        PeftModel.from_pretrained(tiny("llama"), tmp_path)
-    assert any("of_a_later_version" in str(w.message) for w in caught)
-
-
 # --- as an adapter -----------------------------------------------------------------------------------------------------
-
-
-def test_switched_off_it_is_the_base():
-    base = logits(tiny("llama"))
-    model = with_disp(awake=True)
-    assert not torch.equal(logits(model), base)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model.unload()), base)
 
 
 def test_two_adapters_take_turns():
@@ -178,16 +110,6 @@ def test_two_adapters_take_turns():
     assert network(model).budget > 1.9 * model.base_model.disp_layer.networks["default"].budget
     model.set_adapter("default")
     assert torch.equal(logits(model), first) and not torch.equal(second, first)
-
-
-def test_transformers_own_adapter_methods(tmp_path):
-    model = with_disp(awake=True)
-    model.save_pretrained(tmp_path)
-    native = tiny("llama")
-    native.load_adapter(str(tmp_path))
-    assert torch.equal(logits(native), logits(model))
-    native.disable_adapters()
-    assert torch.equal(logits(native), logits(tiny("llama")))
 
 
 def test_generation_uses_the_hardened_choice():
@@ -362,31 +284,6 @@ def test_adapters_are_in_float32_or_on_request_in_the_bases_dtype(dtype, autocas
     assert all(torch.equal(a[key], b[key]) for a, b in zip(*masks, strict=True) for key in SELECTIONS)
 
 
-def test_adapters_are_loaded_without_memory(tmp_path):
-    model = with_disp(awake=True)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path, low_cpu_mem_usage=True)
-    loaded.load_adapter(str(tmp_path), "other", low_cpu_mem_usage=True)
-    for name in ("default", "other"):
-        loaded.set_adapter(name)
-        assert torch.equal(logits(loaded), logits(model))
-
-
-def test_adapters_whose_names_contain_each_other_are_saved_apart(tmp_path):
-    model = with_disp(init_weights=False)
-    names = ["default2", "other_default", "foodefault_bar", "efaul"]
-    for name in names:
-        model.add_adapter(name, DISPConfig(init_weights=False, task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path)
-    single = with_disp(init_weights=False)
-    single.save_pretrained(tmp_path / "single")
-    for name in ["default", *names]:
-        folder = tmp_path if name == "default" else tmp_path / name
-        assert load_file(folder / WEIGHTS).keys() == load_file(tmp_path / "single" / WEIGHTS).keys()
-        model.set_adapter(name)
-        assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), folder)), logits(model))
-
-
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -408,15 +305,12 @@ def test_architectures_that_cannot_be_pruned():
         with_disp(model=tiny("opt", do_layer_norm_before=False))
 
 
-def test_bases_with_adapters_or_changed_shapes_are_refused():
-    lora = get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match=r"DISP prunes the base.s own weights"):
-        get_peft_model(lora.get_base_model(), DISPConfig())
+def test_bases_with_changed_shapes_are_refused():
     model = tiny("llama")
     small = prune_blocks(model, random_masks(model))
     with pytest.raises(ValueError, match="pruned, compressed or wrapped before"):
         with_disp(model=small)
-    config = MixedRankConfig(keep_ratio=0.5, metric="plain", compensation="none", progress=False)
+    config = MixedRankConfig(keep_ratio=0.5, decomposition="plain", compensation="none", progress=False)
     low_rank = get_peft_model(tiny("llama"), config).merge_and_unload()
     with pytest.raises(ValueError, match="pruned, compressed or wrapped before"):
         with_disp(model=low_rank)

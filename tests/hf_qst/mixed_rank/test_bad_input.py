@@ -37,12 +37,15 @@ def compressed(model=None, **changes):
         ({"calibration_data": [{"input_ids": IDS[:0]}]}, "batch 0 holds no model input"),
         ({"calibration_data": [{"input_ids": IDS, "attention_mask": IDS * 0}]}, "sees no rows of calibration_data"),
         ({"calibration_data": [{"input_ids": IDS, "attention_mask": IDS[0]}]}, r"must be \[batch, seq\], got shape"),
-        ({"allocator": "auto", "calibration_data": batches(1)}, "allocator='auto' .*at least 2 batches, got 1"),
+        ({"allocation": "auto", "calibration_data": batches(1)}, "allocator='auto' .*at least 2 batches, got 1"),
         ({"compensation": "kd", "calibration_data": batches(1)}, "compensation='kd' .*at least 2 batches, got 1"),
-        ({"allocator": "auto", "calibration_data": None}, "allocator='auto' needs calibration_data, got None"),
-        ({"layer_weight": "fisher", "calibration_data": None}, "layer_weight='fisher' needs calibration_data"),
-        ({"keep_ratio": 1e-3}, "the smallest feasible keep_ratio is"),
-        ({"rank_pattern": dict.fromkeys(("q_proj", "k_proj"), 32), "keep_ratio": 0.1}, "cannot be reached"),
+        ({"allocation": "auto", "calibration_data": None}, "allocator='auto' needs calibration_data, got None"),
+        (
+            {"allocation": {"layer_weight": "fisher"}, "calibration_data": None},
+            "layer_weight='fisher' needs calibration_data",
+        ),
+        ({"keep_ratio": 1e-3}, r"keep_ratio must be at least 0\.\d+"),
+        ({"rank_pattern": dict.fromkeys(("q_proj", "k_proj"), 32), "keep_ratio": 0.1}, "cannot be met"),
         ({"calibration_data": [torch.ones(2)]}, "batch 0 is Tensor"),
         ({"keep_ratio": 1.0}, "nothing to compress"),
     ],
@@ -64,7 +67,7 @@ def test_weights_with_nan_are_named():
 
 
 def test_compressing_twice_is_refused():
-    small = compress_model(tiny("llama"), config(allow_dense=False))
+    small = compress_model(tiny("llama"), config(allocation={"allow_dense": False}))
     before = str(small)
     for selected in (None, ["q_proj"], ["down"]):
         with pytest.raises(ValueError, match="is compressed already"):
@@ -80,7 +83,9 @@ def test_shared_weights_are_refused():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("changes", [{}, {"compensation": "none"}, {"allocator": "auto"}, {"layer_weight": "fisher"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"compensation": "none"}, {"allocation": "auto"}, {"allocation": {"layer_weight": "fisher"}}]
+)
 def test_activations_that_are_not_finite_name_the_module(value, changes):
     model = tiny("llama")
     with torch.no_grad():
@@ -98,7 +103,7 @@ def test_a_quantised_reference_is_refused(tmp_path):
     model = tiny("llama")
     before = digest(model)
     with pytest.raises(ValueError, match=r"reference_model must have the dense weight of .*found it in nf4; load"):
-        compressed(model=model, mode="residual", reference_model=in_nf4(tmp_path))
+        compressed(model=model, residual={"reference_model": in_nf4(tmp_path)})
     assert digest(model) == before
 
 
@@ -111,7 +116,7 @@ def test_dense_shapes_of_a_quantised_base_are_refused_while_the_adapter_is_whole
     assert str(model) == structure
 
 
-@pytest.mark.parametrize("changes", [{"layer_weight": "fisher"}, {"compensation": "kd"}])
+@pytest.mark.parametrize("changes", [{"allocation": {"layer_weight": "fisher"}}, {"compensation": "kd"}])
 def test_a_base_that_has_lost_its_backward_is_refused(changes, tmp_path):
     """As after an evaluation on a processor with AVX512-BF16; possible on any."""
     model = in_nf4(tmp_path)

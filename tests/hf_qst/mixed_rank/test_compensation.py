@@ -89,7 +89,9 @@ def test_centred_form_with_its_bias_is_the_regression_with_an_intercept():
 @pytest.mark.parametrize("compensation", ["none", "lstsq"])
 @pytest.mark.parametrize("name", ["opt", "gpt2", "qwen2"])
 def test_bias_correction_gives_each_layer_the_mean_output_of_the_dense_one(name, compensation):
-    model = compress_model(tiny(name), settings(bias_correction=True, compensation=compensation, keep_ratio=0.4))
+    model = compress_model(
+        tiny(name), settings(decomposition={"bias_correction": True}, compensation=compensation, keep_ratio=0.4)
+    )
     found = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
     corrected = [n for n, m in found.items() if m.bias is not None]
     assert corrected and (name != "qwen2" or len(corrected) < len(found))  # Qwen2 has biases in q, k and v only
@@ -183,7 +185,9 @@ def seen_by(model, name, data):
 def test_every_layer_is_fitted_to_what_the_compressed_model_gives_it(name):
     """Block by block and by whole forwards of both models, the factors of each layer are the same."""
     dense, model = tiny(name), tiny(name)
-    model = compress_model(model, settings(compensation="lstsq", shrinkage=None, compensation_ridge=1e-3))
+    model = compress_model(
+        model, settings(compensation={"method": "lstsq", "ridge": 1e-3}, decomposition={"shrinkage": None})
+    )
     names = [n for n, m in model.named_modules() if isinstance(m, LowRankLinear)]
     assert len(names) > 6
     for each in names[:: max(1, len(names) // 6)]:
@@ -204,7 +208,7 @@ def test_every_layer_is_fitted_to_what_the_compressed_model_gives_it(name):
 
 def test_without_known_blocks_the_walk_gives_the_same(monkeypatch):
     known = compress(tiny("llama"), settings(compensation="lstsq"))
-    monkeypatch.setattr("hf_qst.mixed_rank.compression.find_blocks", lambda model: None)
+    monkeypatch.setattr("hf_qst.mixed_rank.compensation.stage.find_blocks", lambda model: None)
     whole = compress(tiny("llama"), settings(compensation="lstsq"))
     assert known.ranks == whole.ranks
     for name, layer in known.factors.items():
@@ -217,12 +221,12 @@ def test_the_dense_model_is_left_as_it_was(compensation):
     model.transformer.h[0].eval()
     before, structure, state = digest(model), str(model), torch.get_rng_state()
     modes = [module.training for module in model.modules()]
-    found = compress(model, settings(compensation=compensation, compensation_steps=20))
+    found = compress(model, settings(compensation={"method": compensation, "steps": 20}))
     assert digest(model) == before and str(model) == structure
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    again = compress(model, settings(compensation=compensation, compensation_steps=20))
+    again = compress(model, settings(compensation={"method": compensation, "steps": 20}))
     assert again.ranks == found.ranks and again.statistics == found.statistics
     for name, layer in found.factors.items():
         assert torch.equal(layer.weight, again.factors[name].weight)
@@ -239,7 +243,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return least_squares_factors(*args, **kwargs)
 
-    monkeypatch.setattr("hf_qst.mixed_rank.compression.least_squares_factors", fail_late)
+    monkeypatch.setattr("hf_qst.mixed_rank.compensation.stage.least_squares_factors", fail_late)
     with pytest.raises(KeyboardInterrupt):
         compress(model, settings(compensation="lstsq"))
     assert digest(model) == before and str(model) == structure

@@ -18,7 +18,7 @@ FLOATS = {"atol": 1e-4, "rtol": 1e-4}
 
 def config(seed=0, **changes):
     data = [{"input_ids": token_batch(4, 12, seed=seed + i)} for i in range(3)]
-    settings = {"keep_ratio": 0.5, "calibration_data": data, "allow_dense": False, "progress": False}
+    settings = {"keep_ratio": 0.5, "calibration_data": data, "allocation": {"allow_dense": False}, "progress": False}
     return MixedRankConfig(**{**settings, "keep_base_weights": True, **changes})
 
 
@@ -60,7 +60,7 @@ def by_hand(model, names, base):
 
 @pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]])
 def test_active_adapters_add_their_differences_from_the_base(names):
-    model = two_adapters(bias_correction=True)
+    model = two_adapters(decomposition={"bias_correction": True})
     model.base_model.set_adapter(names)
     expected = logits(by_hand(model, names, tiny("opt")))
     torch.testing.assert_close(logits(model), expected, **FLOATS)
@@ -77,7 +77,7 @@ def test_active_adapters_add_their_differences_from_the_base(names):
 def test_the_base_comes_back_bit_for_bit(merged):
     base = tiny("opt")
     expected, before = logits(base), digest(base)
-    model = get_peft_model(base, config(bias_correction=True), adapter_name="first")
+    model = get_peft_model(base, config(decomposition={"bias_correction": True}), adapter_name="first")
     model.add_adapter("second", config(seed=9))
     adapted = logits(model)
     for name in merged:
@@ -98,9 +98,13 @@ def test_a_second_adapter_is_made_from_the_base_and_not_from_the_first():
     adapted = logits(model)
     model.merge_adapter()
     with pytest.warns(UserWarning, match="merged"):
-        model.add_adapter("second", config(seed=9, layer_weight="fisher"))
+        model.add_adapter("second", config(seed=9, allocation={"layer_weight": "fisher", "allow_dense": False}))
     assert torch.equal(logits(model), adapted)
-    alone = get_peft_model(tiny("llama"), config(seed=9, layer_weight="fisher"), adapter_name="second")
+    alone = get_peft_model(
+        tiny("llama"),
+        config(seed=9, allocation={"layer_weight": "fisher", "allow_dense": False}),
+        adapter_name="second",
+    )
     assert model.peft_config["second"].rank_pattern == alone.peft_config["second"].rank_pattern
     model.set_adapter("second")
     assert torch.equal(logits(model), logits(alone))
@@ -236,7 +240,7 @@ def test_residuals_of_two_adapters_add_up():
     with torch.no_grad():
         for layer in base.model.layers:
             layer.mlp.up_proj.weight.mul_(0.9)
-    residual = {"mode": "residual", "reference_model": tiny("llama"), "residual_rank": 8, "keep_base_weights": False}
+    residual = {"residual": {"reference_model": tiny("llama"), "rank": 8}, "keep_base_weights": False}
     expected = logits(base)
     model = get_peft_model(base, config(target_modules=["up_proj"], **residual), adapter_name="first")
     model.add_adapter("second", config(seed=9, target_modules=["up_proj"], **residual))

@@ -128,9 +128,10 @@ def test_named_layers_of_other_models(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"compensation": "gradient"}, {"allocator": "auto"}, {"layer_weight": "fisher"}]
+    "compensation, allocation",
+    [("lstsq", {}), ("gradient", {}), ("lstsq", {"allocator": "auto"}), ("lstsq", {"layer_weight": "fisher"})],
 )
-def test_batches_with_and_without_images_compress_both_sides(changes):
+def test_batches_with_and_without_images_compress_both_sides(compensation, allocation):
     auto, make, names, draw = UNLISTED["llava"]
     torch.manual_seed(0)
     model = auto.from_config(make()).eval()
@@ -138,7 +139,10 @@ def test_batches_with_and_without_images_compress_both_sides(changes):
     data = [
         {**one, "labels": one["input_ids"].masked_fill(one["input_ids"] == 4, -100)} for one in [*data[1:], data[0]]
     ]
-    small = compress_model(model, settings(calibration_data=data, target_modules=names, allow_dense=False, **changes))
+    chosen = {"allow_dense": False, **allocation}
+    small = compress_model(
+        model, settings(calibration_data=data, target_modules=names, compensation=compensation, allocation=chosen)
+    )
     replaced = {n.split(".")[1] for n, m in small.named_modules() if isinstance(m, LowRankLinear)}
     assert replaced == {"vision_tower", "language_model"}
 

@@ -162,7 +162,7 @@ def test_batches_weigh_by_their_rows():
     assert mean_divergence(model, model, modules, [long, short]) == pytest.approx(0.75 * one + 0.25 * two, rel=1e-4)
 
 
-@pytest.mark.parametrize("how", [{"allocator": "auto"}, {"compensation": "kd", "compensation_steps": 6}])
+@pytest.mark.parametrize("how", [{"allocation": "auto"}, {"compensation": {"method": "kd", "steps": 6}}])
 @pytest.mark.parametrize("case", ["labels, by their type", "one number", "a backbone", "a decoder's tokens"])
 def test_compression_takes_this_distance(case, how):
     make, batch, _ = CASES[case]
@@ -171,7 +171,7 @@ def test_compression_takes_this_distance(case, how):
     data = [{**batch, "input_ids": token_batch(6, 10, seed=s)} for s in range(5)]
     names = r".*(fc1|fc2|intermediate\.dense|output\.dense)"
     found = compress(model, MixedRankConfig(keep_ratio=0.3, target_modules=names, progress=False, **how), data)
-    if "allocator" in how:
+    if "allocation" in how:
         assert all(one["divergence"] > 1e-4 for one in found.allocation["candidates"])
     else:
         assert 1e-4 < found.distillation["after"] <= found.distillation["before"]

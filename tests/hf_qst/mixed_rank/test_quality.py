@@ -18,11 +18,11 @@ from hf_qst.base_model.linear_layers import dense_weight
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model
 
 BASE = Path(train_base.__file__).parent / "base_model"
-PLAIN = {"metric": "plain", "allocator": "uniform"}
-UNIFORM = {"allocator": "uniform", "compensation": "none"}
+PLAIN = {"decomposition": "plain", "allocation": "uniform"}
+UNIFORM = {"allocation": "uniform", "compensation": "none"}
 MIXED = {"compensation": "none"}
 FULL = {"compensation": "lstsq"}
-FISHER = {"layer_weight": "fisher"}
+FISHER = {"allocation": {"layer_weight": "fisher"}}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_quantised_factors_keep_its_accuracy(vit):
 def test_every_layer_is_better_than_plain_on_new_images(vit):
     _, (images, _) = digits()
     found = compress(vit, on_digits(keep_ratio=0.4, **UNIFORM))
-    plain = compress(vit, on_digits(keep_ratio=0.4, rank_pattern=found.ranks, metric="plain"))
+    plain = compress(vit, on_digits(keep_ratio=0.4, rank_pattern=found.ranks, decomposition="plain"))
     ratios = []
     for name, layer in found.factors.items():
         rows = []

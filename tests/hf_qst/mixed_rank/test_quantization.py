@@ -245,7 +245,7 @@ def test_residuals_can_be_quantised(tmp_path):
         for name, module in base.named_modules():
             if ".layers." in name and isinstance(module, nn.Linear):
                 module.weight.mul_(module.weight.abs() > 0.03)
-    settings = config(mode="residual", residual_rank=8, reference_model=dense, quantize_factors="int8")
+    settings = config(residual={"rank": 8, "reference_model": dense}, quantize_factors="int8")
     before = (logits(base) - logits(dense)).norm()
     model = get_peft_model(copy.deepcopy(base), settings)
     assert (logits(model) - logits(dense)).norm() < before
@@ -303,7 +303,9 @@ def test_factors_out_of_the_range_of_int8_scales_are_refused():
 def test_damaged_adapters_are_named(scheme, damage, tmp_path):
     from tests.hf_qst.mixed_rank.test_peft import NAME, edited
 
-    get_peft_model(tiny("llama"), config(quantize_factors=scheme, allow_dense=False)).save_pretrained(tmp_path)
+    get_peft_model(tiny("llama"), config(quantize_factors=scheme, allocation={"allow_dense": False})).save_pretrained(
+        tmp_path
+    )
     scale = f"base_model.model.{NAME}.mixed_rank_factors.down." + (
         "SCB" if scheme == "int8" else "weight.nested_absmax"
     )
@@ -322,9 +324,7 @@ def test_damaged_adapters_are_named(scheme, damage, tmp_path):
     [("nf4", 1024, 64), ("nf4", 512, 8), ("nf4", 64, 1), ("int8", 1024, 8), (None, 1024, 8)],
 )
 def test_ranks_suit_the_kernels(scheme, narrowest, expected):
-    from hf_qst.mixed_rank import LayerSpectrum
-    from hf_qst.mixed_rank.budget import _rank_multiple
-
-    layers = [LayerSpectrum("a", 2048, narrowest, torch.ones(narrowest))]
-    assert _rank_multiple(layers, MixedRankConfig(quantize_factors=scheme)) == expected
-    assert _rank_multiple(layers, MixedRankConfig(quantize_factors=scheme, rank_multiple=4)) == 4
+    found = MixedRankConfig(quantize_factors=scheme).resolved(True, narrowest)
+    assert found.allocation.rank_multiple == expected
+    given = MixedRankConfig(quantize_factors=scheme, allocation={"rank_multiple": 4})
+    assert given.resolved(True, narrowest).allocation.rank_multiple == 4

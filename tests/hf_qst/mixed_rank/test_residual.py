@@ -38,7 +38,7 @@ def base(request, tmp_path):
 
 
 def config(**changes):
-    settings = {"mode": "residual", "residual_rank": 8, "reference_model": dense(), "calibration_data": batches()}
+    settings = {"residual": {"rank": 8, "reference_model": dense()}, "calibration_data": batches()}
     return MixedRankConfig(**{**settings, "progress": False, **changes})
 
 
@@ -72,7 +72,7 @@ def test_residuals_bring_the_model_closer_and_lstsq_closest(base):
 
 
 def test_each_residual_is_the_best_of_its_rank(base):
-    model = get_peft_model(base, config(compensation="none", shrinkage=None))
+    model = get_peft_model(base, config(compensation="none", decomposition={"shrinkage": None}))
     ranks = model.peft_config["default"].rank_pattern
     for name in list(ranks)[::4]:
         layer = model.base_model.model.get_submodule(name)
@@ -90,7 +90,7 @@ def test_budget_is_that_of_the_mean_rank():
     budget = 8 * sum(map(cost, ranks))
     assert 0.99 * budget <= sum(rank * cost(name) for name, rank in ranks.items()) <= budget
     assert len(set(ranks.values())) > 1
-    same = get_peft_model(pruned(), config(allocator="uniform")).peft_config["default"].rank_pattern
+    same = get_peft_model(pruned(), config(allocation="uniform")).peft_config["default"].rank_pattern
     assert set(same.values()) == {8} and same.keys() == ranks.keys()
 
 
@@ -146,13 +146,11 @@ def test_residuals_train():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"reference_model": None}, "needs reference_model.* got NoneType"),
-        ({"reference_model": tiny("opt")}, r"must have a linear layer .*found NoneType"),
-        ({"reference_model": tiny("llama", hidden_size=32)}, r"of \[64, 64\] .*found \[32, 64\]"),
-        ({"residual_rank": 0}, "residual_rank must be a positive integer, got 0"),
+        ({"residual": {}}, "needs reference_model.* got NoneType"),
+        ({"residual": {"reference_model": tiny("opt")}}, r"must have a linear layer .*found NoneType"),
+        ({"residual": {"reference_model": tiny("llama", hidden_size=32)}}, r"of \[64, 64\] .*found \[32, 64\]"),
+        ({"residual": {"rank": 0}}, "residual.rank must be a positive integer, got 0"),
         ({"compensation": "gradient"}, "'lstsq' or 'none', got 'gradient'"),
-        ({"mode": "replace"}, "reference_model is only used by mode='residual'"),
-        ({"mode": "add"}, "mode must be one of replace, residual, got 'add'"),
     ],
 )
 def test_bad_requests_leave_the_model_alone(changes, message):

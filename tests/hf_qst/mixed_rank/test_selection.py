@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model
-from hf_qst.mixed_rank.distillation import mean_divergence, split
+from hf_qst.mixed_rank.calibration_set import CalibrationSet
+from hf_qst.mixed_rank.predictions import mean_divergence
 from hf_qst.mixed_rank.quantization import quantize_factors
 from hf_qst.mixed_rank.sensitivity import fisher_weights
 from hf_qst.mixed_rank.targets import find_targets
@@ -91,7 +92,7 @@ def test_padding_has_no_part_in_fisher_weights():
 
 def test_fisher_weights_move_parameters_to_the_layers_that_matter():
     plain, fisher = (
-        compress(tiny("llama"), config(layer_weight=weight, compensation="none", rank_multiple=1))
+        compress(tiny("llama"), config(allocation={"layer_weight": weight, "rank_multiple": 1}, compensation="none"))
         for weight in ("none", "fisher")
     )
     assert plain.ranks != fisher.ranks
@@ -116,15 +117,15 @@ def test_what_fisher_weights_need_is_named(data, message):
     model = vit()
     before = digest(model)
     with pytest.raises(ValueError, match=message):
-        compress_model(model, config(layer_weight="fisher", calibration_data=data))
+        compress_model(model, config(allocation={"layer_weight": "fisher"}, calibration_data=data))
     assert digest(model) == before
 
 
 def test_auto_takes_what_predicts_best_on_held_out_batches(caplog):
     model = tiny("llama")
     before = digest(model)
-    with caplog.at_level(logging.INFO, logger="hf_qst.mixed_rank.selection"):
-        found = compress(model, config(allocator="auto", min_rank_ratio=0.9))
+    with caplog.at_level(logging.INFO, logger="hf_qst.mixed_rank.pipeline"):
+        found = compress(model, config(allocation={"allocator": "auto", "min_rank_ratio": 0.9}))
     assert digest(model) == before
     assert "allocator='auto' chose" in caplog.text
     candidates = found.allocation["candidates"]
@@ -135,19 +136,19 @@ def test_auto_takes_what_predicts_best_on_held_out_batches(caplog):
     data = batches()
     for one in candidates:  # what is recorded is what each candidate by itself gives
         settings = {key: value for key, value in one.items() if key != "divergence"}
-        alone = compress(model, config(calibration_data=data[:6], **settings))
+        alone = compress(model, config(calibration_data=data[:6], allocation=settings))
         assert one["divergence"] == pytest.approx(mean_divergence(model, model, alone.factors, data[6:]), rel=1e-4)
-    again = compress(model, config(**found.allocation["chosen"]))
+    again = compress(model, config(allocation=found.allocation["chosen"]))
     assert again.ranks == found.ranks
     assert all(torch.equal(layer.weight, again.factors[name].weight) for name, layer in found.factors.items())
 
 
 def test_choice_is_saved_with_the_adapter(tmp_path):
-    model = get_peft_model(tiny("llama"), config(allocator="auto"))
-    chosen = model.peft_config["default"].allocation
-    assert chosen["chosen"] and model.peft_config["default"].allocator == "auto"
+    model = get_peft_model(tiny("llama"), config(allocation="auto"))
+    chosen = model.peft_config["default"].results.allocation
+    assert chosen["chosen"] and model.peft_config["default"].allocation.allocator == "auto"
     model.save_pretrained(tmp_path)
-    assert PeftModel.from_pretrained(tiny("llama"), tmp_path).peft_config["default"].allocation == chosen
+    assert PeftModel.from_pretrained(tiny("llama"), tmp_path).peft_config["default"].results.allocation == chosen
 
 
 @pytest.mark.parametrize("reference", ["nf4", "pruned"])
@@ -160,21 +161,19 @@ def test_auto_and_fisher_work_for_residuals(reference, tmp_path):
             for layer in base.model.layers:
                 layer.mlp.up_proj.weight[:40] = 0
     settings = {
-        "mode": "residual",
-        "residual_rank": 6,
-        "reference_model": dense,
+        "residual": {"rank": 6, "reference_model": dense},
         "target_modules": ["up_proj", "o_proj"],
     }
-    model = get_peft_model(base, config(allocator="auto", layer_weight="fisher", **settings))
+    model = get_peft_model(base, config(allocation={"allocator": "auto", "layer_weight": "fisher"}, **settings))
     found = model.peft_config["default"]
-    assert len(found.allocation["candidates"]) == 3 and len(found.rank_pattern) == 6
+    assert len(found.results.allocation["candidates"]) == 3 and len(found.rank_pattern) == 6
 
 
 def test_distilled_factors_predict_better_and_the_start_is_kept_where_they_do_not():
     model, data = vit(), images(10)
     before = digest(model)
     start = compress(model, config(keep_ratio=0.4, calibration_data=data[:9]))
-    settings = {"compensation": "kd", "compensation_steps": 90, "compensation_lr": 5e-4}
+    settings = {"compensation": {"method": "kd", "steps": 90, "lr": 5e-4}}
     found = compress(model, config(keep_ratio=0.4, calibration_data=data, **settings))
     assert digest(model) == before and all(p.grad is None for p in model.parameters())
     assert found.ranks == start.ranks
@@ -182,7 +181,7 @@ def test_distilled_factors_predict_better_and_the_start_is_kept_where_they_do_no
     assert found.distillation["before"] == pytest.approx(distance(start), rel=1e-4)
     assert found.distillation["after"] == pytest.approx(distance(found), rel=1e-4)
     assert found.distillation["after"] < 0.9 * found.distillation["before"]
-    harmful = config(keep_ratio=0.4, calibration_data=data, compensation="kd", compensation_lr=1e3)
+    harmful = config(keep_ratio=0.4, calibration_data=data, compensation={"method": "kd", "lr": 1e3})
     kept = compress(model, harmful)
     assert kept.distillation["steps"] == 4 * 9  # four passes in a row brought nothing
     for name, layer in kept.factors.items():
@@ -202,7 +201,7 @@ def test_distillation_is_seeded_and_leaves_modes_and_dtypes():
 
 
 def test_distilled_factors_are_quantised_last():
-    settings = {"calibration_data": images(6), "compensation": "kd", "compensation_steps": 20}
+    settings = {"calibration_data": images(6), "compensation": {"method": "kd", "steps": 20}}
     exact, rounded = (compress(vit(), config(**settings, quantize_factors=scheme)) for scheme in (None, "int8"))
     assert exact.ranks == rounded.ranks
     for name, layer in rounded.factors.items():
@@ -215,10 +214,11 @@ def test_a_model_without_logits_is_refused():
     model.forward = lambda x: nn.Sequential.forward(model, x)
     data = [{"x": torch.randn(64, 32)} for _ in range(4)]
     with pytest.raises(ValueError, match="Sequential gives no logits"):
-        compress_model(model, config(target_modules=["0", "2"], calibration_data=data, allocator="auto"))
+        compress_model(model, config(target_modules=["0", "2"], calibration_data=data, allocation="auto"))
     assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
 def test_split_keeps_at_least_one_batch_on_each_side():
-    assert split([1, 2], 0.1, "a") == ([1], [2])
-    assert split(list(range(8)), 0.25, "a") == (list(range(6)), [6, 7])
+    batches = lambda found: tuple(each.batches for each in found)
+    assert batches(CalibrationSet([1, 2]).split(0.1, "a")) == ([1], [2])
+    assert batches(CalibrationSet(list(range(8))).split(0.25, "a")) == (list(range(6)), [6, 7])

@@ -193,7 +193,6 @@ def test_a_layer_whose_output_is_not_used_weighs_nothing():
     found = fisher_weights(model, {unused: 1.0, used: 1.0}, [with_patches()], False)
     assert found == {unused: 0.0, used: 2.0}
     settings = MixedRankConfig(
-        keep_ratio=0.5, target_modules=r".*layers\.\d+\..*", layer_weight="fisher", progress=False, compensation="kd",
-        compensation_steps=1,
+        keep_ratio=0.5, target_modules=r".*layers\.\d+\..*", allocation={"layer_weight": "fisher"}, progress=False, compensation={"method": "kd", "steps": 1},
     )  # fmt: skip
     assert compress(model, settings, [with_patches()] * 2).factors

@@ -146,8 +146,3 @@ def test_random_start_on_request_is_not_the_base(mix, native, tmp_path):
     assert (logits(model) - expected).abs().max() > 1e-2
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path)), logits(model))
-
-
-def test_init_weights_is_checked():
-    with pytest.raises(ValueError, match=r"QSTConfig\.init_weights must be True or False, got 'zero'"):
-        QSTConfig(init_weights="zero")

@@ -1,16 +1,11 @@
 """Every door PEFT has to an adapter: adding, switching, disabling, deleting, unloading, copying."""
 
-import copy
-import io
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 
-from hf_qst import QSTConfig, QSTModel, SideNetworkMergeError
-from hf_qst.tuner.registration import HfQstPeftType, register_method
 from tests.architectures import (
     CONFIGS,
     digest,
@@ -73,64 +68,6 @@ def test_unload_of_a_4bit_base_leaves_no_hook(tmp_path):
     assert torch.equal(logits(unloaded), expected)
 
 
-def test_base_can_be_tuned_again_after_unload():
-    base = tiny("llama")
-    side_tuned(model=base, awake=True).unload()
-    torch.manual_seed(3)
-    again = side_tuned(model=base, awake=True)
-    fresh = tiny("llama")
-    torch.manual_seed(3)
-    assert torch.equal(logits(again), logits(side_tuned(model=fresh, awake=True)))
-
-
-@pytest.mark.parametrize("call", ["merge_and_unload", "merge_adapter", "unmerge_adapter"])
-def test_merging_says_why_it_cannot(call):
-    model = side_tuned("llama", awake=True)
-    expected = logits(model)
-    with pytest.raises(SideNetworkMergeError, match="cannot be merged"):
-        getattr(model, call)()
-    assert torch.equal(logits(model), expected)
-
-
-def test_copy_is_equal_and_independent():
-    model = side_tuned("llama", awake=True)
-    expected = logits(model)
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin), expected)
-    wake(twin, seed=9)
-    assert not torch.equal(logits(twin), expected)
-    assert torch.equal(logits(model), expected)
-    # The copied hooks must record into the copy: its blocks, with the original's stack broken, still give its taps.
-    with torch.no_grad():
-        for parameter in side_layers(model)[0].base_layer.parameters():
-            parameter.zero_()
-    changed = copy.deepcopy(twin)
-    assert torch.equal(logits(changed), logits(twin))
-
-
-@pytest.mark.parametrize("how", ["pickle", "torch"])
-def test_pickled_model_is_equal_and_independent(how):
-    model = side_tuned("llama", awake=True)
-    expected = logits(model)
-    if how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
-    assert torch.equal(logits(twin), expected)
-    wake(twin, seed=9)
-    assert not torch.equal(logits(twin), expected)
-    assert torch.equal(logits(model), expected)
-
-
-def test_pickled_config_and_type_are_the_same():
-    original = side_config(mix="paper")
-    assert pickle.loads(pickle.dumps(original)) == original
-    assert pickle.loads(pickle.dumps(HfQstPeftType.QST)) is HfQstPeftType.QST
-
-
 @pytest.fixture
 def two_saved(tmp_path):
     """Two adapters saved from separate models, with the logits of each."""
@@ -151,42 +88,6 @@ def test_two_adapters_equal_separately_loaded_ones(two_saved):
         assert torch.equal(logits(model), expected[name])
 
 
-def test_deleted_adapter_is_gone_and_the_other_stays(two_saved):
-    directory, expected = two_saved
-    model = PeftModel.from_pretrained(tiny("llama"), directory / "first", adapter_name="first")
-    model.load_adapter(directory / "second", "second")
-    model.delete_adapter("first")
-    model.set_adapter("second")
-    assert not any("qst_net.first" in name for name, _ in model.named_parameters())
-    assert torch.equal(logits(model), expected["second"])
-
-
-def test_both_adapters_are_saved_each_in_its_folder(two_saved, tmp_path):
-    directory, expected = two_saved
-    model = PeftModel.from_pretrained(tiny("llama"), directory / "first", adapter_name="first")
-    model.load_adapter(directory / "second", "second")
-    model.save_pretrained(tmp_path / "out")
-    for name in ("first", "second"):
-        loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "out" / name)
-        assert torch.equal(logits(loaded), expected[name])
-
-
-def test_training_one_adapter_leaves_the_other(two_saved):
-    directory, _ = two_saved
-    model = PeftModel.from_pretrained(tiny("llama"), directory / "first", adapter_name="first", is_trainable=True)
-    model.load_adapter(directory / "second", "second", is_trainable=True)
-    model.set_adapter("second")
-    before = {name: digest(side_network(model, name)) for name in ("first", "second")}
-    model.train()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    for _ in range(2):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-    assert digest(side_network(model, "first")) == before["first"]
-    assert digest(side_network(model, "second")) != before["second"]
-    assert all(p.grad is None for p in side_network(model, "first").parameters())
-
-
 def test_new_adapter_beside_a_trained_one_starts_at_the_base():
     base = tiny("llama")
     expected = logits(base)
@@ -199,26 +100,12 @@ def test_new_adapter_beside_a_trained_one_starts_at_the_base():
     assert torch.equal(logits(model), trained)
 
 
-def test_new_adapter_does_not_take_over():
-    model = side_tuned("llama", awake=True)
-    expected = logits(model)
-    model.add_adapter("fresh", side_config())
-    assert model.active_adapters == ["default"]
-    assert torch.equal(logits(model), expected)
-
-
 def test_two_active_adapters_are_refused():
     model = side_tuned("llama")
     model.add_adapter("second", side_config())
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="one network at a time"):
         logits(model)
-
-
-def test_side_network_on_top_of_lora_is_refused():
-    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), tiny("llama"), "lora")
-    with pytest.raises(ValueError, match="adapters in it could not be trained"):
-        get_peft_model(model, side_config())
 
 
 def test_training_a_module_inside_the_base_is_refused():
@@ -235,12 +122,6 @@ def test_resized_embeddings_reach_the_base():
     assert list(side_layers(model)[0]._modules) == ["base_layer", "qst_net"]
 
 
-def test_registering_twice_is_harmless_and_a_stranger_is_refused():
-    register_method(HfQstPeftType.QST, QSTConfig, QSTModel)
-    with pytest.raises(RuntimeError, match=r"already has a method 'QST'.*hf_qst\.qst\.config\.QSTConfig"):
-        register_method(HfQstPeftType.QST, LoraConfig, QSTModel)
-
-
 def test_output_hidden_states_have_the_mix_last():
     model = side_tuned("llama", awake=True).eval()
     with torch.no_grad():
@@ -253,14 +134,6 @@ def test_tuple_output_equals_the_named_one():
     model = side_tuned("llama", awake=True).eval()
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS, return_dict=False)[0], model(input_ids=IDS).logits)
-
-
-def test_cast_model_loads_and_runs_in_half_precision(two_saved):
-    directory, expected = two_saved
-    model = PeftModel.from_pretrained(tiny("llama", dtype=torch.bfloat16), directory / "first")
-    got = logits(model)
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), expected["first"], atol=0.25, rtol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -332,47 +205,8 @@ def test_failed_forward_leaves_nothing_behind():
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_new_network_has_the_mode_of_its_base(training):
-    base = tiny("llama").train(training)
-    model = side_tuned(model=base, downsample_dropout=0.5)
-    assert side_network(model).training == training
-    model.add_adapter("second", side_config(downsample_dropout=0.5))
-    assert side_network(model, "second").training == training
-
-
-def test_frozen_second_adapter_leaves_the_first_trainable(tmp_path):
-    side_tuned("llama").save_pretrained(tmp_path)
-    model = side_tuned("llama")
-    model.load_adapter(tmp_path, "second")
-    assert all(p.requires_grad for p in side_network(model).parameters())
-    assert not any(p.requires_grad for p in side_network(model, "second").parameters())
-
-
 def test_base_prepared_for_kbit_training_trains(tmp_path):
     model = side_tuned(model=prepare_model_for_kbit_training(in_nf4(tmp_path)), awake=True).train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in side_network(model).parameters())
     assert all(p.grad is None for name, p in model.named_parameters() if "qst_net" not in name)
-
-
-@pytest.mark.slow
-def test_compiled_training_step_equals_eager():
-    model = side_tuned("llama", awake=True).train()
-    expected = model(input_ids=IDS, labels=IDS).loss
-    expected.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    loss = torch.compile(model, backend="aot_eager")(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-5, rtol=1e-5)
-
-
-def test_different_adapters_in_one_batch_are_refused():
-    model = side_tuned("llama", awake=True).eval()
-    with pytest.raises(NotImplementedError, match="cannot mix adapter_names"):
-        model(input_ids=IDS, adapter_names=["default", "__base__"])
-    with pytest.raises(NotImplementedError, match="cannot mix adapter_names"):
-        model.generate(input_ids=IDS, adapter_names=["default", "__base__"], max_new_tokens=2)

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hf_qst import CheckpointError, QSTConfig
 from hf_qst.saved.manifest import describe
-from tests.architectures import digest, side_tuned, tiny, wake
+from tests.architectures import digest, tiny, wake
 
 WEIGHTS = "adapter_model.safetensors"
 IDS = torch.arange(84, 100)[None]
@@ -122,41 +122,3 @@ def test_damaged_head_is_still_named(load, tmp_path):
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight.*checksum"):
         PeftModel.from_pretrained(load(), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["blocks", "mlp", "weight", "0"])
-def test_adapter_name_that_is_a_module_of_ours_is_refused(name):
-    model = side_tuned("llama", awake=True)
-    expected = logits_of_tiny(model)
-    with pytest.raises(ValueError, match=rf"adapter_name must be none of the names .* got '{name}'"):
-        model.add_adapter(name, QSTConfig(**settings(False)))
-    assert list(model.peft_config) == ["default"]
-    assert torch.equal(logits_of_tiny(model), expected)
-
-
-def logits_of_tiny(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS % 96).logits
-
-
-def test_adapter_names_within_each_other(tmp_path):
-    names = ["a", "a_b", "b", "qst"]
-    model = side_tuned("llama", awake=True)
-    for seed, name in enumerate(names):
-        model.add_adapter(name, QSTConfig(**settings(False)))
-        torch.nn.init.normal_(dict(model.named_parameters())[upsampler(name)], std=0.1 + seed)
-    expected = {}
-    for name in names:
-        model.set_adapter(name)
-        expected[name] = logits_of_tiny(model)
-    model.save_pretrained(tmp_path)
-    for name in names:
-        again = PeftModel.from_pretrained(tiny("llama"), tmp_path / name)
-        assert torch.equal(logits_of_tiny(again), expected[name])
-    model.delete_adapter("a")
-    model.set_adapter("a_b")
-    assert torch.equal(logits_of_tiny(model), expected["a_b"])
-
-
-def upsampler(name):
-    return f"base_model.model.model.qst_net.{name}.upsample.weight"

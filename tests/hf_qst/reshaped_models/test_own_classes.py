@@ -111,7 +111,7 @@ def test_a_class_that_needs_more_than_a_config_is_named():
     "config",
     [
         DISPConfig(keep_ratio=0.5),
-        MixedRankConfig(metric="plain", calibration_data=[{"input_ids": IDS}], progress=False),
+        MixedRankConfig(decomposition="plain", calibration_data=[{"input_ids": IDS}], progress=False),
     ],
 )
 def test_a_pruned_or_compressed_subclass_stays_the_function_it_is(config, tmp_path):

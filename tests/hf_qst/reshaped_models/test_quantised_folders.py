@@ -29,7 +29,7 @@ def folder(request, tmp_path_factory):
     way, scheme = request.param.split("_")
     if way == "factors":
         config = MixedRankConfig(
-            quantize_factors=scheme, calibration_data=[{"input_ids": IDS}], metric="plain", progress=False
+            quantize_factors=scheme, calibration_data=[{"input_ids": IDS}], decomposition="plain", progress=False
         )
         get_peft_model(tiny("llama"), config).merge_and_unload().save_pretrained(root / "model")
     else:

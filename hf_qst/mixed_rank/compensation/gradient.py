@@ -1,19 +1,12 @@
-"""Stage 3: factors that make up for the errors of the layers before them.
-
-A layer behind compressed ones no longer sees the inputs X it was made for but others, Z. Both forms here ask of its
-factors what the dense layer gave for X, from what they are given, Z. Fitting the same rank to the same inputs again
-could not gain anything: the stage-1 factors are already the best of their rank there.
-"""
+"""The paper's form of compensation: a second pair of factors, trained by gradient descent."""
 
 from __future__ import annotations
 
 import torch
 from tqdm.auto import tqdm
 
-from hf_qst.calibration.moments import CrossMoment
-from hf_qst.mixed_rank.decomposition import factorize, shrinkage_intensity
+from hf_qst.mixed_rank.decomposition.factors import factorize
 
-COMPENSATIONS = ("lstsq", "none", "gradient", "kd")
 GRADIENT_STEPS = 300
 GRADIENT_LEARNING_RATE = 1e-3
 # Rows of the proxy data set of the gradient form, its part that is held out, and rows of one step.
@@ -24,59 +17,6 @@ _STEP_ROWS = 512
 _LOOK_EVERY = 10
 _PATIENCE = 5
 _SMALLEST_GAIN = 1e-4
-
-
-def least_squares_factors(
-    weight: torch.Tensor,
-    moments: CrossMoment,
-    rank: int,
-    shrinkage: str | float | None = "ledoit_wolf",
-    shrinkage_scale: float = 1.0,
-    ridge: float = 1e-4,
-    beside: torch.Tensor | None = None,
-    centred: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of rank `rank` that minimise E||z A B - x W||^2 + lambda ||A B - W||^2, in closed form.
-
-    z is a row of inputs in the compressed model and x the same row in the dense one. With C = E[z'z], K = E[z'x] and
-    lambda the shrinkage of C, the minimiser without a bound on the rank is W* = (C + lambda I)^-1 (K + lambda I) W, and
-    its rank-r truncation in the metric C + lambda I is the one with it. The ridge pulls towards W, not towards zero.
-
-    Args:
-        weight: W [d_in, d_out] of the dense layer.
-        moments: inputs in the partly compressed model (`add_pair`'s rows) and in the dense one (its others).
-        rank (`int`)
-        shrinkage, shrinkage_scale: as in `hf_qst.mixed_rank.decomposition.metric_matrix`.
-        ridge (`float`): the least that lambda may be, as a part of the mean input energy tr(C)/d_in.
-        beside: a weight [d_in, d_out] that stays and that the factors are added to: A B + beside stands for A B.
-        centred (`bool`): take z and x less their means, for a layer whose bias makes up for these (`bias_shift`).
-
-    Returns:
-        A [d_in, rank] and B [rank, d_out] in float64.
-    """
-    weight = weight.double()
-    beside = torch.zeros_like(weight) if beside is None else beside.double()
-    intensity = max(shrinkage_intensity(moments, shrinkage, shrinkage_scale), ridge)
-    moment = moments.shrunk(intensity, centred)
-    if moment.trace() <= 0:
-        return factorize(weight - beside, rank)
-    cross = (1.0 - intensity) * moments.cross_moment(centred)
-    # Shrinking leaves the trace as it is.
-    cross.diagonal().add_(intensity * moment.trace() / len(moment))
-    return factorize(torch.linalg.solve(moment, cross @ weight) - beside, rank, moment)
-
-
-def bias_shift(
-    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, inputs: torch.Tensor, dense_inputs: torch.Tensor
-) -> torch.Tensor:
-    """What to add to the bias [d_out] so that the mean output of factors A, B is the dense layer's.
-
-    Args:
-        weight: W [d_in, d_out].
-        left, right: A [d_in, rank], B [rank, d_out].
-        inputs, dense_inputs: mean input [d_in] of the layer in the compressed and in the dense model.
-    """
-    return dense_inputs @ weight.double() - inputs @ left @ right
 
 
 class ProxyRows:
@@ -105,7 +45,7 @@ def gradient_factors(
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The paper's form: a second low-rank pair G Y' beside U V', trained by gradient descent, folded into one.
+    """The paper's form: a second low-rank pair G Y' next to U V', trained by gradient descent, folded into one.
 
     The ranks of the two pairs add up to `rank`. U V' is frozen; G starts at N(0, 1/d_in), Y at zero; Adam minimises
     ||z (U V' + G Y') - x W||^2 over a proxy data set. The step that was best on a held-out tenth is kept, and training
@@ -129,7 +69,7 @@ def gradient_factors(
     device = weight.device
     rows, others = (torch.cat(part).to(device) for part in (proxy.rows, proxy.others))
     target = others @ weight.float()
-    missing = target - rows @ left.float() @ right.float()
+    remainder = target - rows @ left.float() @ right.float()
     scale = target.square().sum(1).mean().clamp(min=torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).to(device)
@@ -139,7 +79,7 @@ def gradient_factors(
     third = torch.zeros(residual, weight.shape[1], device=device, requires_grad=True)
 
     def loss(index: torch.Tensor) -> torch.Tensor:
-        return (rows[index] @ second @ third - missing[index]).square().sum(1).mean() / scale
+        return (rows[index] @ second @ third - remainder[index]).square().sum(1).mean() / scale
 
     with torch.no_grad():
         best, best_pair, waited = loss(held_out).item(), (second.detach().clone(), third.detach().clone()), 0
@@ -154,10 +94,10 @@ def gradient_factors(
             if step % _LOOK_EVERY:
                 continue
             with torch.no_grad():
-                seen = loss(held_out).item()
-            waited = 0 if seen < best * (1 - _SMALLEST_GAIN) else waited + 1
-            if seen < best:
-                best, best_pair = seen, (second.detach().clone(), third.detach().clone())
+                error = loss(held_out).item()
+            waited = 0 if error < best * (1 - _SMALLEST_GAIN) else waited + 1
+            if error < best:
+                best, best_pair = error, (second.detach().clone(), third.detach().clone())
             if waited == _PATIENCE:
                 break
     bar.close()

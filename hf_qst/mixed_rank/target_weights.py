@@ -9,22 +9,26 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, float_dtype, is_linear
-from hf_qst.mixed_rank.allocation import LayerSpectrum
-from hf_qst.mixed_rank.decomposition import output_energies, output_error
 from hf_qst.mixed_rank.layer import LowRankLinear, MixedRankLayer
 from hf_qst.mixed_rank.quantization import quantize_factors, scheme_of
 
 
-class Weights:
-    """The weights that factors are made for: the model's own, or what it has lost against a dense reference."""
+class TargetWeights:
+    """The weights that factors are made for: the model's own, or what it has lost against a dense reference.
 
-    def __init__(self, model: nn.Module, config, names: Sequence[str]):
-        self.model, self.residual = model, config.mode == "residual"
-        self.scheme = config.quantize_factors
-        self.bias_correction = config.bias_correction
-        # A residual saves nothing; it is added.
-        self.min_saving = 0.0 if self.residual else config.min_saving
-        self.reference = _reference(model, config.reference_model, names) if self.residual else model
+    Args:
+        model: with the layers that are compressed.
+        names: of these layers.
+        settings ([`MixedRankConfig`]): resolved.
+
+    Raises:
+        ValueError: a weight is not finite, or the reference model does not fit.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], settings):
+        self.model, self.names, self.settings = model, list(names), settings
+        self.residual = settings.residual is not None
+        self.reference = _reference(model, settings.residual.reference_model, names) if self.residual else model
         for name in names:
             if not torch.isfinite(self.dense(name)).all():
                 raise ValueError(f"the weight of {name!r} holds NaN or infinite values and cannot be compressed")
@@ -33,25 +37,18 @@ class Weights:
         """W [d_in, d_out] of the dense layer."""
         return dense_weight(self.reference.get_submodule(name))
 
-    def beside(self, name: str) -> torch.Tensor | None:
+    def kept(self, name: str) -> torch.Tensor | None:
         """The weight [d_in, d_out] that factors are added to, where they are."""
         return dense_weight(self.model.get_submodule(name)).to(self.dense(name).device) if self.residual else None
 
-    def missing(self, name: str) -> torch.Tensor:
+    def replaced(self, name: str) -> torch.Tensor:
         """What the factors stand for [d_in, d_out]."""
-        beside = self.beside(name)
-        return self.dense(name) if beside is None else self.dense(name).double() - beside.double()
+        kept = self.kept(name)
+        return self.dense(name) if kept is None else self.dense(name).double() - kept.double()
 
     def centred(self, name: str) -> bool:
         """Whether a layer's mean output is left to its bias."""
-        return self.bias_correction and self.model.get_submodule(name).bias is not None
-
-    def spectrum(self, name: str, moment: torch.Tensor | None) -> LayerSpectrum:
-        """What a layer loses by rank, as a part of its whole output."""
-        missing = self.missing(name)
-        energies = output_energies(missing, moment)
-        total = output_error(self.dense(name), moment) if self.residual else energies.sum().item()
-        return LayerSpectrum(name, *missing.shape, energies, total, min_saving=self.min_saving)
+        return self.settings.decomposition.bias_correction and self.model.get_submodule(name).bias is not None
 
     def layer(
         self,
@@ -74,17 +71,18 @@ class Weights:
 
     def quantize(self, layer: LowRankLinear) -> LowRankLinear:
         """In place, where that is asked for."""
-        return layer if self.scheme is None else quantize_factors(layer, self.scheme)
+        scheme = self.settings.quantize_factors
+        return layer if scheme is None else quantize_factors(layer, scheme)
 
     def in_place(self, name: str, layer: LowRankLinear) -> nn.Module:
-        """What stands in the model where `name` is: a residual runs beside the layer it is for."""
+        """What stands in the model where `name` is: a residual runs with the layer it is added to."""
         return MixedRankLayer("residual", layer, self.model.get_submodule(name)) if self.residual else layer
 
 
 def _reference(model: nn.Module, reference: nn.Module | None, names: Sequence[str]) -> nn.Module:
     if not isinstance(reference, nn.Module):
         raise ValueError(
-            "MixedRankConfig.mode='residual' needs reference_model, the dense model with the same layers, got "
+            "MixedRankConfig.residual needs reference_model, the dense model with the same layers, got "
             f"{type(reference).__name__}"
         )
     for name in names:
@@ -93,16 +91,16 @@ def _reference(model: nn.Module, reference: nn.Module | None, names: Sequence[st
         except AttributeError:
             module = None
         if module is None or not is_linear(module) or dense_shape(module) != dense_shape(model.get_submodule(name)):
-            found = (
+            actual = (
                 f"{list(dense_shape(module))}" if module is not None and is_linear(module) else type(module).__name__
             )
             raise ValueError(
-                f"MixedRankConfig.reference_model must have a linear layer {name!r} of "
-                f"{list(dense_shape(model.get_submodule(name)))} ([d_in, d_out]), found {found}"
+                f"MixedRankConfig.residual.reference_model must have a linear layer {name!r} of "
+                f"{list(dense_shape(model.get_submodule(name)))} ([d_in, d_out]), found {actual}"
             )
         if scheme_of(module) is not None:
             raise ValueError(
-                f"MixedRankConfig.reference_model must have the dense weight of {name!r}, found it in "
+                f"MixedRankConfig.residual.reference_model must have the dense weight of {name!r}, found it in "
                 f"{scheme_of(module)}; load the reference without quantization_config"
             )
     return reference

@@ -11,6 +11,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_qst.calibration import CalibrationRun, calibration_mode, first_input, hooks
+from hf_qst.mixed_rank.calibration_set import CalibrationSet
+from hf_qst.mixed_rank.predictions import installed
+from hf_qst.mixed_rank.target_weights import TargetWeights
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Reached(Exception):
@@ -33,30 +38,17 @@ class _Call:
 
 
 @contextmanager
-def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """These modules in the place of the model's own, for a while."""
-    own = {name: model.get_submodule(name) for name in modules}
-    try:
-        for name, module in modules.items():
-            model.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in own.items():
-            model.set_submodule(name, module)
-
-
-@contextmanager
 def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """The input of `module` in the forward pass that runs inside, which ends there; none if it is not reached."""
-    seen: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
 
     def stop(module, args, kwargs):
-        seen.append(first_input(args, kwargs))
+        captured.append(first_input(args, kwargs))
         raise _Reached
 
     with hooks([module.register_forward_pre_hook(stop, with_kwargs=True)]):
         try:
-            yield seen
+            yield captured
         except _Reached:
             return
 
@@ -86,57 +78,53 @@ def _record(
     return calls, states
 
 
-def compress_in_order(
-    model: nn.Module,
-    reference: nn.Module,
+def replace_in_order(
+    weights: TargetWeights,
     blocks: str | None,
     groups: Sequence[tuple[str, ...]],
-    batches: Sequence[Mapping],
-    start: Callable[[tuple[str, ...], torch.device], object],
-    build: Callable[[tuple[str, ...], object], dict[str, nn.Module]],
-    progress: bool = True,
+    calibration: CalibrationSet,
+    fit: Callable[[tuple[str, ...], Iterator[Pair]], dict[str, nn.Module]],
 ) -> dict[str, nn.Module]:
-    """Build the replacement of each group of layers from what it is given when those before it are already replaced.
+    """Fit the replacement of each group of layers to what it is given when those before it are already replaced.
 
     Hidden states of both streams are kept between blocks, [tokens, hidden] each, and one block runs at a time. The
     model itself is as before at the end, also after an error.
 
     Args:
-        model: the model whose layers are replaced.
-        reference: the dense model; the same one, unless the replaced layers are added to what is already compressed.
+        weights: with the model whose layers are replaced, and the dense model.
         blocks (`str`, *optional*):
             Path of the list of blocks that holds all the groups; without it, the models run whole for each group.
         groups: names of layers with one input, in the order in which they run.
-        batches: model inputs.
-        start: makes the statistic of a group; its `add_pair(rows, others)` is given the group's inputs [n, d] in the
-            compressed and in the dense model.
-        build: makes the modules that replace a group's, by name, from its statistic.
+        calibration: model inputs.
+        fit: makes the modules that replace a group's, by name, from pairs of the group's inputs [n, d] in the compressed
+            and in the dense model.
     """
+    model, reference, batches = weights.model, weights.reference, calibration.batches
     sides = [_Side(one, blocks, groups, batches) for one in (reference, model)]
     dense, compressed = sides
     built: dict[str, nn.Module] = {}
     last = max(i for i, own in enumerate(dense.groups) if own)
+
+    def pairs(name: str, segment: int, replaced: Mapping[str, nn.Module]) -> Iterator[Pair]:
+        for number in range(len(batches)):
+            others = dense.inputs(name, segment, number)
+            if others is None:
+                continue  # a batch without images has nothing for a vision layer
+            with installed(model, replaced):
+                rows = compressed.inputs(name, segment, number)
+            yield rows, others.to(rows.device)
+
     with (
         calibration_mode(reference),
         calibration_mode(model),
-        tqdm(total=len(groups), desc="compression", unit="group", disable=not progress) as bar,
+        tqdm(total=len(groups), desc="compression", unit="group", disable=not calibration.progress) as bar,
     ):
         for side in sides:
             side.begin()
         for i, own in enumerate(dense.groups[: last + 1]):
             replaced: dict[str, nn.Module] = {}
             for group in own:
-                statistic = None
-                for number in range(len(batches)):
-                    others = dense.inputs(group[0], i, number)
-                    if others is None:
-                        continue  # a batch without images has nothing for a vision layer
-                    with installed(model, replaced):
-                        rows = compressed.inputs(group[0], i, number)
-                    statistic = statistic or start(group, rows.device)
-                    if len(rows):
-                        statistic.add_pair(rows, others.to(rows.device))
-                replaced.update(build(group, statistic))
+                replaced.update(fit(group, pairs(group[0], i, dict(replaced))))
                 bar.update()
             if i < last:
                 dense.advance(i)
@@ -172,9 +160,9 @@ class _Side:
     def inputs(self, name: str, segment: int, number: int) -> torch.Tensor | None:
         """Rows [n, d] that module `name` in this segment sees of this batch; None if the batch does not reach it."""
         self.run.enter(self.batches[number])
-        with _captured(self.model.get_submodule(name)) as seen:
+        with _captured(self.model.get_submodule(name)) as captured:
             self.calls[number][segment](self.segments[segment], self.states[number])
-        return self.run.rows(name, seen[0])[0] if seen else None
+        return self.run.rows(name, captured[0])[0] if captured else None
 
     def advance(self, segment: int) -> None:
         block = self.segments[segment]

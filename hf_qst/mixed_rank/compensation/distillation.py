@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_qst.calibration import CalibrationError, calibration_mode
-from hf_qst.mixed_rank.predictions import Predictor, divergence, mean_divergence, row_count
-from hf_qst.mixed_rank.sequential import installed
+from hf_qst.calibration import calibration_mode
+from hf_qst.mixed_rank.calibration_set import CalibrationSet
+from hf_qst.mixed_rank.predictions import Predictor, divergence, installed, mean_divergence, row_count
 
 PASSES = 20
 LEARNING_RATE = 1e-4
@@ -21,60 +21,44 @@ _WARM_UP = 0.05
 _PATIENCE = 4
 
 
-def split(batches: Sequence[Mapping], part: float, wanted_by: str) -> tuple[list[Mapping], list[Mapping]]:
-    """The first batches, and the last `part` of them: at least one each.
-
-    Raises:
-        CalibrationError: there is one batch only.
-    """
-    if len(batches) < 2:
-        raise CalibrationError(f"{wanted_by} holds out a part of calibration_data and needs at least 2 batches, got 1")
-    held_out = max(1, int(part * len(batches)))
-    return list(batches[:-held_out]), list(batches[-held_out:])
-
-
 def distil(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    training: Sequence[Mapping],
-    held_out: Sequence[Mapping],
-    steps: int | None = None,
-    learning_rate: float | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    training: CalibrationSet,
+    held_out: CalibrationSet,
+    settings,
 ) -> dict[str, float]:
     """Train the parameters of all modules together on the predictions of the model they are made for; in place.
 
-    AdamW minimises the divergence (`hf_qst.mixed_rank.predictions`) of the model with the modules from the model without them, one batch a step, with
-    linear warm-up and decay. What was best on the held-out batches is kept, the start included, so that nothing gets
-    worse there; training stops when several passes brought nothing.
+    AdamW minimises the divergence (`hf_qst.mixed_rank.predictions`) of the model with the modules from the model without
+    them, one batch a step, with linear warm-up and decay. What was best on the held-out batches is kept, the start
+    included, so that nothing gets worse there; training stops when several passes brought nothing.
 
     Args:
         model: the dense model; left as it is.
         modules: what stands in the place of its own modules, by name; trained in float32.
         training: model inputs.
         held_out: model inputs that the modules have not seen.
-        steps (`int`, *optional*): at most; 20 passes over the batches by default.
-        learning_rate (`float`, *optional*): 1e-4 by default.
-        seed (`int`): of the order of batches.
+        settings ([`MixedRankConfig`]): with the most steps, the learning rate, and the seed of the order of batches.
 
     Returns:
         Divergence on the held-out batches before and after, and the number of steps taken.
     """
-    steps = PASSES * len(training) if steps is None else steps
-    predictor = Predictor(model, [*training, *held_out])
+    batches, compensation = training.batches, settings.compensation
+    steps = compensation.steps or PASSES * len(batches)
+    predictor = Predictor(model, [*batches, *held_out.batches])
     with _trainable(modules) as parameters, calibration_mode(model):
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate or LEARNING_RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=compensation.lr or LEARNING_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_and_decay(steps))
-        order = _passes(len(training), torch.Generator().manual_seed(seed))
-        best = _Best(parameters, lambda: mean_divergence(model, model, modules, held_out, predictor))
-        with tqdm(total=steps, desc="distillation", unit="step", disable=not progress) as bar:
+        order = _passes(len(batches), torch.Generator().manual_seed(settings.seed))
+        best = _Best(parameters, lambda: mean_divergence(model, model, modules, held_out.batches, predictor))
+        with tqdm(total=steps, desc="distillation", unit="step", disable=not training.progress) as bar:
             for step in range(1, steps + 1):
-                if _has_gradients(model, modules, parameters, training[next(order)], predictor):
+                if _has_gradients(model, modules, parameters, batches[next(order)], predictor):
                     optimizer.step()
                 schedule.step()
                 bar.update()
-                if step % len(training) == 0 or step == steps:
+                if step % len(batches) == 0 or step == steps:
                     bar.set_postfix(held_out=f"{best.look():.4f}", best=f"{best.least:.4f}")
                 if best.waited == _PATIENCE:
                     break
@@ -95,12 +79,12 @@ class _Best:
         self.kept = [parameter.detach().clone() for parameter in self.parameters]
 
     def look(self) -> float:
-        found = self.measure()
-        self.waited = 0 if found < self.least else self.waited + 1
-        if found < self.least:
-            self.least = found
+        value = self.measure()
+        self.waited = 0 if value < self.least else self.waited + 1
+        if value < self.least:
+            self.least = value
             self._keep()
-        return found
+        return value
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -141,7 +125,7 @@ def _has_gradients(
     with torch.enable_grad(), installed(model, modules):
         loss = divergence(expected, predictor(model, batch))
         # Asked for by name: the model's own parameters get no gradients. A layer's output may not be used.
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
     return True

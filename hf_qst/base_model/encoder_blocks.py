@@ -1,0 +1,41 @@
+"""Where a supported model keeps the list of its transformer blocks, vision and text encoders included.
+
+Decoder-only language models are in `hf_qst.base_model.decoder_stack`. To support another encoder, add a row to
+`ENCODERS`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_qst.base_model.decoder_stack import ARCHITECTURES
+
+# Path of the blocks in a model with a head, by model type.
+ENCODERS = {
+    "vit": "vit.layers",
+    "deit": "deit.layers",
+    "swin": "swin.encoder.layers",
+}
+
+
+def known_types() -> list[str]:
+    """Model types whose blocks are known."""
+    return sorted([*ARCHITECTURES, *ENCODERS])
+
+
+def find_blocks(model: nn.Module) -> str | None:
+    """Path of the list of a model's transformer blocks, with a head or without; None for a model of no known type.
+
+    A `PeftModel` is no known type either.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    model_type = model.config.model_type
+    path = ENCODERS.get(model_type)
+    if model_type in ARCHITECTURES:
+        architecture = ARCHITECTURES[model_type]
+        path = f"{architecture.stack}.{architecture.blocks}"
+    if path is not None and model.base_model is model:
+        path = path.removeprefix(f"{model.base_model_prefix}.")
+    return path if path in dict(model.named_modules()) else None

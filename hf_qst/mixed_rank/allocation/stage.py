@@ -1,0 +1,83 @@
+"""Stage 2: ranks for the targets of a model, as a configuration asks for them."""
+
+from __future__ import annotations
+
+from hf_qst.base_model.budget import Budget, BudgetError
+from hf_qst.base_model.linear_layers import dense_shape, weight_count
+from hf_qst.mixed_rank.allocation.allocators import allocate_ranks
+from hf_qst.mixed_rank.calibration_set import CalibrationSet
+from hf_qst.mixed_rank.decomposition.spectrum import DENSE
+from hf_qst.mixed_rank.decomposition.stage import Decomposition
+from hf_qst.mixed_rank.sensitivity import fisher_weights
+from hf_qst.mixed_rank.target_weights import TargetWeights
+
+
+def weigh_layers(weights: TargetWeights, decomposition: Decomposition, calibration: CalibrationSet) -> None:
+    """Give each spectrum its layer's Fisher weight."""
+    energies = {name: spectrum.total for name, spectrum in decomposition.spectra.items()}
+    fisher = fisher_weights(weights.reference, energies, calibration.batches, calibration.progress)
+    for name, weight in fisher.items():
+        decomposition.spectra[name].weight = weight
+
+
+def allocate(weights: TargetWeights, decomposition: Decomposition, fixed: dict[str, int], settings) -> dict[str, int]:
+    """Ranks by layer name.
+
+    Args:
+        weights: of the targets.
+        decomposition: the result of stage 1.
+        fixed: ranks that are given (`fixed_ranks`).
+        settings ([`MixedRankConfig`]): resolved, with an allocator other than `"auto"`.
+
+    Raises:
+        BudgetError: no choice fits; the message names the smallest ratio that does.
+    """
+    layers, allocation = list(decomposition.spectra.values()), settings.allocation
+    if len(fixed) == len(layers):
+        return fixed
+    targets = sum(one.dense_cost for one in layers)
+    budget = Budget(settings.keep_ratio, settings.budget_scope, targets, weight_count(weights.model) - targets)
+    parameters = budget.parameters
+    if settings.residual:
+        # Added to layers that stay: the budget is that of one rank in all of them.
+        same = {one.name: min(settings.residual.rank, one.in_features, one.out_features) for one in layers} | fixed
+        if allocation.allocator == "uniform":
+            return same
+        parameters = sum(one.cost(same[one.name]) for one in layers)
+    try:
+        return allocate_ranks(
+            layers,
+            parameters,
+            allocator=allocation.allocator,
+            rank_multiple=allocation.rank_multiple,
+            min_rank_ratio=allocation.min_rank_ratio,
+            allow_dense=allocation.allow_dense,
+            fixed=fixed,
+        )
+    except BudgetError as error:
+        if settings.residual:
+            raise
+        multiples = f"with ranks in multiples of {allocation.rank_multiple}"
+        raise budget.error("MixedRankConfig.", error.smallest, multiples) from None
+
+
+def fixed_ranks(weights: TargetWeights, settings) -> dict[str, int]:
+    """Ranks by layer name of the layers that `rank_pattern` names."""
+    # A layer without a residual is one that is not a target.
+    least = 1 if settings.residual else DENSE
+    fixed = {}
+    # A longer name says more.
+    for key, rank in sorted(settings.rank_pattern.items(), key=lambda item: len(item[0])):
+        matching = [name for name in weights.names if name == key or name.endswith(f".{key}")]
+        if not matching:
+            raise ValueError(
+                f"MixedRankConfig.rank_pattern names {key!r}, which is none of the {len(weights.names)} targets"
+            )
+        for name in matching:
+            most = min(dense_shape(weights.model.get_submodule(name)))
+            if not least <= rank <= most:
+                raise ValueError(
+                    f"MixedRankConfig.rank_pattern[{key!r}] must be from {least} to {most} for {name!r}, got {rank}"
+                )
+            fixed[name] = rank
+    return fixed
