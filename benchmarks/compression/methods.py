@@ -10,9 +10,9 @@ from torch import nn
 
 from benchmarks.common.measure import peak_rss, settle_rss
 from benchmarks.common.timing import processor_clock
-from hf_qst import LowRankLinear, MixedRankConfig, compress_model
+from hf_qst import MixedRankConfig, compress_model
 from hf_qst.base_model import dense_shape
-from hf_qst.mixed_rank import find_targets
+from hf_qst.mixed_rank import LowRankLinear, find_targets
 
 UNIFORM = {"allocation": "uniform", "compensation": "none"}
 # How far a model's parameters may be from the budget, as a part of it.

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from benchmarks.common.timing import in_turns, paired_ratio, processor_clock
 from benchmarks.compression.methods import target_shapes
-from hf_qst import LowRankLinear
 from hf_qst.base_model import dense_shape
+from hf_qst.mixed_rank import LowRankLinear
 
 LAYERS = ((768, 768), (768, 2048), (2048, 2048), (4096, 4096), (4096, 11008))
 ROWS = (1, 16, 128, 512)

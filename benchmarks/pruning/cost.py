@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from benchmarks.common.measure import peak_rss, settle_rss
 from benchmarks.common.timing import in_turns, paired_ratio
 from benchmarks.compression.speed import clock_of, models
-from hf_qst import DISPConfig, prune_blocks
+from hf_qst import DISPConfig
 from hf_qst.base_model import find_decoder_stack
 from hf_qst.planning import SavedForBackward
-from hf_qst.pruning import SELECTIONS, PruningLayout, rounded_width
+from hf_qst.pruning import SELECTIONS, PruningLayout, prune_blocks, rounded_width
 
 Widths = list[list[int]]
 

@@ -5,7 +5,7 @@ import re
 from transformers import AutoModelForCausalLM
 
 from examples import prune
-from hf_qst import PrunedBranch
+from hf_qst.pruning import PrunedBranch
 
 
 def test_model_is_pruned_reloaded_recovered_and_saved(tiny_base, tmp_path, capsys):

@@ -14,14 +14,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_qst import (
-    AdaptiveTemperatureLogitsProcessor,
-    DISPCallback,
-    DISPConfig,
-    MixedRankConfig,
-    QSTConfig,
-    to_dense,
-)
+from hf_qst import AdaptiveTemperatureLogitsProcessor, DISPCallback, DISPConfig, MixedRankConfig, QSTConfig, to_dense
 from tests.architectures import NF4, tiny
 from tests.plugins.code_tokenizers import tokenizer as code_tokenizer
 from tests.toy_data import token_dataset

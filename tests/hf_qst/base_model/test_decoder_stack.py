@@ -16,8 +16,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_qst import QSTConfig, UnsupportedArchitectureError
+from hf_qst import QSTConfig
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, find_decoder_stack
+from hf_qst.errors import UnsupportedArchitectureError
 from tests.architectures import CONFIGS, side_tuned, tiny
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_qst import BudgetError
+from hf_qst.errors import BudgetError
 from hf_qst.pruning.layout import ON_RESIDUAL, SELECTIONS, PruningLayout
 from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, rounded_width, widths_on_budget
 

@@ -10,13 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, T5Config
 from trl import DPOConfig, DPOTrainer
 
-from hf_qst import (
-    BudgetError,
-    DISPConfig,
-    MixedRankConfig,
-    UnsupportedArchitectureError,
-    prune_blocks,
-)
+from hf_qst import DISPConfig, MixedRankConfig
+from hf_qst.errors import BudgetError, UnsupportedArchitectureError
+from hf_qst.pruning import prune_blocks
 from hf_qst.pruning.layout import SELECTIONS
 from tests.architectures import CONFIGS, tiny, token_batch
 from tests.pruned_models import network, random_masks, with_disp

@@ -9,9 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_qst import MixedRankConfig, PrunedBranch, QSTConfig, UnsupportedArchitectureError, prune_blocks, to_dense
+from hf_qst import MixedRankConfig, QSTConfig, to_dense
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.disp.layer import DISPLayer
+from hf_qst.errors import UnsupportedArchitectureError
+from hf_qst.pruning import PrunedBranch, prune_blocks
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from tests.architectures import CONFIGS, NF4, in_nf4, tiny, token_batch
 from tests.pruned_models import random_masks, with_disp

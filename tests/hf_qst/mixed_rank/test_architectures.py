@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst import UnsupportedArchitectureError
+from hf_qst.errors import UnsupportedArchitectureError
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress_model
 from tests.architectures import CONFIGS, tiny, token_batch
 

@@ -18,7 +18,7 @@ from transformers import (
     WhisperModel,
 )
 
-from hf_qst import UnsupportedArchitectureError
+from hf_qst.errors import UnsupportedArchitectureError
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress_model
 from tests.architectures import tiny, token_batch
 from tests.hf_qst.mixed_rank.test_architectures import EVERY, TARGETS, batch, build, data

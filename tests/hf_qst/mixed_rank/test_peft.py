@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from hf_qst import CheckpointError
+from hf_qst.errors import CheckpointError
 from hf_qst.mixed_rank import (
     BudgetError,
     LowRankLinear,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, BitsAndBytesConfig
 
-from hf_qst import CheckpointError
+from hf_qst.errors import CheckpointError
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress_model, rank_report
 from hf_qst.mixed_rank.quantization import dequantize_factors, quantize_factors, stored_bytes
 from tests.architectures import NF4, digest, in_nf4, side_tuned, tiny, token_batch

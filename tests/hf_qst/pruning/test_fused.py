@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from benchmarks.common.measure import write_json
-from hf_qst import prune_blocks, register_kind, reshape_model, to_dense
+from hf_qst import to_dense
 from hf_qst.base_model.decoder_stack import find_decoder_stack
-from hf_qst.pruning import fused, use_kernels
+from hf_qst.pruning import fused, prune_blocks, use_kernels
+from hf_qst.reshaped_models import register_kind, reshape_model
 from hf_qst_kernels import break_even, linear_index_add, use_backend
 from tests.architectures import tiny
 from tests.hf_qst.pruning.fused_blocks import FUSED, IDS, SMALL, Launches, furthest, logits, pruned, sites

@@ -5,11 +5,11 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_qst import UnsupportedArchitectureError
 from hf_qst.base_model.budget import BudgetError
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.calibration import CalibrationError
 from hf_qst.disp import DISPConfig
+from hf_qst.errors import UnsupportedArchitectureError
 from hf_qst.pruning.branch import PrunedBranch
 from hf_qst.pruning.by_scores import prune_model
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout

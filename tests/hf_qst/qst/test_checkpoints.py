@@ -7,7 +7,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_qst import CheckpointError, QSTConfig
+from hf_qst import QSTConfig
+from hf_qst.errors import CheckpointError
 from tests.architectures import CONFIGS, digest, in_nf4, side_tuned, tiny, token_batch, wake
 
 WEIGHTS = "adapter_model.safetensors"

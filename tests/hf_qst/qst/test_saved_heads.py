@@ -8,7 +8,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from hf_qst import CheckpointError, QSTConfig
+from hf_qst import QSTConfig
+from hf_qst.errors import CheckpointError
 from hf_qst.saved.manifest import describe
 from tests.architectures import digest, tiny, wake
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_qst import CheckpointError
+from hf_qst.errors import CheckpointError
 from hf_qst.reshaped_models import MANIFEST_NAME, ReshapedModelError, register_kind, reshape_model, to_dense
 from tests.architectures import tiny
 from tests.reshaped_toys import Factorised, load, outputs, reshaped

@@ -12,7 +12,8 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from hf_qst import CheckpointError, MixedRankConfig
+from hf_qst import MixedRankConfig
+from hf_qst.errors import CheckpointError
 from tests.architectures import NF4, tiny
 from tests.reshaped_toys import IDS, load, reshaped, same
 
