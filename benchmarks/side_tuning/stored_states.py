@@ -30,6 +30,7 @@ from examples.demo import load_base
 from examples.prose import handbook_files
 from examples.real_model import HELP, model_path
 from hf_qst import QSTConfig
+from hf_qst.qst import Taps
 from hf_qst_kernels import linear_cross_entropy
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -105,8 +106,6 @@ class StoredBase:
 
     def loss(self, network, step: Step) -> torch.Tensor:
         """The side-tuned model's mean loss in nats a token."""
-        from hf_qst.qst.side_network import Taps
-
         taps = Taps()
         for i, context in enumerate(step.contexts):
             entering, leaving = step.states[i].float(), step.states[i + 1].float()
