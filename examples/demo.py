@@ -81,7 +81,14 @@ def load_base(model: str, device: str):
 def adapters(calibration: list[dict]) -> dict:
     """The two methods, each with its own configuration."""
     return {
-        "QST": QSTConfig(task_type="CAUSAL_LM", r=SIDE_R, downsample="principal", calibration_data=calibration),
+        "QST": QSTConfig(
+            task_type="CAUSAL_LM",
+            r=SIDE_R,
+            side_every=2,
+            readout_every=1,
+            downsample="principal",
+            calibration_data=calibration,
+        ),
         "QLoRA": LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
     }
 
