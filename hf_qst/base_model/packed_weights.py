@@ -125,3 +125,13 @@ def _put_back(layer, state_dict, prefix, local_metadata) -> None:
     packed = layer.__dict__.pop("_packed", None)
     if packed is not None:
         layer.weight.data, layer.weight.quant_state = packed
+
+
+def drop_quantizer(model: nn.Module) -> None:
+    """Tell a transformers model that its weights are in floating point, if it says that they are quantised.
+
+    They are where layers were replaced, and from the start in a model loaded from a GGUF file. transformers refuses to save
+    what it takes for a quantised model of such a kind.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)

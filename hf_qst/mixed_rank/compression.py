@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.base_model.offloading import require_weights
-from hf_qst.base_model.packed_weights import find_packed, unpacked
+from hf_qst.base_model.packed_weights import drop_quantizer, find_packed, unpacked
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.layer import LowRankLinear
 from hf_qst.mixed_rank.pipeline import Compression, Pipeline
@@ -85,6 +85,7 @@ def finished(model: nn.Module) -> nn.Module:
         return model
     quantizer = find_quantizer(model)
     if quantizer is None:
+        drop_quantizer(model)
         return reshape_model(model)
     # Reshaping compares shapes unless it knows of a quantizer, and gives the model a configuration of its own.
     model.hf_quantizer = quantizer

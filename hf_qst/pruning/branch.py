@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_qst.base_model.decoder_stack import Architecture, DecoderStack, UnsupportedArchitectureError, find_decoder_stack
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, is_linear, set_weights
+from hf_qst.base_model.packed_weights import drop_quantizer
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from hf_qst.reshaped_models import ReshapedModelError, reshape_model
 
@@ -249,8 +250,7 @@ def prune_blocks(model: PreTrainedModel, masks: Sequence[Mapping[str, torch.Tens
             block.set_submodule(branch.path, _pruned(module, branch, stack.spec.hidden_size))
     if not any(isinstance(module, PrunedBranch) for module in model.modules()):
         return model
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
+    drop_quantizer(model)
     return reshape_model(model)
 
 

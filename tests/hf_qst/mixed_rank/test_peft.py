@@ -313,6 +313,17 @@ def test_nf4_base_is_dequantised_for_the_factors(tmp_path, packed):
     assert all(p.is_floating_point() for n, p in made.named_parameters() if "mixed_rank" in n)
 
 
+def test_model_whose_weights_are_no_longer_quantised_does_not_say_that_they_are(tmp_path):
+    """All layers of the blocks have factors in floating point, and the head was never in 4 bits."""
+    ranks = dict.fromkeys(["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 8)
+    ranks |= dict.fromkeys(["k_proj", "v_proj"], 8)
+    small = compressed(model=in_nf4(tmp_path / "base"), rank_pattern=ranks, compensation="none").merge_and_unload()
+    assert getattr(small.config, "quantization_config", None) is None
+    small.save_pretrained(tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(logits(loaded), logits(small))
+
+
 def test_smaller_model_reloads_in_four_bits(tmp_path):
     small = compress_model(tiny("llama"), config())
     small.save_pretrained(tmp_path)
