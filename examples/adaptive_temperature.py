@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.real_model import HELP, model_argument
 from hf_qst_plugins.adaptive_temperature import BlockStart, VocabularyTable, adaptive_generate_kwargs
 
 BASE_MODEL = Path(__file__).parent / "base_model"
@@ -23,7 +24,7 @@ def marked(text_of_token: list[str], hot: list[bool]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=BASE_MODEL, help="a causal language model and its tokenizer")
+    parser.add_argument("--model", type=model_argument, default=str(BASE_MODEL), help=HELP)
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--block-temperature", type=float, default=0.8)
     parser.add_argument("--temperature", type=float, default=0.5)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from transformers.utils import logging as transformers_logging
 
 from examples.demo import BASE, load_base
+from examples.real_model import HELP, model_argument
 from hf_qst import QSTConfig
 from hf_qst_plugins.code_evaluation import evaluate, read_problems, training_pairs
 
@@ -88,7 +89,7 @@ def fine_tune(base, tokenizer, args):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BASE), help="base model: a folder or a hub name")
+    parser.add_argument("--model", type=model_argument, default=str(BASE), help=HELP)
     parser.add_argument("--method", choices=tuple(LEARNING_RATE), default="qst")
     parser.add_argument("--float32", action="store_true", help="keep the base in float32 instead of NF4")
     parser.add_argument("--r", type=int, default=2, help="QST's reduction factor")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.corpus import blocks, held_out_loss, split, stdlib_files, tokens
 from examples.demo import BASE, complete, nf4
+from examples.real_model import HELP, model_argument
 from hf_qst import MixedRankConfig, rank_report
 
 PROMPT = "def read_lines(path):"
@@ -31,7 +32,7 @@ def report(what: str, model, held: torch.Tensor) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BASE), help="a folder or a hub name (default: the project's base model)")
+    parser.add_argument("--model", type=model_argument, default=str(BASE), help=HELP)
     parser.add_argument("--keep", type=float, default=0.6, help="part of the weights in the blocks to keep")
     parser.add_argument("--calibration-blocks", type=int, default=64, help="blocks to calibrate on")
     parser.add_argument("--held-blocks", type=int, default=64, help="blocks to measure the perplexity on")

