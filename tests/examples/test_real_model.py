@@ -12,7 +12,7 @@ def test_folders_and_hub_names_are_left_as_they_are(tmp_path):
 
 def test_what_is_not_here_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(real_model.PACKAGED, "smollm2", ("package_that_is_not_there", "pip install it"))
-    with pytest.raises(real_model.NoModelError, match="'smollm2' is not installed here. Get it with: pip install it"):
+    with pytest.raises(real_model.NoModelError, match=r"'smollm2' is not installed here\. Get it with: pip install it"):
         real_model.model_path("smollm2")
     with pytest.raises(SystemExit) as stopped:
         real_model.main(["smollm2"])
