@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.corpus import cache_folder
+from hf_qst.base_model import drop_quantizer
 
 BASE = Path(__file__).parent / "base_model"
 """The 12M model of the project, trained on the Python standard library."""
@@ -75,17 +77,17 @@ def _as_folder(file: Path, name: str) -> Path:
         return folder
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The weights are no longer quantised, and transformers refuses to save a model whose configuration says they are.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    staging = folder.with_name(f".tmp_{os.getpid()}_{folder.name}")
-    model.save_pretrained(staging)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(staging)
-    try:
-        staging.rename(folder)
-    except OSError:  # another process was faster
-        if not folder.is_dir():
-            raise
+    drop_quantizer(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp_") as staging:
+        whole = Path(staging) / folder.name
+        model.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(whole)
+        try:
+            whole.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
     return folder
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,10 +87,8 @@ class StoredBase:
     """A base with its head, and the states that it gives for batches."""
 
     def __init__(self, base):
-        # Any adapter will do: it is the hooks around the blocks that are wanted.
-        self.model = get_peft_model(
-            copy.deepcopy(base), QSTConfig(task_type="CAUSAL_LM", r=base.config.hidden_size // 32)
-        )
+        # Its hooks around the blocks are wanted, and a side network away from its start, for the check.
+        self.model = get_peft_model(copy.deepcopy(base), QSTConfig(task_type="CAUSAL_LM", init_weights=False))
         self.layer = self.model.base_model.model.model
         self.head = self.model.get_output_embeddings().weight.detach()
         self.last_context = None
@@ -104,6 +103,19 @@ class StoredBase:
         self.last_context = self.last_context or recording.contexts
         return Step(recording.states, self.last_context, output[0], ids)
 
+    @torch.no_grad()
+    def check(self, step: Step) -> None:
+        """Compare the loss on stored states with that of the model itself.
+
+        Raises:
+            RuntimeError: they differ by more than the states' rounding to float16 explains.
+        """
+        network = self.layer.active_network()
+        stored, whole = self.loss(network, step).item(), self.model(input_ids=step.ids, labels=step.ids).loss.item()
+        print(f"loss of a random side network on stored states {stored:.5f}, in the model {whole:.5f}")
+        if abs(stored - whole) > 1e-3 * abs(whole):
+            raise RuntimeError(f"the loss on stored states is {stored}, in the model {whole}")
+
     def loss(self, network, step: Step) -> torch.Tensor:
         """The side-tuned model's mean loss in nats a token."""
         taps = Taps()
@@ -115,52 +127,47 @@ class StoredBase:
         return linear_cross_entropy(hidden[:, :-1].reshape(len(labels), -1), self.head, labels)
 
 
-def optimizer_of(parameters, rate: float, steps: int):
+def train(parameters: list, losses: Iterable[torch.Tensor], steps: int, rate: float) -> float:
+    """A step of AdamW for each loss, with the rate falling to zero; seconds a step."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    return optimizer, get_linear_schedule_with_warmup(optimizer, 5, steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, 5, steps)
+    started = time.perf_counter()
+    for loss in losses:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return (time.perf_counter() - started) / steps
 
 
 def train_side(base, stored: StoredBase, config, rate: float, seed: int, batches: list[Step], held: list[Step]) -> dict:
     """One run on stored states: one step a batch."""
     set_seed(seed)
     model = get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
-    network = model.base_model.model.model.qst_net["default"]
+    network = model.base_model.model.model.qst_net["default"].train()
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer, schedule = optimizer_of(parameters, rate, len(batches))
-    network.train()
-    started = time.perf_counter()
-    for step in batches:
-        stored.loss(network, step).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    seconds = time.perf_counter() - started
+    seconds = train(parameters, (stored.loss(network, step) for step in batches), len(batches), rate)
     network.eval()
     with torch.no_grad():
         loss = sum(stored.loss(network, step).item() for step in held) / len(held)
-    count = sum(p.numel() for p in parameters)
-    return {"rate": rate, "seed": seed, "loss": loss, "parameters": count, "seconds_per_step": seconds / len(batches)}
+    return _run(rate, seed, loss, parameters, seconds)
 
 
 def train_qlora(base, rate: float, seed: int, rows: torch.Tensor, batch: int, held: torch.Tensor) -> dict:
     """QLoRA of rank 16 in every linear layer, on the same batches."""
     set_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    model = get_peft_model(copy.deepcopy(base), config)
+    model = get_peft_model(copy.deepcopy(base), config).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = optimizer_of(parameters, rate, len(rows) // batch)
-    model.train()
-    started = time.perf_counter()
-    for ids in tqdm(rows.split(batch), desc=f"QLoRA at {rate:g}", unit="step"):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    seconds = (time.perf_counter() - started) / (len(rows) // batch)
+    bar = tqdm(rows.split(batch), desc=f"QLoRA at {rate:g}", unit="step")
+    losses = (model(input_ids=ids, labels=ids, use_cache=False).loss for ids in bar)
+    seconds = train(parameters, losses, len(bar), rate)
+    return _run(rate, seed, held_out_loss(model, held, batch), parameters, seconds)
+
+
+def _run(rate: float, seed: int, loss: float, parameters: list, seconds: float) -> dict:
     count = sum(p.numel() for p in parameters)
-    loss = held_out_loss(model, held, batch)
     return {"rate": rate, "seed": seed, "loss": loss, "parameters": count, "seconds_per_step": seconds}
 
 
@@ -196,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     report |= {**environment(torch.device("cpu")), "rows": []}
     stored = StoredBase(base)
     batches = [stored.step(ids) for ids in tqdm(rows.split(args.batch), desc="states of the base", unit="batch")]
+    stored.check(batches[0])
     held_steps = [stored.step(ids) for ids in held.split(args.batch)]
     for steps in args.steps:
         for name in chosen:

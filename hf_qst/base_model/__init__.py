@@ -2,6 +2,6 @@
 
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight
-from hf_qst.base_model.packed_weights import forbid_packing
+from hf_qst.base_model.packed_weights import drop_quantizer, forbid_packing
 
-__all__ = ["dense_shape", "dense_weight", "find_decoder_stack", "forbid_packing"]
+__all__ = ["dense_shape", "dense_weight", "drop_quantizer", "find_decoder_stack", "forbid_packing"]
