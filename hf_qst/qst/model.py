@@ -62,4 +62,5 @@ class QSTModel(StackTuner):
         elif peft_config.manifest is None:  # otherwise they are about to be loaded
             blocks = find_decoder_stack(self.model).blocks
             read = [blocks[i] for i in network.places]
-            fit_principal(self.model, layer.base_layer, read, network.downsample, peft_config.calibration_data)
+            data, reads_embedding = peft_config.calibration_data, network.places[0] == 0
+            fit_principal(self.model, layer.base_layer, read, reads_embedding, network.downsample, data)

@@ -17,14 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def fit_principal(model: nn.Module, stack: nn.Module, blocks: Sequence[nn.Module], downsamplers, batches) -> None:
+def fit_principal(
+    model: nn.Module, stack: nn.Module, blocks: Sequence[nn.Module], reads_embedding: bool, downsamplers, batches
+) -> None:
     """Fit every `PrincipalDownsample` to the states that the base produces on `batches`.
 
     Args:
         model: the base with its head.
         stack: the base's decoder stack; `blocks` are those of its blocks that have a side block.
-        downsamplers: one per block. Each reads its block's output. The first also reads the embedding: it is fitted to
-            both where its block is the stack's first.
+        reads_embedding: whether the first of `blocks` is the stack's first, so that its input is the embedding.
+        downsamplers: one per block. Each is fitted to its block's output, the first also to the embedding it reads.
         batches: calibration data, as `hf_qst.calibration.as_batches` takes them, or None to keep random directions.
 
     Raises:
@@ -44,12 +46,11 @@ def fit_principal(model: nn.Module, stack: nn.Module, blocks: Sequence[nn.Module
     batches = as_batches(batches, argument="QSTConfig.calibration_data", model=model)
     batches = [{key: value for key, value in batch.items() if key in taken} for batch in batches]
     names = {module: name for name, module in stack.named_modules()}
-    first = names[blocks[0]].rpartition(".")[2] == "0"
     groups = [(names[block],) for block in blocks]
 
     def states(module, args, kwargs, output) -> list[torch.Tensor]:
         leaving = output[0] if isinstance(output, tuple) else output
-        return [first_input(args, kwargs), leaving] if first and module is blocks[0] else [leaving]
+        return [first_input(args, kwargs), leaving] if reads_embedding and module is blocks[0] else [leaving]
 
     moments = collect_statistics(stack, groups, batches, label="principal directions", states=states)
     for group, part in zip(groups, downsamplers, strict=True):
