@@ -3,6 +3,7 @@
 Importing this package registers them with transformers' Auto classes.
 """
 
+from hf_qst.base_model.experts import KIND, SplitExperts
 from hf_qst.reshaped_models.classes import (
     CLASS_PREFIX,
     FORMAT,
@@ -15,6 +16,8 @@ from hf_qst.reshaped_models.classes import (
 )
 from hf_qst.reshaped_models.folder import MANIFEST_NAME
 from hf_qst.reshaped_models.kinds import ReshapedModelError, register_kind
+
+register_kind(KIND, SplitExperts.from_description)
 
 __all__ = [
     "FORMAT",
