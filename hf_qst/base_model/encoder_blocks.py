@@ -79,7 +79,11 @@ def _marked_lists(module: nn.Module, path: str = "") -> Iterator[str]:
     """The outermost lists of modules whose class says that they are blocks, in the model's own order."""
     for name, child in module.named_children():
         inside = f"{path}.{name}" if path else name
-        if isinstance(child, nn.ModuleList) and len(child) and all(isinstance(m, GradientCheckpointingLayer) for m in child):
+        if (
+            isinstance(child, nn.ModuleList)
+            and len(child)
+            and all(isinstance(m, GradientCheckpointingLayer) for m in child)
+        ):
             yield inside
         else:
             yield from _marked_lists(child, inside)

@@ -151,7 +151,9 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None, empty: bool) -> nn.
     """A layer that shares the memory of `weight` [d_out, d_in] and `bias` [d_out], or with memory of its own."""
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if empty else weight)
+    layer.weight = nn.Parameter(
+        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if empty else weight
+    )
     if bias is not None:
         layer.bias = nn.Parameter(torch.empty_like(bias) if empty else bias)
     return layer
@@ -214,5 +216,8 @@ def enclosing_experts(model: nn.Module, name: str) -> tuple[str, SplitExperts, s
     path, _, index = path.rpartition(".")
     if not index.isdigit():
         return None
-    module = model.get_submodule(path)
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
     return (path, module, rest) if isinstance(module, SplitExperts) else None

@@ -13,10 +13,11 @@ from hf_qst.base_model.experts import fused_experts, own_memory, put_back, split
 from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.base_model.offloading import require_weights
 from hf_qst.base_model.packed_weights import drop_quantizer, find_packed, unpacked
+from hf_qst.base_model.quantized_layers import attach_quantizer, find_quantizer
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.layer import LowRankLinear
 from hf_qst.mixed_rank.pipeline import Compression, Pipeline
-from hf_qst.mixed_rank.quantization import attach_quantizer, find_quantizer, require_available
+from hf_qst.mixed_rank.quantization import require_available
 from hf_qst.mixed_rank.target_weights import TargetWeights
 from hf_qst.mixed_rank.targets import experts_to_split, find_targets, require_reach
 from hf_qst.reshaped_models import reshape_model

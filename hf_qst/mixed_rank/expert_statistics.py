@@ -45,19 +45,24 @@ def is_pool(model: nn.Module, group: Group) -> bool:
 
 
 class ExpertMoment(CrossMoment):
-    """The moments of one expert, shrunk towards those of all tokens.
+    """The moments of one expert, shrunk towards those of all tokens, where these are given.
 
-    `count` is the number of rows that the result is worth, n / (1 - rho), and at most that of all tokens.
+    `count` is the number of rows that the result is worth, n / (1 - rho), and at most that of all tokens; never 0, so that
+    all is zero where nothing was seen.
     """
 
-    def __init__(self, own: SecondMoment, pool: SecondMoment):
+    def __init__(self, own: SecondMoment, pool: SecondMoment | None):
         self._rows = own.count
-        part = _intensity(own, pool)
-        self.count = pool.count if part == 1.0 else min(own.count / (1.0 - part), pool.count)
+        part = 0.0 if pool is None else _intensity(own, pool)
+        self.count = pool.count if part == 1.0 else max(own.count, 1) / (1.0 - part)
+        if pool is not None:
+            self.count = min(self.count, pool.count)
         for name in ("sum", "products", "fourth", "cross", "other_sum"):
             if hasattr(own, name):
                 mean = getattr(own, name) / max(own.count, 1)
-                setattr(self, name, self.count * torch.lerp(mean, getattr(pool, name) / pool.count, part))
+                if pool is not None:
+                    mean = torch.lerp(mean, getattr(pool, name) / pool.count, part)
+                setattr(self, name, self.count * mean)
 
     @property
     def rows(self) -> int:
@@ -75,14 +80,11 @@ def _intensity(own: SecondMoment, pool: SecondMoment) -> float:
 
 def of_expert(own: SecondMoment | MeanInput, pool: SecondMoment | None):
     """What stands for an expert's statistic: shrunk towards the pool, where there is one, and never of no rows."""
-    if pool is not None:
+    if not isinstance(own, MeanInput):
         return ExpertMoment(own, pool)
     if own.count == 0:
         # One row of zeros stands for none: no direction is better than another.
-        if isinstance(own, MeanInput):
-            own.add(own.sums.new_zeros(1, own.sums.shape[1]), torch.zeros(1, dtype=torch.long, device=own.sums.device))
-        else:
-            own.count = 1
+        own.add(own.sums.new_zeros(1, own.sums.shape[1]), torch.zeros(1, dtype=torch.long, device=own.sums.device))
     return own
 
 

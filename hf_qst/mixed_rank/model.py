@@ -15,6 +15,7 @@ from torch import nn
 from hf_qst.base_model.experts import join, own_memory, split_named
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
 from hf_qst.base_model.offloading import require_in_place
+from hf_qst.base_model.quantized_layers import scheme_of
 from hf_qst.mixed_rank.compression import compress, finished
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.quantization import (
@@ -22,7 +23,6 @@ from hf_qst.mixed_rank.quantization import (
     quantize_factors,
     require_available,
     saved_rank,
-    scheme_of,
 )
 from hf_qst.mixed_rank.targets import matches
 from hf_qst.reshaped_models import ReshapedModel, to_dense

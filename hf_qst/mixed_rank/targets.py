@@ -75,9 +75,7 @@ def _rule(model: nn.Module, config) -> Callable[[str], bool]:
             f"{type(model).__name__} is not of a type whose blocks are known ("
             f"{', '.join(known_types())}): name its layers in MixedRankConfig.target_modules"
         )
-    return lambda name: (
-        name.startswith(blocks) and stays_out(model, name) is None and bool(matches(config, name, ".*"))
-    )
+    return lambda name: name.startswith(blocks) and stays_out(model, name) is None and bool(matches(config, name, ".*"))
 
 
 def require_reach(model: nn.Module, targets: list[str], config) -> None:

@@ -14,6 +14,7 @@ from hf_qst.reshaped_models.classes import (
     reshaped_class,
     to_dense,
 )
+from hf_qst.reshaped_models.expert_quantization import quantize_experts, split_experts
 from hf_qst.reshaped_models.folder import MANIFEST_NAME
 from hf_qst.reshaped_models.kinds import ReshapedModelError, register_kind
 
@@ -26,9 +27,11 @@ __all__ = [
     "ReshapedConfig",
     "ReshapedModel",
     "ReshapedModelError",
+    "quantize_experts",
     "register_kind",
     "reshape_model",
     "reshaped_class",
+    "split_experts",
     "to_dense",
 ]
 
