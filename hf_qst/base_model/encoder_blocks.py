@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qst.base_model.decoder_stack import ARCHITECTURES
 
@@ -31,11 +30,7 @@ class Blocks:
 
 
 _BUCKETS = "reads relative positions, not hidden states: the same few rows in every call"
-_DEBERTA = {
-    r"pos_(proj|q_proj)": _BUCKETS,
-    r"attention\.self\.(in_proj)": "its weight is sliced by heads and multiplied piece by piece, the layer is not called",
-}
-_ROUTER = "chooses experts or gates them, one number for each: nothing to save"
+_DEBERTA = {r"pos_\w*proj": _BUCKETS}
 
 # Models whose blocks are found, besides the rows of `ARCHITECTURES`.
 MODELS: dict[str, Blocks] = {
@@ -43,7 +38,7 @@ MODELS: dict[str, Blocks] = {
         (
             "bart", "beit", "bert", "clip", "clip_text_model", "clip_vision_model", "deit", "dinov2", "dinov3_vit",
             "distilbert", "electra", "eurobert", "hubert", "modernbert", "roberta", "segformer", "siglip",
-            "siglip_text_model", "siglip_vision_model", "swin", "t5", "vit", "wav2vec2", "whisper", "xlm-roberta",
+            "siglip_vision_model", "swin", "t5", "vit", "wav2vec2", "whisper", "xlm-roberta",
         ),
         Blocks(),
     ),
@@ -77,6 +72,9 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 def _marked_lists(module: nn.Module, path: str = "") -> Iterator[str]:
     """The outermost lists of modules whose class says that they are blocks, in the model's own order."""
+    # Costs a tenth of a second, which importing this package must not.
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     for name, child in module.named_children():
         inside = f"{path}.{name}" if path else name
         if (
