@@ -42,7 +42,7 @@ MODELS: dict[str, Blocks] = {
         ),
         Blocks(),
     ),
-    **dict.fromkeys(("deepseek_v3", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next"), Blocks()),
+    **dict.fromkeys(("deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe", "qwen3_next"), Blocks()),
     "convnext": Blocks(paths=("encoder.stages",)),
     "deberta": Blocks(without=_DEBERTA),
     "deberta-v2": Blocks(without=_DEBERTA),

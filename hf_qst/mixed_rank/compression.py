@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_qst.base_model.experts import fused_experts, own_memory, put_back, split, split_named
+from hf_qst.base_model.experts import own_memory, split_named
 from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.base_model.offloading import require_weights
 from hf_qst.base_model.packed_weights import drop_quantizer, find_packed, unpacked
@@ -19,7 +18,7 @@ from hf_qst.mixed_rank.layer import LowRankLinear
 from hf_qst.mixed_rank.pipeline import Compression, Pipeline
 from hf_qst.mixed_rank.quantization import require_available
 from hf_qst.mixed_rank.target_weights import TargetWeights
-from hf_qst.mixed_rank.targets import experts_to_split, find_targets, require_reach
+from hf_qst.mixed_rank.targets import experts_split, find_targets, require_reach
 from hf_qst.reshaped_models import reshape_model
 
 
@@ -40,7 +39,7 @@ def compress(model: nn.Module, config, calibration_data: Iterable[Mapping] | Non
     require_weights(model, "MixedRankConfig")
     if config.residual and config.residual.reference_model is not None:
         require_weights(config.residual.reference_model, "MixedRankConfig.residual.reference_model")
-    with unpacked(model), _with_experts_split(model, config):
+    with unpacked(model), experts_split(model, config):
         names = find_targets(model, config)
         require_reach(model, names, config)
         require_available(config.quantize_factors, model, config.mode)
@@ -49,20 +48,6 @@ def compress(model: nn.Module, config, calibration_data: Iterable[Mapping] | Non
         calibration = None if data is None else CalibrationSet.read(data, settings, model)
         _require_backward(model, settings)
         return Pipeline(TargetWeights(model, names, settings), settings, calibration).run()
-
-
-@contextmanager
-def _with_experts_split(model: nn.Module, config) -> Iterator[None]:
-    """The experts that are to be compressed as linear layers for a while, in the reference model too."""
-    paths = experts_to_split(model, config)
-    reference = config.residual and config.residual.reference_model
-    models = [model] if reference is None else [model, reference]
-    taken = [split(one, [path for path in paths if path in fused_experts(one)]) for one in models]
-    try:
-        yield
-    finally:
-        for one, fused in zip(models, taken, strict=True):
-            put_back(one, fused)
 
 
 def _require_backward(model: nn.Module, settings) -> None:

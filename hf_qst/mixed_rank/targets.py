@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_qst.base_model.budget import BudgetError
 from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError
 from hf_qst.base_model.encoder_blocks import find_blocks, known_types, stays_out
-from hf_qst.base_model.experts import expert_shapes, fused_experts
+from hf_qst.base_model.experts import expert_shapes, fused_experts, put_back, split
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
 from hf_qst.mixed_rank.layer import LowRankLinear
 
@@ -22,12 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 def find_targets(model: nn.Module, config) -> list[str]:
-    """Full names of the linear layers that `config` names, in the model's own order.
+    """Full names of the linear layers that `config` names, in the model's own order; those of experts as if they were split.
 
     Raises:
         UnsupportedArchitectureError: all linear layers are asked for, but where the blocks are is not known.
         ValueError: nothing matches, or something is compressed already or shares its weight.
     """
+    with experts_split(model, config):
+        return _find(model, config)
+
+
+def _find(model: nn.Module, config) -> list[str]:
     wanted = config.target_modules
     is_wanted = _rule(model, config)
     compressed = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
@@ -49,15 +55,20 @@ def find_targets(model: nn.Module, config) -> list[str]:
     return targets
 
 
-def experts_to_split(model: nn.Module, config) -> list[str]:
-    """Paths of the fused experts some of whose layers, as they are called when split, `config` names."""
-    experts = fused_experts(model)
-    if not experts:
-        return []
-    is_wanted = _rule(model, config)
-    return [
-        path for path, fused in experts.items() if any(is_wanted(f"{path}.{name}") for name in expert_shapes(fused))
-    ]
+@contextmanager
+def experts_split(model: nn.Module, config) -> Iterator[None]:
+    """The experts some of whose layers `config` names as linear layers for a while, in the reference model too."""
+    reference = config.residual and config.residual.reference_model
+    fused = fused_experts(model)
+    is_wanted = _rule(model, config) if fused else None
+    paths = [path for path, one in fused.items() if any(is_wanted(f"{path}.{name}") for name in expert_shapes(one))]
+    models = [model] if reference is None else [model, reference]
+    taken = [split(one, [path for path in paths if path in fused_experts(one)]) for one in models]
+    try:
+        yield
+    finally:
+        for one, experts in zip(models, taken, strict=True):
+            put_back(one, experts)
 
 
 def _is_everything(config) -> bool:
