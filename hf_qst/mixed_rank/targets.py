@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_qst.base_model.budget import BudgetError
 from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError
 from hf_qst.base_model.encoder_blocks import find_blocks, known_types, stays_out
-from hf_qst.base_model.experts import expert_shapes, fused_experts, put_back, split
+from hf_qst.base_model.experts import SplitExperts, expert_shapes, fused_experts, put_back, split
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
 from hf_qst.mixed_rank.layer import LowRankLinear
 
@@ -62,12 +62,14 @@ def experts_split(model: nn.Module, config) -> Iterator[None]:
     fused = fused_experts(model)
     is_wanted = _rule(model, config) if fused else None
     paths = [path for path, one in fused.items() if any(is_wanted(f"{path}.{name}") for name in expert_shapes(one))]
-    models = [model] if reference is None else [model, reference]
-    taken = [split(one, [path for path in paths if path in fused_experts(one)]) for one in models]
+    taken = [(model, split(model, paths))]
+    if isinstance(reference, nn.Module):
+        own = {path for path, module in model.named_modules() if isinstance(module, SplitExperts)}
+        taken.append((reference, split(reference, own & fused_experts(reference).keys())))
     try:
         yield
     finally:
-        for one, experts in zip(models, taken, strict=True):
+        for one, experts in taken:
             put_back(one, experts)
 
 

@@ -7,9 +7,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
-from hf_qst import to_dense
+from hf_qst import quantize_experts, to_dense
 from hf_qst.base_model import encoder_blocks
 from hf_qst.base_model.experts import SplitExperts, fused_experts, split
+from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.errors import BudgetError
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
@@ -276,3 +277,29 @@ def test_experts_that_cannot_be_reached_are_named_unless_the_caller_names_layers
         compress_model(model, settings())
     compress_model(model, settings(target_modules=["q_proj", "o_proj"]))
     assert any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_residuals_make_up_for_what_experts_have_lost(quantised, tmp_path):
+    dense = tiny_mixture("mixtral")
+
+    def base():
+        if quantised:
+            model = quantize_experts(tiny_mixture("mixtral"))
+            # Saving takes weights out of bitsandbytes' packed layout, which is not exact.
+            forbid_packing(model)
+            return model
+        model = tiny_mixture("mixtral")
+        with torch.no_grad():
+            for experts in fused_experts(model).values():
+                experts.down_proj.mul_(1 + 0.3 * torch.randn(experts.down_proj.shape, generator=torch.manual_seed(1)))
+        return model
+
+    expected, fused = logits(dense), fused_experts(dense)
+    before = (logits(base()) - expected).norm()
+    tuned = get_peft_model(base(), settings(residual={"reference_model": dense, "rank": 24}))
+    assert any("experts" in name for name in tuned.peft_config["default"].rank_pattern)
+    assert (logits(tuned) - expected).norm() < 0.9 * before
+    assert fused_experts(dense) == fused
+    tuned.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(tuned))
