@@ -9,11 +9,13 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from hf_qst.base_model.decoder_stack import DecoderStack
+from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.qst import continuous_batching
 from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.frozen_head import LOSS_REQUEST
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork, Taps
+from hf_qst.qst.tail import key, linear_layers
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
@@ -46,7 +48,7 @@ class _Recorder:
     """Taps of one forward pass of the base."""
 
     def __init__(self, network: SideNetwork, grad: bool):
-        self.network, self.grad = network, grad
+        self.network, self.grad, self.tail = network, grad, network.tail
         self.taps = Taps()
 
     def record(self, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext) -> None:
@@ -82,10 +84,39 @@ class _BlockHook:
         recorder.record(self.index, entering, output[0] if isinstance(output, tuple) else output, context)
 
 
+class _TailStart:
+    """Forward pre-hook of base block `index`: from the tail's first block on, the base runs with gradients.
+
+    `QSTLayer` runs the base without them and restores the caller's mode after it.
+    """
+
+    def __init__(self, index: int, tape: RunningForward):
+        self.index, self.tape = index, tape
+
+    def __call__(self, block, args):
+        recorder = self.tape.current
+        if recorder is not None and recorder.tail is not None and recorder.tail.first == self.index:
+            torch.set_grad_enabled(recorder.grad)
+
+
+class _TailUpdate:
+    """Forward hook of a linear layer in a tail: adds its low-rank update."""
+
+    def __init__(self, name: str, tape: RunningForward):
+        self.name, self.tape = name, tape
+
+    def __call__(self, linear, args, output):
+        recorder = self.tape.current
+        if recorder is None or recorder.tail is None:
+            return None
+        update = recorder.tail.update(self.name, args[0])
+        return None if update is None else output + update.to(output.device, output.dtype)
+
+
 class QSTLayer(StackLayer):
     """Wraps a decoder stack and mixes its output with that of a side network.
 
-    The stack runs in evaluation mode and without gradients.
+    The stack runs in evaluation mode, and without gradients but for the blocks of a tail.
     """
 
     adapter_layer_names = ("qst_net",)
@@ -95,11 +126,28 @@ class QSTLayer(StackLayer):
     def __init__(self, base_layer: nn.Module, stack: DecoderStack):
         super().__init__(base_layer)
         self.num_layers = len(stack.blocks)
+        self.block_path = stack.architecture.blocks
+        self.hooked_from = self.num_layers  # the first block with the hooks of a tail
         self.tape = RunningForward()
         self.hook_handles = [
             block.register_forward_hook(_BlockHook(i, block, self.tape), with_kwargs=True)
             for i, block in enumerate(stack.blocks)
         ]
+
+    def update_layer(self, adapter_name: str, network: SideNetwork, inference_mode: bool) -> None:
+        super().update_layer(adapter_name, network, inference_mode)
+        if network.tail is not None:
+            self._hook_tail(network.tail.first)
+
+    def _hook_tail(self, first: int) -> None:
+        blocks = getattr(self.base_layer, self.block_path)
+        for i in range(first, self.hooked_from):
+            self.hook_handles.append(blocks[i].register_forward_pre_hook(_TailStart(i, self.tape)))
+            for path, linear in linear_layers(blocks[i]):
+                self.hook_handles.append(linear.register_forward_hook(_TailUpdate(key(i, path), self.tape)))
+            # bitsandbytes' packed layout on a CPU has no backward pass.
+            self.hook_handles.append(forbid_packing(blocks[i]))
+        self.hooked_from = min(first, self.hooked_from)
 
     def forward(self, *args, **kwargs):
         request = kwargs.pop(LOSS_REQUEST, None)
@@ -127,7 +175,7 @@ class QSTLayer(StackLayer):
         with self.tape.using(recorder), torch.no_grad():
             output = self.base_layer(**kwargs)
 
-        base = output[0].detach()
+        base = output[0] if recorder.tail is not None else output[0].detach()
         side = network(recorder.taps, cache, self.num_layers)
         return with_last_hidden_state(output, network.mix(base, side.to(base.device)))
 

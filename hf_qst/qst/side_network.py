@@ -5,6 +5,7 @@
     g_i = B_i(u_i)                                                            i in S
     h_out = mix(N_f(h_L), U(N_g(g_L)) + R concat_i(A_i rms(h_i)))             i in T
 
+With a tail of k blocks (`hf_qst.qst.tail`), S and T are among the L - k blocks below it, and g_L is the last side block's.
 h_0 is the input of the base's first block, h_i the output of its block i, and N_f its final norm (paper, section 3 and
 figure 2). h_0 shares the first downsampler. In the paper S is every block and T is empty. By default S is every fifth
 block, with wider side blocks in turn. The readout (A, R) adds a low-rank function of every third state to the output: it
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.qst.downsample import make_downsample, rms
 from hf_qst.qst.side_block import BlockContext, SideBlock, make_norm, side_spec
+from hf_qst.qst.tail import Tail
 from hf_qst_kernels import decisions, dispatch, tap_linear
 
 
@@ -108,7 +110,7 @@ class Float32Parameter(nn.Module):
 class _Mix(torch.autograd.Function):
     """`alpha * base + weight * side`, computed in float32 and returned in base's dtype; keeps no float32 copies.
 
-    `weight` is 1, or with `convex` 1 - alpha. `base` has no gradient.
+    `weight` is 1, or with `convex` 1 - alpha.
     """
 
     @staticmethod
@@ -123,14 +125,16 @@ class _Mix(torch.autograd.Function):
     def backward(ctx, grad):
         base, alpha, side = ctx.saved_tensors
         grad = grad.float()
-        grad_side = grad_alpha = None
+        grad_base = grad_side = grad_alpha = None
+        if ctx.needs_input_grad[0]:
+            grad_base = (grad * alpha).to(base.dtype)
         if ctx.needs_input_grad[1]:
             grad_side = (grad * (1 - alpha) if ctx.convex else grad).to(ctx.side_dtype)
         if ctx.needs_input_grad[2]:
             difference = base.float() - side.float() if ctx.convex else base.float()
             products = (grad * difference).flatten(0, -2)
             grad_alpha = products.sum(0) if alpha.numel() > 1 else products.sum().reshape(1)
-        return None, grad_side, grad_alpha, None
+        return grad_base, grad_side, grad_alpha, None
 
 
 class OutputMix(nn.Module):
@@ -172,7 +176,8 @@ class SideNetwork(nn.Module):
         gate_size = 1 if config.gate_shape == "scalar" else spec.hidden_size
         mix_size = 1 if config.mix_shape == "scalar" else stack.output_size
 
-        self.places = every(config.side_every, len(stack.blocks))
+        read = len(stack.blocks) - config.tail_layers
+        self.places = every(config.side_every, read)
         self.downsample = nn.ModuleList()
         self.gates = nn.ModuleList()
         self.blocks = nn.ModuleList()
@@ -184,9 +189,12 @@ class SideNetwork(nn.Module):
             self.blocks.append(SideBlock(spec, stack.module.config, window))
         self.readout = None
         if config.readout_rank:
-            read = every(config.readout_every, len(stack.blocks))
             sizes = base.hidden_size, stack.output_size, config.readout_rank
-            self.readout = Readout(read, *sizes, config.tap_storage, zero=config.init_weights)
+            places = every(config.readout_every, read)
+            self.readout = Readout(places, *sizes, config.tap_storage, zero=config.init_weights)
+        self.tail = None
+        if config.tail_layers:
+            self.tail = Tail(stack.blocks, read, config.tail_rank, zero=config.init_weights)
         self.norm = make_norm(spec.norm, spec.hidden_size, spec.norm_eps)
         self.upsample = nn.Linear(spec.hidden_size, stack.output_size, bias=True)
         self.mix = OutputMix(config.mix, mix_size, config.mix_lr_scale)
@@ -211,6 +219,9 @@ class SideNetwork(nn.Module):
             for i, down in self.readout.down.items():
                 _move(down, devices[int(i)])
             _move(self.readout.up, devices[-1])
+        if self.tail is not None:
+            for name, update in self.tail.updates.items():
+                _move(update, devices[int(name.partition("_")[0])])
 
     def cast(self, dtype: torch.dtype) -> None:
         """Cast all parameters, also those that otherwise stay float32."""
