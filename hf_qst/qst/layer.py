@@ -51,9 +51,15 @@ class _Recorder:
         self.network, self.grad, self.tail = network, grad, network.tail
         self.taps = Taps()
 
+    def reads(self, index: int) -> bool:
+        """Whether anything of base block `index` is kept."""
+        return index in self.network.read_blocks
+
     def record(self, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext) -> None:
+        if not self.grad:
+            return self.network.record(self.taps, index, entering, leaving, context)
         # The base runs without gradients, but a trainable downsampler needs them for its weight.
-        with torch.set_grad_enabled(self.grad):
+        with torch.enable_grad():
             self.network.record(self.taps, index, entering.detach(), leaving.detach(), context)
 
 
@@ -71,7 +77,7 @@ class _BlockHook:
 
     def __call__(self, block, args, kwargs, output):
         recorder = self.tape.current
-        if recorder is None:
+        if recorder is None or not recorder.reads(self.index):
             return
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         entering = arguments["hidden_states"]

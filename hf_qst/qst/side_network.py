@@ -192,6 +192,8 @@ class SideNetwork(nn.Module):
             sizes = base.hidden_size, stack.output_size, config.readout_rank
             places = every(config.readout_every, read)
             self.readout = Readout(places, *sizes, config.tap_storage, zero=config.init_weights)
+        # The input of the first block is read too.
+        self.read_blocks = {0, *self.places, *([] if self.readout is None else map(int, self.readout.down))}
         self.tail = None
         if config.tail_layers:
             self.tail = Tail(stack.blocks, read, config.tail_rank, zero=config.init_weights)
