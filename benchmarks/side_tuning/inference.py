@@ -70,7 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = parser_of("benchmarks.side_tuning.inference", __doc__)
     add = parser.add_argument
     add("--model", type=model_argument, default="smollm2", help=HELP)
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="models to compare; the base is always there")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        help="models to compare; the base is always there",
+    )
     add("--rows", type=int, nargs="+", default=[1, 16], help="sequences at once")
     add("--prompt", type=int, default=256, help="tokens of a prompt")
     add("--new", type=int, default=32, help="tokens written")

@@ -11,10 +11,10 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from hf_qst.base_model.block_calls import with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.disp.auxiliary_loss import with_auxiliary_loss
 from hf_qst.disp.selection import UndecidableError
-from hf_qst.pruning.branch import with_first_argument
 from hf_qst.pruning.layout import SELECTIONS
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_qst.base_model.block_calls import with_first_argument
 from hf_qst.base_model.decoder_stack import Architecture, DecoderStack, UnsupportedArchitectureError, find_decoder_stack
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, is_linear, set_weights
 from hf_qst.base_model.packed_weights import drop_quantizer
@@ -149,13 +150,6 @@ def exchanged(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
         return new
     module.set_submodule(name, new)
     return module
-
-
-def with_first_argument(args: tuple, kwargs: dict, change: Callable) -> tuple[tuple, dict]:
-    """The arguments of a call with the first, or the one named `hidden_states`, replaced by `change` of it."""
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
 
 @dataclass(frozen=True)

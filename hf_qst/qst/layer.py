@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from hf_qst.base_model.block_calls import with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.qst import continuous_batching
@@ -45,11 +46,17 @@ class SideNetworkMergeError(NotImplementedError):
 
 
 class _Recorder:
-    """Taps of one forward pass of the base."""
+    """One forward pass of the base: its taps, and what the side network makes of them."""
 
-    def __init__(self, network: SideNetwork, grad: bool):
+    def __init__(self, network: SideNetwork, grad: bool, cache, num_layers: int):
         self.network, self.grad, self.tail = network, grad, network.tail
+        self.cache, self.num_layers = cache, num_layers
         self.taps = Taps()
+
+    def mixed(self, frozen: torch.Tensor) -> torch.Tensor:
+        """The last state of the base's frozen part [batch, seq, d] mixed with the side network's output."""
+        side = self.network(self.taps, self.cache, self.num_layers)
+        return self.network.mix(frozen.detach(), side.to(frozen.device))
 
     def reads(self, index: int) -> bool:
         """Whether anything of base block `index` is kept."""
@@ -91,18 +98,20 @@ class _BlockHook:
 
 
 class _TailStart:
-    """Forward pre-hook of base block `index`: from the tail's first block on, the base runs with gradients.
+    """Forward pre-hook of base block `index`: the tail's first block reads the mix, and with it the gradients start.
 
-    `QSTLayer` runs the base without them and restores the caller's mode after it.
+    `QSTLayer` runs the base without gradients and restores the caller's mode after it.
     """
 
     def __init__(self, index: int, tape: RunningForward):
         self.index, self.tape = index, tape
 
-    def __call__(self, block, args):
+    def __call__(self, block, args, kwargs):
         recorder = self.tape.current
-        if recorder is not None and recorder.tail is not None and recorder.tail.first == self.index:
-            torch.set_grad_enabled(recorder.grad)
+        if recorder is None or recorder.tail is None or recorder.tail.first != self.index:
+            return None
+        torch.set_grad_enabled(recorder.grad)
+        return with_first_argument(args, kwargs, recorder.mixed)
 
 
 class _TailUpdate:
@@ -120,7 +129,7 @@ class _TailUpdate:
 
 
 class QSTLayer(StackLayer):
-    """Wraps a decoder stack and mixes its output with that of a side network.
+    """Wraps a decoder stack and mixes its output, or the state that enters its tail, with that of a side network.
 
     The stack runs in evaluation mode, and without gradients but for the blocks of a tail.
     """
@@ -148,7 +157,8 @@ class QSTLayer(StackLayer):
     def _hook_tail(self, first: int) -> None:
         blocks = getattr(self.base_layer, self.block_path)
         for i in range(first, self.hooked_from):
-            self.hook_handles.append(blocks[i].register_forward_pre_hook(_TailStart(i, self.tape)))
+            start = _TailStart(i, self.tape)
+            self.hook_handles.append(blocks[i].register_forward_pre_hook(start, with_kwargs=True))
             for path, linear in linear_layers(blocks[i]):
                 self.hook_handles.append(linear.register_forward_hook(_TailUpdate(key(i, path), self.tape)))
             # bitsandbytes' packed layout on a CPU has no backward pass.
@@ -177,13 +187,11 @@ class QSTLayer(StackLayer):
         if kwargs["use_cache"] or cache is not None:
             cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.places)
 
-        recorder = _Recorder(network, torch.is_grad_enabled())
+        recorder = _Recorder(network, torch.is_grad_enabled(), cache, self.num_layers)
         with self.tape.using(recorder), torch.no_grad():
             output = self.base_layer(**kwargs)
 
-        base = output[0] if recorder.tail is not None else output[0].detach()
-        side = network(recorder.taps, cache, self.num_layers)
-        return with_last_hidden_state(output, network.mix(base, side.to(base.device)))
+        return output if recorder.tail is not None else with_last_hidden_state(output, recorder.mixed(output[0]))
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -5,7 +5,8 @@
     g_i = B_i(u_i)                                                            i in S
     h_out = mix(N_f(h_L), U(N_g(g_L)) + R concat_i(A_i rms(h_i)))             i in T
 
-With a tail of k blocks (`hf_qst.qst.tail`), S and T are among the L - k blocks below it, and g_L is the last side block's.
+With a tail of k blocks (`hf_qst.qst.tail`), S and T are among the L - k blocks below it, and the mix is of h_{L-k}, the state
+that enters it, in place of N_f(h_L).
 h_0 is the input of the base's first block, h_i the output of its block i, and N_f its final norm (paper, section 3 and
 figure 2). h_0 shares the first downsampler. In the paper S is every block and T is empty. By default S is every fifth
 block, with wider side blocks in turn. The readout (A, R) adds a low-rank function of every third state to the output: it
@@ -110,7 +111,7 @@ class Float32Parameter(nn.Module):
 class _Mix(torch.autograd.Function):
     """`alpha * base + weight * side`, computed in float32 and returned in base's dtype; keeps no float32 copies.
 
-    `weight` is 1, or with `convex` 1 - alpha.
+    `weight` is 1, or with `convex` 1 - alpha. `base` has no gradient.
     """
 
     @staticmethod
@@ -125,16 +126,14 @@ class _Mix(torch.autograd.Function):
     def backward(ctx, grad):
         base, alpha, side = ctx.saved_tensors
         grad = grad.float()
-        grad_base = grad_side = grad_alpha = None
-        if ctx.needs_input_grad[0]:
-            grad_base = (grad * alpha).to(base.dtype)
+        grad_side = grad_alpha = None
         if ctx.needs_input_grad[1]:
             grad_side = (grad * (1 - alpha) if ctx.convex else grad).to(ctx.side_dtype)
         if ctx.needs_input_grad[2]:
             difference = base.float() - side.float() if ctx.convex else base.float()
             products = (grad * difference).flatten(0, -2)
             grad_alpha = products.sum(0) if alpha.numel() > 1 else products.sum().reshape(1)
-        return grad_base, grad_side, grad_alpha, None
+        return None, grad_side, grad_alpha, None
 
 
 class OutputMix(nn.Module):
@@ -174,7 +173,8 @@ class SideNetwork(nn.Module):
         self.checkpointing = config.side_checkpointing
         self.chunked_loss = config.chunked_loss
         gate_size = 1 if config.gate_shape == "scalar" else spec.hidden_size
-        mix_size = 1 if config.mix_shape == "scalar" else stack.output_size
+        output_size = base.hidden_size if config.tail_layers else stack.output_size
+        mix_size = 1 if config.mix_shape == "scalar" else output_size
 
         read = len(stack.blocks) - config.tail_layers
         self.places = every(config.side_every, read)
@@ -189,7 +189,7 @@ class SideNetwork(nn.Module):
             self.blocks.append(SideBlock(spec, stack.module.config, window))
         self.readout = None
         if config.readout_rank:
-            sizes = base.hidden_size, stack.output_size, config.readout_rank
+            sizes = base.hidden_size, output_size, config.readout_rank
             places = every(config.readout_every, read)
             self.readout = Readout(places, *sizes, config.tap_storage, zero=config.init_weights)
         # The input of the first block is read too.
@@ -198,7 +198,7 @@ class SideNetwork(nn.Module):
         if config.tail_layers:
             self.tail = Tail(stack.blocks, read, config.tail_rank, zero=config.init_weights)
         self.norm = make_norm(spec.norm, spec.hidden_size, spec.norm_eps)
-        self.upsample = nn.Linear(spec.hidden_size, stack.output_size, bias=True)
+        self.upsample = nn.Linear(spec.hidden_size, output_size, bias=True)
         self.mix = OutputMix(config.mix, mix_size, config.mix_lr_scale)
         if not config.init_weights:
             nn.init.normal_(self.mix.alpha.value, std=0.1)  # mix="paper" starts where the side network has no weight
@@ -210,17 +210,18 @@ class SideNetwork(nn.Module):
         self.place(stack)
 
     def place(self, stack: DecoderStack) -> None:
-        """Put the parts for base block i on that block's device, the rest with the last block."""
+        """Put the parts for base block i on that block's device, the rest with the last block that is read."""
         devices = [next(block.parameters()).device for block in stack.blocks]
         for j, i in enumerate(self.places):
             for part in (self.downsample[j], self.gates[j], self.blocks[j]):
                 _move(part, devices[i])
+        last = devices[self.places[-1]]
         for part in (self.norm, self.upsample, self.mix):
-            _move(part, devices[-1])
+            _move(part, last)
         if self.readout is not None:
             for i, down in self.readout.down.items():
                 _move(down, devices[int(i)])
-            _move(self.readout.up, devices[-1])
+            _move(self.readout.up, last)
         if self.tail is not None:
             for name, update in self.tail.updates.items():
                 _move(update, devices[int(name.partition("_")[0])])
