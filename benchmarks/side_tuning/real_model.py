@@ -12,6 +12,7 @@ model, which the script checks; the peers are trained in full. Every method gets
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -266,6 +267,14 @@ def _percent(runs: list[dict]) -> list[str]:
     return [f"{mean(run['accuracy'] for run in runs):.1f} %"] if "accuracy" in runs[0] else []
 
 
+def _method(text: str) -> tuple[str, float | None]:
+    """`METHOD` or `METHOD@RATE` of the command line."""
+    name, _, rate = text.partition("@")
+    if name not in VARIANTS and name not in PEERS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join([*VARIANTS, *PEERS])}")
+    return name, float(rate) if rate else None
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = parser_of("benchmarks.side_tuning.real_model", __doc__)
     add = parser.add_argument
@@ -274,8 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, nargs="+", default=[120])
     add("--rates", type=float, nargs="+", default=[1e-3, 2e-3])
     add("--seeds", type=int, nargs="+", default=[0])
-    add("--only", nargs="+", choices=[*VARIANTS, *PEERS], default=list(SHOWN), metavar="METHOD",
-        help=f"of {', '.join([*VARIANTS, *PEERS])}")  # fmt: skip
+    add("--only", nargs="+", type=_method, default=[(name, None) for name in SHOWN], metavar="METHOD[@RATE]",
+        help=f"of {', '.join([*VARIANTS, *PEERS])}; with a rate of its own in place of those of --rates")  # fmt: skip
     add("--cost", action="store_true", help="measure a step of each method in the model, and train nothing")
     add("--rounds", type=int, default=3, help="timed steps of --cost")
     add("--output", type=Path, default=RESULTS / "side_tuning_real_model.json")
@@ -288,15 +297,15 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, base = AutoTokenizer.from_pretrained(args.model), load_base(args.model, "cpu")
     if args.cost:
         batch = TASKS[args.task](tokenizer, 1, 0).train[0]
-        result["cost"] = {**result.get("cost", {}), **cost(base, batch, args.only, args.rounds)}
+        result["cost"] = {**result.get("cost", {}), **cost(base, batch, [name for name, _ in args.only], args.rounds)}
         write_json(args.output, result)
     for seed in () if args.cost else args.seeds:
         bench = None
         for steps in args.steps:
             task = result["tasks"].setdefault(f"{args.task}, {steps}", {"runs": []})
             done = {(run["method"], run["rate"], run["seed"]) for run in task["runs"]}
-            for name in args.only:
-                for rate in args.rates:
+            for name, own_rate in args.only:
+                for rate in args.rates if own_rate is None else [own_rate]:
                     if (name, rate, seed) in done:
                         continue
                     # The batches of a seed are the same for every number of steps.
