@@ -123,13 +123,19 @@ class Demo:
     def sample(self, name: str, model, problems, adaptive: bool) -> None:
         """Draw and execute completions of a few problems."""
         plain = {"do_sample": True, "top_k": 0, "top_p": 0.95, "max_new_tokens": 160}
-        processors = [AdaptiveTemperatureLogitsProcessor(self.tokenizer, a=0.8, b=0.5)] if adaptive else []
-        how = {"temperature": 1.0, "logits_processor": processors} if adaptive else {"temperature": 0.5}
-        report = evaluate(model.eval(), self.tokenizer, problems, self.args.samples, {**plain, **how})
-        passed = sum(any(sample.passed for sample in report.samples_of(p.task_id)) for p in problems)
-        print(
-            f"{name}, {'adaptive temperature' if adaptive else 'temperature 0.5'}: {passed} of {len(problems)} solved"
+        how = {"temperature": 0.5}
+        if adaptive:
+            how = {"temperature": 1.0, "logits_processor": [AdaptiveTemperatureLogitsProcessor(self.tokenizer)]}
+        report = evaluate(
+            model.eval(),
+            self.tokenizer,
+            problems,
+            self.args.samples,
+            {**plain, **how},
+            seed=self.args.seed,
+            allow_execution=True,
         )
+        print(f"\n{name}, {'adaptive temperature' if adaptive else 'temperature 0.5'}\n{report.summary()}")
 
     def table(self) -> str:
         head = f"{'':34}{'MB':>8}{'prose':>9}{'code':>8}{'seconds':>9}{'s/step':>8}{'kept MB':>9}"
