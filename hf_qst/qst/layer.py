@@ -17,9 +17,8 @@ from hf_qst.qst.side_network import SideNetwork, Taps
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
-# Arguments of a base block that its side block does not get: the hidden state, and arguments for unused caches.
+# Arguments of a base block that its side block's attention does not get: those that it has of its own.
 _NOT_FORWARDED = {
-    "hidden_states",
     "attention_mask",
     "position_embeddings",
     "past_key_values",
@@ -29,6 +28,10 @@ _NOT_FORWARDED = {
     "encoder_attention_mask",
     "output_attentions",
     "output_hidden_states",
+    "sliding_window",
+    "dropout",
+    "scaling",
+    "is_causal",
 }
 
 
@@ -72,7 +75,7 @@ class _BlockHook:
         if recorder is None:
             return
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        entering = arguments["hidden_states"]
+        entering = arguments.pop(self.parameters[0])
         context = BlockContext(
             attention_mask=arguments.get("attention_mask"),
             position_embeddings=arguments.get("position_embeddings"),
@@ -103,6 +106,8 @@ class QSTLayer(StackLayer):
 
     def forward(self, *args, **kwargs):
         request = kwargs.pop(LOSS_REQUEST, None)
+        if request is not None:
+            request.arrived = True
         if request is not None and request.hidden is not None:
             return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=request.hidden)
         network = self.active_network()
@@ -121,7 +126,7 @@ class QSTLayer(StackLayer):
         config = self.base_layer.config
         cache = kwargs.get("past_key_values")
         if kwargs["use_cache"] or cache is not None:
-            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.places)
+            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.sources)
 
         recorder = _Recorder(network, torch.is_grad_enabled())
         with self.tape.using(recorder), torch.no_grad():

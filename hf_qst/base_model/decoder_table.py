@@ -1,0 +1,420 @@
+"""The table of decoder architectures: one row a model type, and the wrappers of text and images around them.
+
+To support another architecture, add a row here and, if its smallest configuration needs more than widths, a line to
+`tests/architectures.py`. What a row can say is in `hf_qst.base_model.architecture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hf_qst.base_model.architecture import (
+    Architecture,
+    BlockSpec,
+    Projections,
+    SequentialBlock,
+    block_spec,
+    first_of,
+)
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
+_SPLIT = Projections(_QKV, "self_attn.o_proj", _GATED, "mlp.down_proj")
+_PLAIN_MLP = Projections(_QKV, "self_attn.o_proj", ("mlp.up_proj",), "mlp.down_proj")
+_FUSED_MLP = Projections(_QKV, "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj", mlp_stacked=2)
+_GATED_QKV = Projections((*_QKV, "self_attn.gate_proj"), "self_attn.o_proj", _GATED, "mlp.down_proj")
+_FEED_FORWARD = Projections(
+    _QKV, "self_attn.o_proj", ("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj"
+)
+# Latent attention, its queries with a factor of their own or without.
+_LATENT = Projections(
+    ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), "self_attn.o_proj", _GATED, "mlp.down_proj"
+)
+_LATENT_PLAIN_QUERIES = Projections(("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"), "self_attn.o_proj")
+# What stands in the place of attention.
+_GATED_DELTA_NET = Projections(
+    tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")), "linear_attn.out_proj"
+)
+_GATED_DELTA_NET_FUSED = Projections(("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"), "linear_attn.out_proj")
+_MAMBA = Projections(("mamba.in_proj",), "mamba.out_proj")
+_CONV = Projections(("conv.in_proj",), "conv.out_proj")
+
+_MOE = {"disp": "the experts of a block are not pruned: only its attention is"}
+_POST_NORM = {"disp": "a norm after the addition mixes pruned and kept channels"}
+_SHARED_KV = {"disp": "blocks share keys and values of other blocks"}
+
+
+def _qwen2(config, **changes) -> BlockSpec:
+    return block_spec(config, qkv_bias=True, out_bias=False, **changes)
+
+
+def _qk_norm(config) -> BlockSpec:
+    return block_spec(config, qk_norm=True)
+
+
+def _gemma(config, **changes) -> BlockSpec:
+    return block_spec(config, activation=config.hidden_activation, post_norms=True, **changes)
+
+
+def _plain_mlp(config, **changes) -> BlockSpec:
+    return block_spec(config, **{"gated_mlp": False, **changes})
+
+
+def _layer_norm(config, **changes) -> BlockSpec:
+    """Layer norms, a plain MLP and biases everywhere."""
+    return _plain_mlp(config, **{"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True, **changes})
+
+
+def _learned_positions(config, **changes) -> BlockSpec:
+    return _layer_norm(config, rotary_dim=0, **changes)
+
+
+def _opt(config) -> BlockSpec:
+    bias = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), config.enable_bias)
+    return _learned_positions(config, norm_eps=1e-5, pre_norm=config.do_layer_norm_before, **bias)
+
+
+def _gpt2(config) -> BlockSpec:
+    return _learned_positions(config, attention_dropout=config.attn_pdrop)
+
+
+def _phi(config) -> BlockSpec:
+    return _layer_norm(config, qk_norm=config.qk_layernorm, parallel="one_norm")
+
+
+def _gpt_neox(config) -> BlockSpec:
+    parallel = "two_norms" if config.use_parallel_residual else None
+    bias = getattr(config, "attention_bias", False)
+    return _layer_norm(config, qkv_bias=bias, out_bias=bias, parallel=parallel)
+
+
+def _interleaved(config, **changes) -> BlockSpec:
+    return block_spec(config, rotary="interleaved", **changes)
+
+
+def _cohere(config, **changes) -> BlockSpec:
+    return _interleaved(config, norm="layer", parallel="one_norm", **changes)
+
+
+def _half(config, **changes) -> BlockSpec:
+    return block_spec(config, rotary="half", **changes)
+
+
+def _complex(config, **changes) -> BlockSpec:
+    return block_spec(config, rotary="complex", **changes)
+
+
+def _latent(config, **changes) -> BlockSpec:
+    """Keys and queries have a part with positions and one without; the side network's are as wide as the former."""
+    return block_spec(config, head_dim=config.qk_rope_head_dim, **changes)
+
+
+def _no_positions(config, **changes) -> BlockSpec:
+    return block_spec(config, rotary_dim=0, **changes)
+
+
+def _sections(config) -> BlockSpec:
+    return _qwen2(config, rotary="sections", rotary_sections=tuple(config.rope_parameters["mrope_section"]))
+
+
+def _bert(config) -> BlockSpec:
+    return _learned_positions(config, pre_norm=False)
+
+
+def _row(spec: Callable = block_spec, attention: str = "self_attn", **changes) -> Architecture:
+    names = {
+        "stack": "model",
+        "blocks": "layers",
+        "final_norm": "norm",
+        "embeddings": "embed_tokens",
+        "projections": _SPLIT,
+    }
+    return Architecture(attention=attention, spec=spec, **{**names, **changes})
+
+
+def _gpt(spec: Callable, attention: str, attention_in: tuple[str, ...], out: str, mlp: tuple[str, str], **changes):
+    """Names as GPT-2 has them, but for the layers inside a block."""
+    projections = Projections(tuple(f"{attention}.{name}" for name in attention_in), f"{attention}.{out}", mlp[:1], mlp[1])
+    names = {"stack": "transformer", "blocks": "h", "final_norm": "ln_f", "embeddings": "wte", "projections": projections}
+    return _row(spec, attention, **{**names, **changes})
+
+
+def _bert_row(stack: str, **changes) -> Architecture:
+    """An encoder of BERT's form that runs as a decoder (`config.is_decoder`)."""
+    heads = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
+    projections = Projections(heads, "attention.output.dense", ("intermediate.dense",), "output.dense")
+    names = {
+        "stack": stack, "blocks": "encoder.layer", "final_norm": "none", "embeddings": "embeddings.word_embeddings",
+        "projections": projections, "decoder_flag": True, "limits": _POST_NORM,
+    }  # fmt: skip
+    return _row(_bert, "attention", **{**names, **changes})
+
+
+def _bart_row(**changes) -> Architecture:
+    """The decoder of an encoder-decoder, alone."""
+    names = {
+        "stack": "model.decoder", "final_norm": "layer_norm", "limits": _POST_NORM,
+        "projections": Projections(_QKV, "self_attn.out_proj", ("fc1",), "fc2"),
+    }  # fmt: skip
+    return _row(lambda c: _learned_positions(c, pre_norm=False), **{**names, **changes})
+
+
+def _rows(names: str, row: Architecture) -> dict[str, Architecture]:
+    return dict.fromkeys(names.split(), row)
+
+
+def _moe(spec: Callable = block_spec, **changes) -> Architecture:
+    return _row(spec, **{"limits": _MOE, **changes})
+
+
+_LOGIT_SCALE = lambda config: first_of(config, ("logit_scale",), 1.0)
+_LOGITS_SCALING = lambda config: 1 / first_of(config, ("logits_scaling",), 1.0)
+_DELTA = {"alternatives": (_GATED_DELTA_NET, _GATED_DELTA_NET_FUSED)}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    # Llama's names
+    "llama": _row(sequential=SequentialBlock("LlamaDecoderLayer")),
+    "mistral": _row(sequential=SequentialBlock("MistralDecoderLayer")),
+    "qwen2": _row(_qwen2, sequential=SequentialBlock("Qwen2DecoderLayer")),
+    "qwen3": _row(_qk_norm, sequential=SequentialBlock("Qwen3DecoderLayer")),
+    **_rows(
+        "arcee bitnet cwm diffllama exaone4 gemma helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder ministral "
+        "ministral3 olmo olmo2 olmo3 seed_oss smollm3 vaultgemma",
+        _row(),
+    ),
+    "arcee": _row(_plain_mlp, projections=_PLAIN_MLP),
+    "apertus": _row(_plain_mlp, projections=_PLAIN_MLP),
+    "nanochat": _row(_plain_mlp, projections=_PLAIN_MLP),
+    "nemotron": _row(lambda c: _plain_mlp(c, norm="layer"), projections=_PLAIN_MLP),
+    "jais2": _row(_layer_norm, projections=_PLAIN_MLP),
+    "stablelm": _row(lambda c: block_spec(c, norm="layer", qkv_bias=c.use_qkv_bias)),
+    "starcoder2": _row(
+        lambda c: _layer_norm(c, **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), c.use_bias)),
+        projections=Projections(_QKV, "self_attn.o_proj", ("mlp.c_fc",), "mlp.c_proj"),
+    ),
+    "ernie4_5": _row(),
+    "gemma2": _row(_gemma),
+    "gemma3_text": _row(lambda c: _gemma(c, qk_norm=True)),
+    "gemma3n_text": _row(lambda c: _gemma(c, qk_norm=True), limits=_SHARED_KV),
+    **_rows("gemma4_text gemma4_unified_text", _row(lambda c: _gemma(c, qk_norm=True), limits=_MOE)),
+    "granite": _row(logit_multiplier=_LOGITS_SCALING),
+    "granite_swa": _row(logit_multiplier=_LOGITS_SCALING),
+    **_rows("cohere cohere2", _row(_cohere, logit_multiplier=_LOGIT_SCALE)),
+    "phi3": _row(
+        projections=Projections(
+            ("self_attn.qkv_proj",), "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj", mlp_stacked=2
+        )
+    ),
+    "glm": _row(_interleaved, projections=_FUSED_MLP),
+    "glm4": _row(lambda c: _interleaved(c, post_norms=True), projections=_FUSED_MLP),
+    "minicpm3": _row(
+        _latent,
+        projections=_LATENT,
+        logit_multiplier=lambda c: first_of(c, ("dim_model_base",), c.hidden_size) / c.hidden_size,
+    ),
+    "youtu": _row(_latent, projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,)),
+    "doge": _moe(),
+    # mixtures of experts
+    **_rows(
+        "aria_text dots1 exaone_moe flex_olmo flint hunyuan_v1_moe hy_v3 mellum mimo_v2_flash minimax_m2 "
+        "minimax_m3_vl_text mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open qwen3_vl_moe_text",
+        _moe(),
+    ),
+    **_rows("afmoe beam laguna kolibri1", _moe(projections=_GATED_QKV, alternatives=(_SPLIT,))),
+    **_rows("ernie4_5_moe", _moe()),
+    "glm4_moe": _moe(),
+    "gpt_oss": _moe(_half),
+    "cohere2_moe": _moe(_cohere, logit_multiplier=_LOGIT_SCALE),
+    **_rows("granitemoe granitemoe_swa granitemoeshared", _moe(logit_multiplier=_LOGITS_SCALING)),
+    **_rows(
+        "axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash",
+        _moe(_latent, projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,)),
+    ),
+    "deepseek_v2": _moe(
+        lambda c: _latent(c, rotary="complex"), projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,)
+    ),
+    "llama4_text": _moe(_complex, projections=_FEED_FORWARD),
+    "dbrx": _moe(
+        _no_positions, attention="norm_attn_norm", stack="transformer", blocks="blocks", final_norm="norm_f",
+        embeddings="wte", projections=Projections(),
+    ),
+    "jetmoe": _moe(_no_positions, attention="self_attention", projections=Projections()),
+    # hybrids of attention and something else
+    **_rows("qwen3_5_text qwen3_5_moe_text qwen3_next qwen4_exp_text", _moe(_qk_norm, **_DELTA)),
+    "qwen3_5_text": _row(_qk_norm, **_DELTA),
+    "olmo_hybrid": _row(
+        _qk_norm,
+        alternatives=(
+            Projections(
+                tuple(f"linear_attn.{part}_proj" for part in ("q", "k", "v", "a", "b", "g")), "linear_attn.o_proj"
+            ),
+        ),
+    ),
+    **_rows(
+        "lfm2 lfm2_moe lfm3",
+        _row(
+            final_norm="embedding_norm",
+            projections=Projections(
+                _QKV, "self_attn.out_proj", ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2"
+            ),
+            alternatives=(_CONV,),
+        ),
+    ),
+    "bamba": _row(final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,)),
+    "jamba": _moe(_no_positions, final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,)),
+    "falcon_h1": _row(
+        final_norm="final_layernorm",
+        projections=_FEED_FORWARD,
+        logit_multiplier=lambda c: first_of(c, ("lm_head_multiplier",), 1.0),
+    ),
+    "granitemoehybrid": _moe(
+        _no_positions,
+        projections=Projections(
+            _QKV, "self_attn.o_proj", ("shared_mlp.input_linear",), "shared_mlp.output_linear", mlp_stacked=2
+        ),
+        alternatives=(_MAMBA,),
+        logit_multiplier=_LOGITS_SCALING,
+    ),
+    **_rows("minimax bailing_hybrid kimi_linear", _moe(_no_positions, projections=Projections())),
+    "nemotron_h": _moe(
+        _no_positions, attention="mixer", embeddings="embeddings", final_norm="norm_f",
+        projections=Projections(),
+    ),
+    "recurrent_gemma": _row(
+        _no_positions,
+        attention="temporal_block",
+        final_norm="final_norm",
+        projections=Projections((), None, ("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_proj"),
+        softcap="logits_soft_cap",
+    ),
+    # GPT's names
+    "gpt2": _gpt(_gpt2, "attn", ("c_attn",), "c_proj", ("mlp.c_fc", "mlp.c_proj")),
+    "gpt-sw3": _gpt(_gpt2, "attn", ("c_attn",), "c_proj", ("mlp.c_fc", "mlp.c_proj")),
+    "gpt_bigcode": _gpt(_gpt2, "attn", ("c_attn",), "c_proj", ("mlp.c_fc", "mlp.c_proj")),
+    "openai-gpt": _gpt(
+        lambda c: _gpt2(c), "attn", ("c_attn",), "c_proj", ("mlp.c_fc", "mlp.c_proj"),
+        final_norm="none", embeddings="tokens_embed", limits=_POST_NORM,
+    ),
+    "gpt_neo": _gpt(_learned_positions, "attn.attention", ("q_proj", "k_proj", "v_proj"), "out_proj", ("mlp.c_fc", "mlp.c_proj")),
+    "gptj": _gpt(
+        lambda c: _learned_positions(c, qkv_bias=False, out_bias=False, parallel="one_norm"),
+        "attn", ("q_proj", "k_proj", "v_proj"), "out_proj", ("mlp.fc_in", "mlp.fc_out"),
+    ),
+    "codegen": _gpt(
+        lambda c: _learned_positions(c, qkv_bias=False, out_bias=False, parallel="one_norm"),
+        "attn", ("qkv_proj",), "out_proj", ("mlp.fc_in", "mlp.fc_out"),
+    ),
+    "bloom": _gpt(
+        _learned_positions, "self_attention", ("query_key_value",), "dense", ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        embeddings="word_embeddings",
+    ),
+    "falcon": _gpt(
+        lambda c: _layer_norm(
+            c, parallel="one_norm", **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), c.bias),
+            **({"rotary_dim": 0} if c.alibi else {}),
+        ),
+        "self_attention", ("query_key_value",), "dense", ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        embeddings="word_embeddings",
+    ),
+    "mpt": _gpt(
+        lambda c: _learned_positions(c, qkv_bias=False, out_bias=False, mlp_bias=False),
+        "attn", ("Wqkv",), "out_proj", ("ffn.up_proj", "ffn.down_proj"), blocks="blocks", final_norm="norm_f",
+    ),
+    "ctrl": _gpt(
+        _learned_positions, "multi_head_attention", ("Wq", "Wk", "Wv"), "dense", ("ffn.0", "ffn.2"),
+        final_norm="layernorm", embeddings="w",
+    ),
+    "opt": _row(
+        _opt,
+        stack="model.decoder",
+        final_norm="final_layer_norm",
+        projections=Projections(_QKV, "self_attn.out_proj", ("fc1",), "fc2"),
+    ),
+    "phi": _row(
+        _phi,
+        final_norm="final_layernorm",
+        projections=Projections(_QKV, "self_attn.dense", ("mlp.fc1",), "mlp.fc2"),
+    ),
+    "persimmon": _row(
+        _layer_norm,
+        final_norm="final_layernorm",
+        projections=Projections(
+            ("self_attn.query_key_value",), "self_attn.dense", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"
+        ),
+    ),
+    **{
+        name: _row(
+            _gpt_neox,
+            "attention",
+            stack=name,
+            final_norm="final_layer_norm",
+            embeddings="embed_in",
+            projections=Projections(
+                ("attention.query_key_value",), "attention.dense", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"
+            ),
+        )
+        for name in ("gpt_neox", "gpt_neox_japanese")
+    },
+    "gpt_neox_japanese": _row(
+        lambda c: _plain_mlp(c, norm="layer"),
+        "attention",
+        stack="gpt_neox_japanese",
+        final_norm="final_layer_norm",
+        embeddings="embed_in",
+        projections=Projections(
+            ("attention.query_key_value",), "attention.dense", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"
+        ),
+    ),
+    "biogpt": _row(
+        _learned_positions, stack="biogpt", final_norm="layer_norm",
+        projections=Projections(_QKV, "self_attn.out_proj", ("fc1",), "fc2"),
+    ),
+    "xglm": _row(
+        _learned_positions, final_norm="layer_norm",
+        projections=Projections(_QKV, "self_attn.out_proj", ("fc1",), "fc2"),
+    ),
+    "modernbert-decoder": _row(
+        lambda c: block_spec(c, norm="layer"),
+        "attn",
+        final_norm="final_norm",
+        embeddings="embeddings.tok_embeddings",
+        projections=Projections(
+            ("attn.q_proj", "attn.k_proj", "attn.v_proj"), "attn.Wo", ("mlp.Wi",), "mlp.Wo", mlp_stacked=2
+        ),
+    ),
+    # encoders that can be decoders, and decoders of encoder-decoders
+    **{
+        name: _bert_row(stack)
+        for name, stack in {
+            "bert": "bert", "bert-generation": "bert", "big_bird": "bert", "megatron-bert": "bert",
+            "camembert": "roberta", "roberta": "roberta", "xlm-roberta": "roberta", "xlm-roberta-xl": "roberta",
+            "xmod": "roberta", "data2vec-text": "data2vec_text", "electra": "electra", "ernie": "ernie",
+            "rembert": "rembert", "roberta-prelayernorm": "roberta_prelayernorm", "roc_bert": "roc_bert",
+            "roformer": "roformer",
+        }.items()
+    },
+    **_rows("bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart", _bart_row()),
+    **_rows("trocr whisper", _bart_row()),
+}  # fmt: skip
+
+WRAPPERS: dict[str, str] = dict.fromkeys(
+    (
+        "aya_vision", "cohere2_vision", "fast_vlm", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe",
+        "internvl", "lfm2_vl", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2",
+        "paligemma", "perception_lm", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+        "qwen4_exp", "video_llava", "vipllava", "aria", "fuyu", "emu3", "got_ocr2", "lighton_ocr",
+    ),
+    "model.language_model",
+)  # fmt: skip
+"""Path of the decoder stack in a model of text and images, by its type; the row is that of its text configuration."""
+WRAPPERS |= {
+    "idefics3": "model.text_model",
+    "smolvlm": "model.text_model",
+    "llama4": "language_model.model",
+    "emu3": "model.text_model",
+}
+
+ARCHITECTURES |= {
+    **_rows("qwen2_5_vl_text qwen2_vl_text", _row(_sections)),
+    "qwen3_vl_text": _row(_qk_norm),
+}
