@@ -139,6 +139,11 @@ class Architecture:
     decoder_flag: bool = False
     limits: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def mlp(self) -> tuple[str, ...]:
+        """Paths of the modules that the MLP's layers lie in, the one that reads first."""
+        return self.projections.mlp_hosts
+
     def projections_of(self, block: nn.Module) -> Projections:
         """The layers that this block has, of `projections` or of an alternative; without those of an unknown half."""
         known, found = dict(block.named_modules()), {}

@@ -75,7 +75,7 @@ class DecoderStack:
         count = len(self.blocks)
         types = getattr(self.module.config, "layer_types", None) or []
         if len(types) != count:
-            present = [hasattr(block, self.architecture.attention) for block in self.blocks]
+            present = [self.architecture.attention in dict(block.named_modules()) for block in self.blocks]
             types = ["full_attention" if attends else "none" for attends in present]
         whole = [i for i, kind in enumerate(types) if kind in _WHOLE]
         some = whole or [i for i, kind in enumerate(types) if kind in _WINDOWED]
@@ -163,7 +163,8 @@ def find_decoder_stack(model: nn.Module) -> DecoderStack:
     if blocks is None or len(blocks) == 0:
         _refuse(model, f"its {path}.{architecture.blocks} holds no decoder blocks")
     output_size = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
-    return DecoderStack(text.model_type, path, module, architecture, architecture.spec(text), output_size)
+    spec = architecture.spec(text.per_layer_config[0])
+    return DecoderStack(text.model_type, path, module, architecture, spec, output_size)
 
 
 def _found(model: nn.Module) -> str:

@@ -174,10 +174,17 @@ class FrozenHeadLoss:
             and "logits_to_keep" not in kwargs
             # TRL's fused head computes its own loss from the decoder stack's output.
             and not kwargs.get("fused_lm_head", False)
+            # A mixture of experts adds a term of its routers to its loss.
+            and not kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
             and kwargs.get("return_dict", getattr(model.config, "return_dict", True)) is not False
             and self.network().chunked_loss
             and self._can_chunk()
         )
+
+    @property
+    def config(self):
+        """Of the language model."""
+        return text_config(self.model.config)
 
     # A compiler takes the result as a constant and does not trace this function.
     @torch.compiler.assume_constant_result

@@ -17,22 +17,9 @@ from hf_qst.qst.side_network import SideNetwork, Taps
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
-# Arguments of a base block that its side block's attention does not get: those that it has of its own.
-_NOT_FORWARDED = {
-    "attention_mask",
-    "position_embeddings",
-    "past_key_values",
-    "layer_past",
-    "use_cache",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "output_attentions",
-    "output_hidden_states",
-    "sliding_window",
-    "dropout",
-    "scaling",
-    "is_causal",
-}
+# Arguments of a base block that its side block's attention gets too: of packed sequences. Others are the base's own, such
+# as biases for its heads.
+_FORWARDED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options")
 
 
 class SideNetworkMergeError(NotImplementedError):
@@ -43,6 +30,12 @@ class SideNetworkMergeError(NotImplementedError):
             "a QST side network reads the base's hidden states through layers of its own and cannot be merged into its "
             "weights. Keep it as an adapter (save_pretrained), or take the base back with unload()."
         )
+
+
+class _GivenHidden(BaseModelOutputWithPastAndCrossAttentions):
+    """The output of a stack that did not run."""
+
+    router_logits = None  # of a mixture of experts
 
 
 class _Recorder:
@@ -79,10 +72,10 @@ class _BlockHook:
         context = BlockContext(
             attention_mask=arguments.get("attention_mask"),
             position_embeddings=arguments.get("position_embeddings"),
-            attention_kwargs={k: v for k, v in arguments.items() if k not in _NOT_FORWARDED},
+            attention_kwargs={k: arguments[k] for k in _FORWARDED if k in arguments},
             hidden_dtype=entering.dtype,
         )
-        recorder.record(self.index, entering, output[0] if isinstance(output, tuple) else output, context)
+        recorder.record(self.index, entering, output[0] if isinstance(output, (tuple, list)) else output, context)
 
 
 class QSTLayer(StackLayer):
@@ -109,7 +102,7 @@ class QSTLayer(StackLayer):
         if request is not None:
             request.arrived = True
         if request is not None and request.hidden is not None:
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=request.hidden)
+            return _GivenHidden(last_hidden_state=request.hidden)
         network = self.active_network()
         if network is None:
             output = self.base_layer(*args, **kwargs)
