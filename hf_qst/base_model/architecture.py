@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from hf_qst.base_model.linear_layers import is_linear
@@ -107,6 +108,16 @@ class SequentialBlock:
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
 
 
+def one_stream(hidden: torch.Tensor) -> torch.Tensor:
+    """The state of a block with one residual stream."""
+    return hidden
+
+
+def first_stream(hidden: torch.Tensor) -> torch.Tensor:
+    """[streams, batch, seq, hidden] -> [batch, seq, hidden] (Gemma 3n)."""
+    return hidden[0]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One row of the table: the names a model class gives to its parts, and what is peculiar to it.
@@ -120,6 +131,7 @@ class Architecture:
             Other layers that a block may have in the place of `projections`: another mixer of positions than attention
             (Qwen3.5's gated delta net), another MLP. Each half is looked for by itself.
         logit_multiplier: of the text configuration, what the head's logits are multiplied by before their cap.
+        state: of what a block is given and returns, the state [batch, seq, hidden] that it stands for.
         softcap (`str`): name of the field of the text configuration that caps the logits.
         decoder_flag (`bool`): whether the type is an encoder unless `config.is_decoder` is set (BERT).
         limits (`Mapping[str, str]`): by the name of a method, why it cannot be used or what it leaves out.
@@ -135,6 +147,7 @@ class Architecture:
     sequential: SequentialBlock | None = None
     alternatives: tuple[Projections, ...] = ()
     logit_multiplier: Callable[[object], float] = lambda config: 1.0
+    state: Callable[[torch.Tensor], torch.Tensor] = one_stream
     softcap: str = "final_logit_softcapping"
     decoder_flag: bool = False
     limits: Mapping[str, str] = field(default_factory=dict)

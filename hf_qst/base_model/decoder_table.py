@@ -15,6 +15,7 @@ from hf_qst.base_model.architecture import (
     SequentialBlock,
     block_spec,
     first_of,
+    first_stream,
 )
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -195,7 +196,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ernie4_5": _row(),
     "gemma2": _row(_gemma),
     "gemma3_text": _row(lambda c: _gemma(c, qk_norm=True)),
-    "gemma3n_text": _row(lambda c: _gemma(c, qk_norm=True), limits=_SHARED_KV),
+    "gemma3n_text": _row(lambda c: _gemma(c, qk_norm=True), state=first_stream, limits=_SHARED_KV),
     **_rows("gemma4_text gemma4_unified_text", _row(lambda c: _gemma(c, qk_norm=True), limits=_MOE)),
     "granite": _row(logit_multiplier=_LOGITS_SCALING),
     "granite_swa": _row(logit_multiplier=_LOGITS_SCALING),
@@ -275,7 +276,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         alternatives=(_MAMBA,),
         logit_multiplier=_LOGITS_SCALING,
     ),
-    **_rows("minimax bailing_hybrid kimi_linear", _moe(_no_positions, projections=Projections())),
+    **_rows("bailing_hybrid kimi_linear", _moe(_no_positions, projections=Projections())),
     "nemotron_h": _moe(
         _no_positions, attention="mixer", embeddings="embeddings", final_norm="norm_f",
         projections=Projections(),

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_qst_kernels
-from hf_qst.base_model.decoder_stack import ARCHITECTURES, text_config
+from hf_qst.base_model.decoder_stack import ARCHITECTURES, find_decoder_stack, text_config
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing, nf4_weight
 
 logger = logging.getLogger(__name__)
@@ -231,6 +231,8 @@ def computes_plain_loss(model: nn.Module) -> bool:
     The hidden states are random and scaled to logits of about `_LARGEST_LOGIT`, where a cap has an effect.
     """
     head = model.get_output_embeddings()
+    if head.in_features != find_decoder_stack(model).output_size:
+        return False
     weight = next(p for p in head.parameters())
     dtype = getattr(head, "compute_dtype", None) or (weight.dtype if weight.is_floating_point() else torch.float32)
     generator = torch.Generator().manual_seed(0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from hf_qst.base_model.decoder_stack import DecoderStack
@@ -54,8 +56,8 @@ class _Recorder:
 class _BlockHook:
     """Forward hook of base block `index`. A class, not a closure, so that models can be pickled and copied."""
 
-    def __init__(self, index: int, block: nn.Module, tape: RunningForward):
-        self.index = index
+    def __init__(self, index: int, block: nn.Module, tape: RunningForward, state: Callable):
+        self.index, self.state = index, state
         self.tape = tape
         self.parameters = [
             p.name
@@ -75,7 +77,8 @@ class _BlockHook:
             attention_kwargs={k: arguments[k] for k in _FORWARDED if k in arguments},
             hidden_dtype=entering.dtype,
         )
-        recorder.record(self.index, entering, output[0] if isinstance(output, (tuple, list)) else output, context)
+        leaving = output[0] if isinstance(output, (tuple, list)) else output
+        recorder.record(self.index, self.state(entering), self.state(leaving), context)
 
 
 class QSTLayer(StackLayer):
@@ -90,10 +93,11 @@ class QSTLayer(StackLayer):
 
     def __init__(self, base_layer: nn.Module, stack: DecoderStack):
         super().__init__(base_layer)
-        self.num_layers = len(stack.blocks)
+        # Of a cache for the base alone; a block may have two of them.
+        self.num_layers = max(len(stack.blocks), len(DynamicCache(config=stack.module.config).layers))
         self.tape = RunningForward()
         self.hook_handles = [
-            block.register_forward_hook(_BlockHook(i, block, self.tape), with_kwargs=True)
+            block.register_forward_hook(_BlockHook(i, block, self.tape, stack.architecture.state), with_kwargs=True)
             for i, block in enumerate(stack.blocks)
         ]
 
@@ -117,6 +121,7 @@ class QSTLayer(StackLayer):
             # The paged cache of continuous batching, which transformers passes through to each attention.
             raise NotImplementedError(continuous_batching.MESSAGE)
         config = self.base_layer.config
+        kwargs.pop("logits_to_keep", None)  # Gemma 4 leaves the other tokens out of its last blocks
         cache = kwargs.get("past_key_values")
         if kwargs["use_cache"] or cache is not None:
             cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.sources)
