@@ -6,7 +6,7 @@ The rows are in `hf_qst.base_model.decoder_table`, the search for the parts in `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -134,7 +134,8 @@ class Architecture:
         state: of what a block is given and returns, the state [batch, seq, hidden] that it stands for.
         softcap (`str`): name of the field of the text configuration that caps the logits.
         decoder_flag (`bool`): whether the type is an encoder unless `config.is_decoder` is set (BERT).
-        limits (`Mapping[str, str]`): by the name of a method, why it cannot be used or what it leaves out.
+        unpruned (`str`): what of a block pruning leaves as it is, and counts, where that is more than norms.
+        pruning_refused (`str`): why its blocks cannot be pruned.
     """
 
     stack: str
@@ -150,7 +151,8 @@ class Architecture:
     state: Callable[[torch.Tensor], torch.Tensor] = one_stream
     softcap: str = "final_logit_softcapping"
     decoder_flag: bool = False
-    limits: Mapping[str, str] = field(default_factory=dict)
+    unpruned: str = ""
+    pruning_refused: str = ""
 
     @property
     def mlp(self) -> tuple[str, ...]:

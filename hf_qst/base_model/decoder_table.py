@@ -37,12 +37,16 @@ _GATED_DELTA_NET = Projections(
     tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")), "linear_attn.out_proj"
 )
 _GATED_DELTA_NET_FUSED = Projections(("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"), "linear_attn.out_proj")
+# Blocks that use keys and values of another, or keys as values.
+_SHARED_KV = {
+    "alternatives": (Projections(_QKV[:2], "self_attn.o_proj"), Projections(_QKV[:1], "self_attn.o_proj")),
+}
 _MAMBA = Projections(("mamba.in_proj",), "mamba.out_proj")
 _CONV = Projections(("conv.in_proj",), "conv.out_proj")
 
-_MOE = {"disp": "the experts of a block are not pruned: only its attention is"}
-_POST_NORM = {"disp": "a norm after the addition mixes pruned and kept channels"}
-_SHARED_KV = {"disp": "blocks share keys and values of other blocks"}
+_EXPERTS = "the experts and their router"
+_POST_NORM = "a norm after the addition mixes pruned and kept channels"
+_ADDS_INSIDE = "its attention adds to the residual itself, where pruned channels have no place"
 
 
 def _qwen2(config, **changes) -> BlockSpec:
@@ -146,7 +150,7 @@ def _bert_row(stack: str, **changes) -> Architecture:
     projections = Projections(heads, "attention.output.dense", ("intermediate.dense",), "output.dense")
     names = {
         "stack": stack, "blocks": "encoder.layer", "final_norm": "none", "embeddings": "embeddings.word_embeddings",
-        "projections": projections, "decoder_flag": True, "limits": _POST_NORM,
+        "projections": projections, "decoder_flag": True, "pruning_refused": _POST_NORM,
     }  # fmt: skip
     return _row(_bert, "attention", **{**names, **changes})
 
@@ -154,7 +158,7 @@ def _bert_row(stack: str, **changes) -> Architecture:
 def _bart_row(**changes) -> Architecture:
     """The decoder of an encoder-decoder, alone."""
     names = {
-        "stack": "model.decoder", "final_norm": "layer_norm", "limits": _POST_NORM,
+        "stack": "model.decoder", "final_norm": "layer_norm", "pruning_refused": _POST_NORM,
         "projections": Projections(_QKV, "self_attn.out_proj", ("fc1",), "fc2"),
     }  # fmt: skip
     return _row(lambda c: _learned_positions(c, pre_norm=False), **{**names, **changes})
@@ -165,7 +169,7 @@ def _rows(names: str, row: Architecture) -> dict[str, Architecture]:
 
 
 def _moe(spec: Callable = block_spec, **changes) -> Architecture:
-    return _row(spec, **{"limits": _MOE, **changes})
+    return _row(spec, **{"unpruned": _EXPERTS, **changes})
 
 
 _LOGIT_SCALE = lambda config: first_of(config, ("logit_scale",), 1.0)
@@ -179,13 +183,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _row(_qwen2, sequential=SequentialBlock("Qwen2DecoderLayer")),
     "qwen3": _row(_qk_norm, sequential=SequentialBlock("Qwen3DecoderLayer")),
     **_rows(
-        "arcee bitnet cwm diffllama exaone4 gemma helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder ministral "
+        "arcee cwm diffllama exaone4 gemma helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder ministral "
         "ministral3 olmo olmo2 olmo3 seed_oss smollm3 vaultgemma",
         _row(),
     ),
+    "bitnet": _row(
+        projections=Projections(_QKV, "self_attn.o_proj"), unpruned="the MLP, which has a norm over its middle channels"
+    ),
     "arcee": _row(_plain_mlp, projections=_PLAIN_MLP),
     "apertus": _row(_plain_mlp, projections=_PLAIN_MLP),
-    "nanochat": _row(_plain_mlp, projections=_PLAIN_MLP),
+    "nanochat": _row(_plain_mlp, projections=Projections(_QKV, "self_attn.o_proj", ("mlp.fc1",), "mlp.fc2")),
     "nemotron": _row(lambda c: _plain_mlp(c, norm="layer"), projections=_PLAIN_MLP),
     "jais2": _row(_layer_norm, projections=_PLAIN_MLP),
     "stablelm": _row(lambda c: block_spec(c, norm="layer", qkv_bias=c.use_qkv_bias)),
@@ -196,8 +203,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ernie4_5": _row(),
     "gemma2": _row(_gemma),
     "gemma3_text": _row(lambda c: _gemma(c, qk_norm=True)),
-    "gemma3n_text": _row(lambda c: _gemma(c, qk_norm=True), state=first_stream, limits=_SHARED_KV),
-    **_rows("gemma4_text gemma4_unified_text", _row(lambda c: _gemma(c, qk_norm=True), limits=_MOE)),
+    "gemma3n_text": _row(lambda c: _gemma(c, qk_norm=True), state=first_stream, unpruned="the mixing of residual streams", **_SHARED_KV),
+    **_rows(
+        "gemma4_text gemma4_unified_text",
+        _row(lambda c: _gemma(c, qk_norm=True), unpruned=f"{_EXPERTS}, the embeddings of a block", **_SHARED_KV),
+    ),
     "granite": _row(logit_multiplier=_LOGITS_SCALING),
     "granite_swa": _row(logit_multiplier=_LOGITS_SCALING),
     **_rows("cohere cohere2", _row(_cohere, logit_multiplier=_LOGIT_SCALE)),
@@ -217,29 +227,35 @@ ARCHITECTURES: dict[str, Architecture] = {
     "doge": _moe(),
     # mixtures of experts
     **_rows(
-        "aria_text dots1 exaone_moe flex_olmo flint hunyuan_v1_moe hy_v3 mellum mimo_v2_flash minimax_m2 "
+        "aria_text dots1 ernie4_5_moe exaone_moe flex_olmo flint glm4_moe hunyuan_v1_moe hy_v3 kolibri1 mellum mimo_v2_flash minimax_m2 "
         "minimax_m3_vl_text mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open qwen3_vl_moe_text",
         _moe(),
     ),
-    **_rows("afmoe beam laguna kolibri1", _moe(projections=_GATED_QKV, alternatives=(_SPLIT,))),
-    **_rows("ernie4_5_moe", _moe()),
-    "glm4_moe": _moe(),
+    **_rows("afmoe beam", _moe(projections=_GATED_QKV)),
+    "laguna": _moe(projections=Projections((*_QKV, "self_attn.g_proj"), "self_attn.o_proj", _GATED, "mlp.down_proj")),
     "gpt_oss": _moe(_half),
     "cohere2_moe": _moe(_cohere, logit_multiplier=_LOGIT_SCALE),
     **_rows("granitemoe granitemoe_swa granitemoeshared", _moe(logit_multiplier=_LOGITS_SCALING)),
     **_rows(
-        "axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash",
-        _moe(_latent, projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,)),
+        "axk1 deepseek_v3 glm4_moe_lite", _moe(_latent, projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,))
     ),
+    **_rows(
+        "axk2 deepseek_v32 glm_moe_dsa",
+        _moe(_latent, projections=_LATENT, pruning_refused="its choice of tokens is read from outside of the attention"),
+    ),
+    "longcat_flash": _moe(_latent, projections=Projections(), pruning_refused="a block has two attentions"),
     "deepseek_v2": _moe(
         lambda c: _latent(c, rotary="complex"), projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,)
     ),
     "llama4_text": _moe(_complex, projections=_FEED_FORWARD),
     "dbrx": _moe(
-        _no_positions, attention="norm_attn_norm", stack="transformer", blocks="blocks", final_norm="norm_f",
+        _no_positions, attention="norm_attn_norm", pruning_refused="its attention holds the norms of a block", stack="transformer", blocks="blocks", final_norm="norm_f",
         embeddings="wte", projections=Projections(),
     ),
-    "jetmoe": _moe(_no_positions, attention="self_attention", projections=Projections()),
+    "jetmoe": _moe(
+        _no_positions, attention="self_attention", projections=Projections(),
+        pruning_refused="its attention is a mixture of experts",
+    ),
     # hybrids of attention and something else
     **_rows("qwen3_5_text qwen3_5_moe_text qwen3_next qwen4_exp_text", _moe(_qk_norm, **_DELTA)),
     "qwen3_5_text": _row(_qk_norm, **_DELTA),
@@ -252,7 +268,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     ),
     **_rows(
-        "lfm2 lfm2_moe lfm3",
+        "lfm2 lfm2_moe",
         _row(
             final_norm="embedding_norm",
             projections=Projections(
@@ -260,6 +276,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
             alternatives=(_CONV,),
         ),
+    ),
+    "lfm3": _row(
+        final_norm="embedding_norm",
+        projections=Projections(
+            (*_QKV, "self_attn.g_proj"), "self_attn.o_proj", ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2"
+        ),
+        alternatives=(_CONV,),
     ),
     "bamba": _row(final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,)),
     "jamba": _moe(_no_positions, final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,)),
@@ -276,16 +299,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         alternatives=(_MAMBA,),
         logit_multiplier=_LOGITS_SCALING,
     ),
-    **_rows("bailing_hybrid kimi_linear", _moe(_no_positions, projections=Projections())),
+    **_rows("bailing_hybrid kimi_linear", _moe(_no_positions, projections=Projections((), None, _GATED, "mlp.down_proj"))),
     "nemotron_h": _moe(
         _no_positions, attention="mixer", embeddings="embeddings", final_norm="norm_f",
-        projections=Projections(),
+        pruning_refused="transformers saves it under other names than it has in memory",
+        projections=Projections(
+            ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), "mixer.o_proj", ("mixer.up_proj",), "mixer.down_proj"
+        ),
+        alternatives=(Projections(("mixer.in_proj",), "mixer.out_proj"),),
     ),
     "recurrent_gemma": _row(
         _no_positions,
         attention="temporal_block",
         final_norm="final_norm",
-        projections=Projections((), None, ("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_proj"),
+        projections=Projections(
+            tuple(f"temporal_block.{name}_proj" for name in "qkv"), "temporal_block.o_proj",
+            ("mlp_block.gate_proj", "mlp_block.up_proj"), "mlp_block.down_proj",
+        ),
+        alternatives=(
+            Projections(("temporal_block.linear_x", "temporal_block.linear_y"), "temporal_block.linear_out"),
+        ),
         softcap="logits_soft_cap",
     ),
     # GPT's names
@@ -294,7 +327,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_bigcode": _gpt(_gpt2, "attn", ("c_attn",), "c_proj", ("mlp.c_fc", "mlp.c_proj")),
     "openai-gpt": _gpt(
         lambda c: _gpt2(c), "attn", ("c_attn",), "c_proj", ("mlp.c_fc", "mlp.c_proj"),
-        final_norm="none", embeddings="tokens_embed", limits=_POST_NORM,
+        final_norm="none", embeddings="tokens_embed", pruning_refused=_POST_NORM,
     ),
     "gpt_neo": _gpt(_learned_positions, "attn.attention", ("q_proj", "k_proj", "v_proj"), "out_proj", ("mlp.c_fc", "mlp.c_proj")),
     "gptj": _gpt(
@@ -307,7 +340,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "bloom": _gpt(
         _learned_positions, "self_attention", ("query_key_value",), "dense", ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        embeddings="word_embeddings",
+        embeddings="word_embeddings", pruning_refused=_ADDS_INSIDE,
     ),
     "falcon": _gpt(
         lambda c: _layer_norm(
@@ -320,10 +353,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpt": _gpt(
         lambda c: _learned_positions(c, qkv_bias=False, out_bias=False, mlp_bias=False),
         "attn", ("Wqkv",), "out_proj", ("ffn.up_proj", "ffn.down_proj"), blocks="blocks", final_norm="norm_f",
+        pruning_refused="its MLP adds to the residual itself, where pruned channels have no place",
     ),
     "ctrl": _gpt(
         _learned_positions, "multi_head_attention", ("Wq", "Wk", "Wv"), "dense", ("ffn.0", "ffn.2"),
         final_norm="layernorm", embeddings="w",
+        pruning_refused="its attention reads the residual three times",
     ),
     "opt": _row(
         _opt,

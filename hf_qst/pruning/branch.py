@@ -24,7 +24,10 @@ KIND = "pruned_branch"
 def _resized(like: nn.Module, inputs: int, outputs: int) -> nn.Module:
     """A linear layer of this size, of the class, device and dtype of `like`, not initialised."""
     kind, has_bias = isinstance(like, Conv1D), like.bias is not None
-    return empty_linear(inputs, outputs, has_bias, kind, float_dtype(like), like.weight.device)
+    resized = empty_linear(inputs, outputs, has_bias, kind, float_dtype(like), like.weight.device)
+    if type(like).__module__.startswith("transformers.models."):
+        resized.__class__ = type(like)  # Falcon's has a product of its own
+    return resized
 
 
 def _for_rows(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -277,6 +280,8 @@ def find_prunable_stack(model: nn.Module) -> DecoderStack:
         ValueError: its blocks were pruned or compressed before.
     """
     stack = find_decoder_stack(model)
+    if reason := stack.architecture.pruning_refused:
+        raise UnsupportedArchitectureError(f"{type(model).__name__} cannot be pruned: {reason}")
     if not stack.spec.pre_norm:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} with this config is a post-norm decoder: a norm after the addition mixes pruned and "
