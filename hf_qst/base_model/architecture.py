@@ -13,8 +13,6 @@ from torch import nn
 
 from hf_qst.base_model.linear_layers import is_linear
 
-ROTARY_LAYOUTS = ("halved", "interleaved", "half", "complex", "sections")
-
 
 @dataclass(frozen=True)
 class BlockSpec:
@@ -27,8 +25,6 @@ class BlockSpec:
     - `"interleaved"`: [..., rotary_dim], each frequency twice (Cohere).
     - `"half"`: [..., rotary_dim / 2], each frequency once (gpt-oss).
     - `"complex"`: one complex tensor [..., rotary_dim / 2] (Llama 4).
-    - `"sections"`: [3, batch, seq, rotary_dim], halved, for time, height and width, of which each of `rotary_sections`
-      takes its frequencies in turn (Qwen2.5-VL).
     """
 
     hidden_size: int
@@ -50,7 +46,6 @@ class BlockSpec:
     pre_norm: bool = True  # a branch adds to the plain residual; False: a norm follows the addition
     attention_dropout: float = 0.0
     rotary: str = "halved"
-    rotary_sections: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,6 @@ def _no_positions(config, **changes) -> BlockSpec:
     return block_spec(config, rotary_dim=0, **changes)
 
 
-def _sections(config) -> BlockSpec:
-    return _qwen2(config, rotary="sections", rotary_sections=tuple(config.rope_parameters["mrope_section"]))
-
-
 def _bert(config) -> BlockSpec:
     return _learned_positions(config, pre_norm=False)
 
@@ -256,6 +252,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         _no_positions, attention="self_attention", projections=Projections(),
         pruning_refused="its attention is a mixture of experts",
     ),
+    # language models of models of text and images
+    **_rows("qwen2_vl_text qwen2_5_vl_text", _row(_qwen2)),
+    "qwen3_vl_text": _row(_qk_norm),
     # hybrids of attention and something else
     **_rows("qwen3_5_text qwen3_5_moe_text qwen3_next qwen4_exp_text", _moe(_qk_norm, **_DELTA)),
     "qwen3_5_text": _row(_qk_norm, **_DELTA),
@@ -433,24 +432,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     **_rows("trocr whisper", _bart_row()),
 }  # fmt: skip
 
-WRAPPERS: dict[str, str] = dict.fromkeys(
-    (
-        "aya_vision", "cohere2_vision", "fast_vlm", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe",
-        "internvl", "lfm2_vl", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2",
-        "paligemma", "perception_lm", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
-        "qwen4_exp", "video_llava", "vipllava", "aria", "fuyu", "emu3", "got_ocr2", "lighton_ocr",
+WRAPPERS: dict[str, str] = {
+    **dict.fromkeys(
+        "aya_vision gemma3 gemma4 internvl llava mistral3 paligemma qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl "
+        "qwen3_vl_moe".split(),
+        "model.language_model",
     ),
-    "model.language_model",
-)  # fmt: skip
+    **dict.fromkeys(("idefics3", "smolvlm"), "model.text_model"),
+}
 """Path of the decoder stack in a model of text and images, by its type; the row is that of its text configuration."""
-WRAPPERS |= {
-    "idefics3": "model.text_model",
-    "smolvlm": "model.text_model",
-    "llama4": "language_model.model",
-    "emu3": "model.text_model",
-}
-
-ARCHITECTURES |= {
-    **_rows("qwen2_5_vl_text qwen2_vl_text", _row(_sections)),
-    "qwen3_vl_text": _row(_qk_norm),
-}

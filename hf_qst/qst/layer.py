@@ -38,6 +38,7 @@ class _GivenHidden(BaseModelOutputWithPastAndCrossAttentions):
     """The output of a stack that did not run."""
 
     router_logits = None  # of a mixture of experts
+    shared_kv_states = None  # of Gemma 4
 
 
 class _Recorder:

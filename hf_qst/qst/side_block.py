@@ -138,13 +138,7 @@ def _frequencies(tables, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
         return tables
     if spec.rotary == "interleaved":
         return tuple(t[..., ::2] for t in tables)
-    halves = tuple(t[..., : t.shape[-1] // 2] for t in tables)
-    if spec.rotary == "sections":
-        return tuple(
-            torch.cat([part[i % 3] for i, part in enumerate(t.split(list(spec.rotary_sections), dim=-1))], dim=-1)
-            for t in halves
-        )
-    return halves
+    return tuple(t[..., : t.shape[-1] // 2] for t in tables)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
