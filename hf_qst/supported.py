@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, register_architecture
-from hf_qst.base_model.encoder_blocks import ENCODERS
+from hf_qst.base_model.encoder_blocks import known_types
 
 __all__ = ["register_architecture", "supported_models"]
 
@@ -40,7 +40,8 @@ def supported_models() -> dict[str, dict[str, str]]:
     inside = "that of its language model"
     found |= {name: {"qst": inside, "disp": inside, "mixed_rank": inside} for name in WRAPPERS}
     decoders_only = "no: an encoder"
-    found |= {name: {"qst": decoders_only, "disp": decoders_only, "mixed_rank": "yes"} for name in ENCODERS}
+    encoders = set(known_types()) - {*ARCHITECTURES, *WRAPPERS}
+    found |= {name: {"qst": decoders_only, "disp": decoders_only, "mixed_rank": "yes"} for name in encoders}
     return dict(sorted(found.items()))
 
 

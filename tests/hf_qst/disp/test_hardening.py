@@ -7,8 +7,8 @@ from hf_qst.errors import BudgetError
 from hf_qst.pruning.layout import ON_RESIDUAL, SELECTIONS, PruningLayout
 from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, rounded_width, widths_on_budget
 
-WIDE = PruningLayout(4, 1024, 2816, 1024, 512, 2)
-SMALL = PruningLayout(3, 64, 128, 64, 32, 2)
+WIDE = PruningLayout.uniform(4, 1024, 2816, 1024, 512, 2)
+SMALL = PruningLayout.uniform(3, 64, 128, 64, 32, 2)
 
 
 def scores(plan, seed=0):
