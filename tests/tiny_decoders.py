@@ -55,7 +55,7 @@ CHANGES: dict[str, dict] = {
     **_each("qwen3_5_text qwen3_5_moe_text qwen3_next olmo_hybrid granitemoehybrid", _LINEAR),
     **_each("bailing_hybrid", {**_LINEAR, **_LATENT}),
     "kimi_linear": {
-        **_LINEAR, **_LATENT, "linear_attn_config": None, "linear_num_heads": 4, "linear_head_dim": 16,
+        **_LINEAR, **_LATENT, "linear_attn_config": {"num_heads": 4, "head_dim": 16}, "linear_num_heads": 4, "linear_head_dim": 16,
     },
     **_each("lfm2 lfm2_moe lfm3", {**_CONV, "block_auto_adjust_ff_dim": False}),
     **_each("gemma3_text gemma4_unified_text", _WINDOWED),
@@ -135,5 +135,3 @@ def spread(model):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
     return model.float().eval()
-
-

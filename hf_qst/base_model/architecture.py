@@ -76,6 +76,12 @@ class Projections:
         return *self.attention_paths, *self.mlp_paths
 
     @property
+    def of_one_input(self) -> list[tuple[str, ...]]:
+        """Its layers, those together that read the same: at most four groups."""
+        groups = [self.attention_in, self.attention_paths[-1:], self.mlp_in, self.mlp_paths[-1:]]
+        return [group for group in groups if group]
+
+    @property
     def mlp_hosts(self) -> tuple[str, ...]:
         """Paths of the modules that the MLP's layers lie in, the one that reads first."""
         return tuple(dict.fromkeys(host_of(path) for path in self.mlp_paths))

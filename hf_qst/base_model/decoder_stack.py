@@ -112,8 +112,9 @@ def register_architecture(model_type: str, row: Architecture | str) -> None:
 
 def _refuse(model, reason: str) -> None:
     raise UnsupportedArchitectureError(
-        f"{type(model).__name__} is not supported: {reason}. Supported are decoder-only models of the types "
-        f"{', '.join(sorted({*ARCHITECTURES, *WRAPPERS}))}, with their language-model or classification head."
+        f"{type(model).__name__} is not supported: {reason}. Supported are decoder-only models of the "
+        f"{len(ARCHITECTURES) + len(WRAPPERS)} types that hf_qst.supported_models() names, with their language-model or "
+        "classification head."
     )
 
 
@@ -140,8 +141,7 @@ def find_decoder_stack(model: nn.Module) -> DecoderStack:
 
     Raises:
         UnsupportedArchitectureError: an encoder-decoder, an unknown type, a bare stack without a head, or a stack
-            without blocks. The message names the class and the supported types, and of an unknown type what was found
-            in its blocks.
+            without blocks. The message names the class, and of an unknown type what was found in its blocks.
     """
     config = getattr(model, "config", None)
     if config is None:

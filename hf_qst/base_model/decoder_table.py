@@ -93,12 +93,8 @@ def _gpt_neox(config) -> BlockSpec:
     return _layer_norm(config, qkv_bias=bias, out_bias=bias, parallel=parallel)
 
 
-def _interleaved(config, **changes) -> BlockSpec:
-    return block_spec(config, rotary="interleaved", **changes)
-
-
-def _cohere(config, **changes) -> BlockSpec:
-    return _interleaved(config, norm="layer", parallel="one_norm", **changes)
+def _cohere(config) -> BlockSpec:
+    return block_spec(config, norm="layer", parallel="one_norm", rotary="interleaved")
 
 
 def _half(config, **changes) -> BlockSpec:
@@ -135,8 +131,16 @@ def _row(spec: Callable = block_spec, attention: str = "self_attn", **changes) -
 
 def _gpt(spec: Callable, attention: str, attention_in: tuple[str, ...], out: str, mlp: tuple[str, str], **changes):
     """Names as GPT-2 has them, but for the layers inside a block."""
-    projections = Projections(tuple(f"{attention}.{name}" for name in attention_in), f"{attention}.{out}", mlp[:1], mlp[1])
-    names = {"stack": "transformer", "blocks": "h", "final_norm": "ln_f", "embeddings": "wte", "projections": projections}
+    projections = Projections(
+        tuple(f"{attention}.{name}" for name in attention_in), f"{attention}.{out}", mlp[:1], mlp[1]
+    )
+    names = {
+        "stack": "transformer",
+        "blocks": "h",
+        "final_norm": "ln_f",
+        "embeddings": "wte",
+        "projections": projections,
+    }
     return _row(spec, attention, **{**names, **changes})
 
 
@@ -212,8 +216,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("self_attn.qkv_proj",), "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj", mlp_stacked=2
         )
     ),
-    "glm": _row(_interleaved, projections=_FUSED_MLP),
-    "glm4": _row(lambda c: _interleaved(c, post_norms=True), projections=_FUSED_MLP),
+    "glm": _row(projections=_FUSED_MLP),
+    "glm4": _row(lambda c: block_spec(c, post_norms=True), projections=_FUSED_MLP),
     "minicpm3": _row(
         _latent,
         projections=_LATENT,
@@ -434,8 +438,21 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 WRAPPERS: dict[str, str] = {
     **dict.fromkeys(
-        "aya_vision gemma3 gemma4 internvl llava mistral3 paligemma qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl "
-        "qwen3_vl_moe".split(),
+        [
+            "aya_vision",
+            "gemma3",
+            "gemma4",
+            "internvl",
+            "llava",
+            "mistral3",
+            "paligemma",
+            "qwen2_5_vl",
+            "qwen2_vl",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "qwen3_vl",
+            "qwen3_vl_moe",
+        ],
         "model.language_model",
     ),
     **dict.fromkeys(("idefics3", "smolvlm"), "model.text_model"),

@@ -32,7 +32,7 @@ def find_blocks(model: nn.Module) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return None
     path, stack = ENCODERS.get(model.config.model_type), stack_path(model.config)
-    if path is None and stack is not None:
+    if path is None and stack is not None and not getattr(model.config, "is_encoder_decoder", False):
         path = f"{stack}.{ARCHITECTURES[text_config(model.config).model_type].blocks}"
     if path is not None and model.base_model is model:
         path = path.removeprefix(f"{model.base_model_prefix}.")

@@ -197,7 +197,9 @@ class FrozenHeadLoss:
         if self._tried is None or any(new != old for new, old in zip(path, self._tried, strict=True)):
             self._tried, self._is_plain = path, is_of_transformers(model) and computes_plain_loss(model)
         if not self._is_plain:
-            return self._say_once(f"{type(model).__name__} does more to its hidden states than its head, a multiplier and a cap")
+            return self._say_once(
+                f"{type(model).__name__} does more to its hidden states than its head, a multiplier and a cap"
+            )
         return True
 
     def _say_once(self, reason: str) -> bool:

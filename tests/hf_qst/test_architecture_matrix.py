@@ -14,7 +14,9 @@ from hf_qst import DISPConfig, MixedRankConfig, to_dense
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, find_decoder_stack
 from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
 from hf_qst.errors import BudgetError, UnsupportedArchitectureError
+from hf_qst.qst.layer import _BlockHook
 from hf_qst.supported import PAGE, page
+from hf_qst.tuner.running_forward import RunningForward
 from tests.architectures import NF4, side_config, token_batch, wake
 from tests.pruned_models import network
 from tests.tiny_decoders import tiny_decoder
@@ -22,10 +24,32 @@ from tests.tiny_wrappers import IMAGE, WRAPPED, image_batch, tiny_wrapper
 
 # Llama 3.x and R1's distillations, Qwen2.5, 3, 3-MoE, 3.5, 2.5-VL, 3-VL, Mistral, Mistral Small, Ministral 3, Gemma 2, 3, 3 from 4B
 # up, 4, Phi-3/4, gpt-oss, DeepSeek V3, GLM-4, SmolLM3, Granite, LFM2, OLMo 2 and 3.
-POPULAR = (
-    "llama qwen2 qwen3 qwen3_moe qwen3_5_text qwen3_5_moe_text qwen2_5_vl qwen3_vl mistral mistral3 ministral3 gemma2 "
-    "gemma3_text gemma3 gemma4 phi3 gpt_oss deepseek_v3 glm4 smollm3 granite lfm2 olmo2 olmo3"
-).split()
+POPULAR = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "mistral",
+    "mistral3",
+    "ministral3",
+    "gemma2",
+    "gemma3_text",
+    "gemma3",
+    "gemma4",
+    "phi3",
+    "gpt_oss",
+    "deepseek_v3",
+    "glm4",
+    "smollm3",
+    "granite",
+    "lfm2",
+    "olmo2",
+    "olmo3",
+]
 # Language models that are only part of a model of text and images.
 _INSIDE = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
 NAMES = sorted({*ARCHITECTURES, *WRAPPERS} - _INSIDE)
@@ -98,6 +122,38 @@ def test_side_tuning_starts_at_the_base_and_learns_from_its_loss(name):
     torch.optim.SGD(trained.values(), lr=10.0).step()
     assert [n for n, p in trained.items() if torch.equal(p, start[n])] == []
     assert [n for n, p in model.named_parameters() if p.grad is not None and n not in trained] == []
+
+
+def in_layout(tables, spec) -> bool:
+    """Whether rotary tables hold a head's frequencies as the row says."""
+    if spec.rotary == "complex":
+        return torch.is_complex(tables)
+    table = tables[0]
+    if spec.rotary == "half":
+        return table.shape[-1] == spec.rotary_dim // 2
+    pairs = table.chunk(2, dim=-1) if spec.rotary == "halved" else (table[..., ::2], table[..., 1::2])
+    return torch.equal(*pairs) and not torch.equal(table[..., :1].expand_as(table), table)
+
+
+@each
+def test_rotary_tables_are_laid_out_as_the_row_says(name):
+    model = make(name)
+    stack, given = find_decoder_stack(model), {}
+
+    class Recorder:
+        def record(self, index, entering, leaving, context):
+            assert entering.shape == leaving.shape
+            assert entering.shape[-1] == stack.spec.hidden_size
+            given[index] = context.position_embeddings
+
+    tape = RunningForward()
+    for i, block in enumerate(stack.blocks):
+        block.register_forward_hook(_BlockHook(i, block, tape, stack.architecture.state), with_kwargs=True)
+    with tape.using(Recorder()):
+        logits(model, batch(name, model))
+    tables = [given[source] for source in set(stack.attention_sources()) if given[source] is not None]
+    assert bool(tables) == bool(stack.spec.rotary_dim)
+    assert all(in_layout(table, stack.spec) for table in tables)
 
 
 @each

@@ -36,7 +36,9 @@ def test_widths_are_multiples_or_everything(multiple):
     widths = widths_on_budget(scores(plan), plan, budget, multiple=multiple)
     assert all(w % multiple == 0 or w == n for w, n in zip(widths, plan.sizes, strict=True))
     # What is left is less than one more step of the dearest selection.
-    assert 0 <= budget - plan.parameters(widths) <= multiple * (WIDE.query_size + 2 * WIDE.intermediate_size)
+    assert (
+        0 <= budget - plan.parameters(widths) <= multiple * (WIDE.blocks[0].written_width + 2 * WIDE.size("mlp_middle"))
+    )
 
 
 def test_least_width_holds():
