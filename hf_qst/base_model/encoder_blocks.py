@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_qst.base_model.decoder_stack import ARCHITECTURES
+from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, stack_path, text_config
 
 # Path of the blocks in a model with a head, by model type.
 ENCODERS = {
@@ -21,7 +21,7 @@ ENCODERS = {
 
 def known_types() -> list[str]:
     """Model types whose blocks are known."""
-    return sorted([*ARCHITECTURES, *ENCODERS])
+    return sorted({*ARCHITECTURES, *WRAPPERS, *ENCODERS})
 
 
 def find_blocks(model: nn.Module) -> str | None:
@@ -31,11 +31,9 @@ def find_blocks(model: nn.Module) -> str | None:
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    model_type = model.config.model_type
-    path = ENCODERS.get(model_type)
-    if model_type in ARCHITECTURES:
-        architecture = ARCHITECTURES[model_type]
-        path = f"{architecture.stack}.{architecture.blocks}"
+    path, stack = ENCODERS.get(model.config.model_type), stack_path(model.config)
+    if path is None and stack is not None and not getattr(model.config, "is_encoder_decoder", False):
+        path = f"{stack}.{ARCHITECTURES[text_config(model.config).model_type].blocks}"
     if path is not None and model.base_model is model:
         path = path.removeprefix(f"{model.base_model_prefix}.")
     return path if path in dict(model.named_modules()) else None

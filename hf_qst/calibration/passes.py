@@ -246,7 +246,10 @@ class CalibrationRun:
     def _call(self, module: nn.Module, inputs: dict):
         inputs = dict(inputs)
         config = getattr(self.model, "config", None)
-        if getattr(config, "use_cache", None) is not None and _takes(module, "use_cache"):
+        # A model of text and images has it in the configuration of its language model.
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        keeps = getattr(config, "use_cache", None) is not None or getattr(text, "use_cache", None) is not None
+        if keeps and _takes(module, "use_cache"):
             inputs.setdefault("use_cache", False)
         if getattr(config, "return_dict", True) is False and _takes(module, "return_dict"):
             inputs.setdefault("return_dict", True)

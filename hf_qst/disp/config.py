@@ -25,7 +25,7 @@ class DISPConfig(MethodConfig):
 
     Args:
         keep_ratio (`float`): the part of the parameters to keep, in (0, 1].
-        budget_scope (`str`): what it is a part of: `"targets"` (the blocks' matrices) or `"model"` (all parameters).
+        budget_scope (`str`): what it is a part of: `"targets"` (the blocks' parameters) or `"model"` (all parameters).
         regularization (`float`):
             Weight of |ln(T / budget)| beside the loss, where T counts the parameters that the sampled channels leave.
         selections (`list[str]`): which of the five selections of a block are learned; the others keep everything.

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from hf_qst.base_model.architecture import host_of
 from hf_qst.base_model.block_calls import with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.disp.auxiliary_loss import with_auxiliary_loss
@@ -109,7 +110,7 @@ class DISPLayer(StackLayer):
 
     @property
     def _blocks(self) -> nn.ModuleList:
-        return getattr(self.base_layer, self.block_path)
+        return self.base_layer.get_submodule(self.block_path)
 
     def forward(self, *args, **kwargs):
         gates, penalty = self._choose()
@@ -229,19 +230,19 @@ def _common(*choices: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Ten
 
 def _install_hooks(block: nn.Module, stack: DecoderStack, gates: _Gates, first: int) -> list:
     """Gates on a block's attention and MLP; `first` is the index of its first selection."""
-    architecture, index = stack.architecture, {name: first + i for i, name in enumerate(SELECTIONS)}
-    attention_out = block.get_submodule(architecture.projections.attention_out)
-    mlp_out = block.get_submodule(architecture.projections.mlp_out)
-    reads = [
-        (block.get_submodule(architecture.attention), "attention_in"),
-        (block.get_submodule(architecture.mlp[0]), "mlp_in"),
+    names, index = stack.projections(block), {name: first + i for i, name in enumerate(SELECTIONS)}
+    reads, writes = [], []
+    if names.attention_out:
+        reads.append((host_of(names.attention_in[0]), "attention_in"))
+        writes.append((names.attention_out, "attention_out"))
+    if names.mlp_out:
         # After the activation: there a gated MLP's two branches have met, and a pruned channel still has a gradient.
-        (mlp_out, "mlp_middle"),
-    ]
-    writes = [(attention_out, "attention_out"), (mlp_out, "mlp_out")]
+        reads += [(names.mlp_hosts[0], "mlp_in"), (names.mlp_out, "mlp_middle")]
+        writes.append((names.mlp_out, "mlp_out"))
+    at = lambda path: block.get_submodule(path)
     return [
-        *(m.register_forward_pre_hook(_GateInput(gates, index[name]), with_kwargs=True) for m, name in reads),
-        *(m.register_forward_hook(_GateOutput(gates, index[name])) for m, name in writes),
+        *(at(p).register_forward_pre_hook(_GateInput(gates, index[name]), with_kwargs=True) for p, name in reads),
+        *(at(p).register_forward_hook(_GateOutput(gates, index[name])) for p, name in writes),
     ]
 
 

@@ -119,9 +119,10 @@ def prune_model(
 
 def _add_means_to_biases(task: PruningTask, masks: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """b + mean(x) W over the removed inputs, where a layer has a bias: what they gave on average stays."""
-    names = task.stack.architecture.projections
-    readers = {"attention_in": names.attention_in, "mlp_in": names.mlp_in, "mlp_middle": (names.mlp_out,)}
     for block, statistics, mask in zip(task.stack.blocks, task.statistics, masks, strict=True):
+        names = task.stack.projections(block)
+        readers = {"attention_in": names.attention_in, "mlp_in": names.mlp_in}
+        readers["mlp_middle"] = (names.mlp_out,) if names.mlp_out else ()
         for selection, paths in readers.items():
             for path in paths:
                 bias, mean = block.get_submodule(path).bias, statistics[path].mean

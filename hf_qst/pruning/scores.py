@@ -59,11 +59,11 @@ class PruningTask:
         Raises:
             CalibrationError: the data do not reach a layer, or make it see NaN.
         """
-        names = self.stack.architecture.projections
-        readers = [names.attention_in, (names.attention_out,), names.mlp_in, (names.mlp_out,)]
         prefix = f"{self.stack.path}.{self.stack.architecture.blocks}"
         groups = [
-            tuple(f"{prefix}.{i}.{path}" for path in paths) for i in range(self.layout.num_layers) for paths in readers
+            tuple(f"{prefix}.{i}.{path}" for path in paths)
+            for i, block in enumerate(self.stack.blocks)
+            for paths in self.stack.projections(block).of_one_input
         ]
         found: list[dict[str, InputStatistics]] = [{} for _ in range(self.layout.num_layers)]
         for part in plan_passes(self.model, groups, memory_limit=_STATISTICS_BYTES):
@@ -121,8 +121,8 @@ def register_pruning_method(
 def random_scores(task: PruningTask) -> Scores:
     """Uniform random numbers: the same for the same seed."""
     generator = torch.Generator().manual_seed(task.seed)
-    draw = lambda name: torch.rand(task.layout.size(name), generator=generator)
-    return [{name: draw(name) for name in SELECTIONS} for _ in range(task.layout.num_layers)]
+    draw = lambda name, layer: torch.rand(task.layout.size(name, layer), generator=generator)
+    return [{name: draw(name, layer) for name in SELECTIONS} for layer in range(task.layout.num_layers)]
 
 
 def _summed(task: PruningTask, importance: Callable, middle_by_readers: bool = False) -> Scores:
@@ -132,23 +132,21 @@ def _summed(task: PruningTask, importance: Callable, middle_by_readers: bool = F
         importance: (W [d_in, d_out], its `InputStatistics` or None) -> the importance of its entries [d_in, d_out].
         middle_by_readers: whether a middle channel of an MLP is judged by the weights that read it alone.
     """
-    names = task.stack.architecture.projections
     scores = []
     for i, block in enumerate(task.stack.blocks):
+        names, of_block = task.stack.projections(block), {}
         statistics = {} if task.calibration_data is None else task.statistics[i]
         of = lambda path, block=block, known=statistics: importance(task.weight(block, path), known.get(path))
-        mlp_in = [of(path) for path in names.mlp_in]
-        mlp_out = of(names.mlp_out)
-        writers = 0 if middle_by_readers else sum(part.sum(0) for part in mlp_in)
-        scores.append(
-            {
-                "attention_in": sum(of(path).sum(1) for path in names.attention_in),
-                "attention_out": of(names.attention_out).sum(0),
-                "mlp_in": sum(part.sum(1) for part in mlp_in),
-                "mlp_middle": mlp_out.sum(1) + writers,
-                "mlp_out": mlp_out.sum(0),
-            }
-        )
+        if names.attention_out:
+            of_block["attention_in"] = sum(of(path).sum(1) for path in names.attention_in)
+            of_block["attention_out"] = of(names.attention_out).sum(0)
+        if names.mlp_out:
+            mlp_in, mlp_out = [of(path) for path in names.mlp_in], of(names.mlp_out)
+            written = sum(part.sum(0).unflatten(0, (names.mlp_stacked, -1)).sum(0) for part in mlp_in)
+            of_block["mlp_in"] = sum(part.sum(1) for part in mlp_in)
+            of_block["mlp_middle"] = mlp_out.sum(1) + (0 if middle_by_readers else written)
+            of_block["mlp_out"] = mlp_out.sum(0)
+        scores.append(of_block)
     return scores
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from hf_qst.base_model.block_calls import with_first_argument
@@ -20,19 +22,9 @@ from hf_qst.qst.tail import key, linear_layers
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
-# Arguments of a base block that its side block does not get: the hidden state, and arguments for unused caches.
-_NOT_FORWARDED = {
-    "hidden_states",
-    "attention_mask",
-    "position_embeddings",
-    "past_key_values",
-    "layer_past",
-    "use_cache",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "output_attentions",
-    "output_hidden_states",
-}
+# Arguments of a base block that its side block's attention gets too: of packed sequences. Others are the base's own, such
+# as biases for its heads.
+_FORWARDED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options")
 
 
 class SideNetworkMergeError(NotImplementedError):
@@ -43,6 +35,13 @@ class SideNetworkMergeError(NotImplementedError):
             "a QST side network reads the base's hidden states through layers of its own and cannot be merged into its "
             "weights. Keep it as an adapter (save_pretrained), or take the base back with unload()."
         )
+
+
+class _GivenHidden(BaseModelOutputWithPastAndCrossAttentions):
+    """The output of a stack that did not run."""
+
+    router_logits = None  # of a mixture of experts
+    shared_kv_states = None  # of Gemma 4
 
 
 class _Recorder:
@@ -73,8 +72,8 @@ class _Recorder:
 class _BlockHook:
     """Forward hook of base block `index`. A class, not a closure, so that models can be pickled and copied."""
 
-    def __init__(self, index: int, block: nn.Module, tape: RunningForward):
-        self.index = index
+    def __init__(self, index: int, block: nn.Module, tape: RunningForward, state: Callable):
+        self.index, self.state = index, state
         self.tape = tape
         self.parameters = [
             p.name
@@ -87,14 +86,15 @@ class _BlockHook:
         if recorder is None or not recorder.reads(self.index):
             return
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        entering = arguments["hidden_states"]
+        entering = arguments.pop(self.parameters[0])
         context = BlockContext(
             attention_mask=arguments.get("attention_mask"),
             position_embeddings=arguments.get("position_embeddings"),
-            attention_kwargs={k: v for k, v in arguments.items() if k not in _NOT_FORWARDED},
+            attention_kwargs={k: arguments[k] for k in _FORWARDED if k in arguments},
             hidden_dtype=entering.dtype,
         )
-        recorder.record(self.index, entering, output[0] if isinstance(output, tuple) else output, context)
+        leaving = output[0] if isinstance(output, (tuple, list)) else output
+        recorder.record(self.index, self.state(entering), self.state(leaving), context)
 
 
 class _TailStart:
@@ -140,12 +140,13 @@ class QSTLayer(StackLayer):
 
     def __init__(self, base_layer: nn.Module, stack: DecoderStack):
         super().__init__(base_layer)
-        self.num_layers = len(stack.blocks)
         self.block_path = stack.architecture.blocks
-        self.hooked_from = self.num_layers  # the first block with the hooks of a tail
+        self.hooked_from = len(stack.blocks)  # the first block with the hooks of a tail
+        # Of a cache for the base alone; a block may have two of them.
+        self.num_layers = max(len(stack.blocks), len(DynamicCache(config=stack.module.config).layers))
         self.tape = RunningForward()
         self.hook_handles = [
-            block.register_forward_hook(_BlockHook(i, block, self.tape), with_kwargs=True)
+            block.register_forward_hook(_BlockHook(i, block, self.tape, stack.architecture.state), with_kwargs=True)
             for i, block in enumerate(stack.blocks)
         ]
 
@@ -167,8 +168,10 @@ class QSTLayer(StackLayer):
 
     def forward(self, *args, **kwargs):
         request = kwargs.pop(LOSS_REQUEST, None)
+        if request is not None:
+            request.arrived = True
         if request is not None and request.hidden is not None:
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=request.hidden)
+            return _GivenHidden(last_hidden_state=request.hidden)
         network = self.active_network()
         if network is None:
             output = self.base_layer(*args, **kwargs)
@@ -183,9 +186,10 @@ class QSTLayer(StackLayer):
             # The paged cache of continuous batching, which transformers passes through to each attention.
             raise NotImplementedError(continuous_batching.MESSAGE)
         config = self.base_layer.config
+        kwargs.pop("logits_to_keep", None)  # Gemma 4 leaves the other tokens out of its last blocks
         cache = kwargs.get("past_key_values")
         if kwargs["use_cache"] or cache is not None:
-            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.places)
+            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.sources)
 
         recorder = _Recorder(network, torch.is_grad_enabled(), cache, self.num_layers)
         with self.tape.using(recorder), torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_qst.base_model.architecture import one_stream
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.base_model.packed_weights import find_packed, keep_packed_weights
 from hf_qst.qst.continuous_batching import RefuseContinuousBatching
@@ -36,6 +37,11 @@ class QSTModel(StackTuner):
             raise ValueError(
                 f"QSTConfig.tail_layers must be less than the number of blocks of the base, {len(stack.blocks)}, got "
                 f"{peft_config.tail_layers}: the side network reads those below. For LoRA in all blocks use PEFT's LoraConfig."
+            )
+        if peft_config.tail_layers and stack.architecture.state is not one_stream:
+            raise ValueError(
+                f"QSTConfig.tail_layers must be 0 for {stack.model_type}, got {peft_config.tail_layers}: its blocks have several "
+                "residual streams, and the side network's output is mixed into one"
             )
         tail = stack.blocks[len(stack.blocks) - peft_config.tail_layers :]
         if not peft_config.inference_mode and (packed := find_packed(tail)) is not None:

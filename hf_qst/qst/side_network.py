@@ -65,12 +65,12 @@ class Taps:
     """What a side network keeps of one base forward.
 
     `embedding` and `side` are for the downsamplers, of the state entering the first block and of the outputs of the
-    blocks with a side block; `readout` is for the readout; `contexts` are what the base gave the former blocks.
+    blocks with a side block; `readout` is for the readout; `contexts` are, by base block, what the base gave it.
     """
 
     embedding: torch.Tensor | None = None
     side: list[torch.Tensor] = field(default_factory=list)
-    contexts: list[BlockContext] = field(default_factory=list)
+    contexts: dict[int, BlockContext] = field(default_factory=dict)
     readout: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -181,8 +181,11 @@ class SideNetwork(nn.Module):
         self.downsample = nn.ModuleList()
         self.gates = nn.ModuleList()
         self.blocks = nn.ModuleList()
-        for i in self.places:
-            attention = getattr(stack.blocks[i], stack.architecture.attention)
+        sources = stack.attention_sources()
+        # The base block whose mask and positions each side block uses: its own, if that attends.
+        self.sources = [sources[i] for i in self.places]
+        for source in self.sources:
+            attention = dict(stack.blocks[source].named_modules()).get(stack.architecture.attention)
             window = getattr(attention, "sliding_window", None)
             self.downsample.append(make_downsample(config, base.hidden_size, spec.hidden_size))
             self.gates.append(Float32Parameter(gate_size, config.gate_init))
@@ -239,9 +242,10 @@ class SideNetwork(nn.Module):
             # Under a device map the first state may still be on the device before the block's.
             taps.embedding = self.downsample[0].tap(entering.to(self.gates[0].value.device))
         reads = None if self.readout is None else self.readout.weight(index)
+        if index in self.sources:
+            taps.contexts[index] = context
         if index in self.places:
             downsample = self.downsample[self.places.index(index)]
-            taps.contexts.append(context)
             if reads is None:
                 taps.side.append(downsample.tap(leaving))
             else:
@@ -264,9 +268,10 @@ class SideNetwork(nn.Module):
         recompute = self.checkpointing if cache is None and torch.is_grad_enabled() else False
         side = self.downsample[0].finish(taps.embedding)
         tables = {}
-        for context in taps.contexts:
+        contexts = [taps.contexts[source] for source in self.sources]
+        for context in contexts:
             context.side_tables = tables
-        for i, (tapped, context) in enumerate(zip(taps.side, taps.contexts, strict=True)):
+        for i, (tapped, context) in enumerate(zip(taps.side, contexts, strict=True)):
             # Decided here, because a recomputed step must save the same tensors as the first time.
             fused = self._fuses(i, side)
             if recompute is True:

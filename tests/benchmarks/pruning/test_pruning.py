@@ -113,8 +113,9 @@ def test_floors_count_operations_and_weights():
     model = tiny_llama()
     layout = PruningLayout.of(find_decoder_stack(model))
     half = [[width // 2 for width in row] for row in layout.full_widths]
-    # By hand: 2 layers of 64 x (64 + 32 + 32 + 64) and 3 x 64 x 128; middle and residual both halved leave a quarter.
-    full, small = 2 * (64 * 192 + 3 * 64 * 128), 2 * (32 * 192 + 3 * 32 * 64)
+    # By hand: 2 layers of 64 x (64 + 32 + 32 + 64) and 3 x 64 x 128 and two norms of 64; middle and residual both halved
+    # leave a quarter.
+    full, small = 2 * (64 * 192 + 3 * 64 * 128 + 128), 2 * (32 * 192 + 3 * 32 * 64 + 128)
     assert layout.total == full and layout.count(half) == small
     head, attention = 96 * 64, 2 * 2 * 64 * 10 * 10 // 2
     found = pruning_cost.floors(layout, half, 96, 10)

@@ -206,8 +206,6 @@ def test_experts_are_left_out_with_a_warning(caplog):
     model = AutoModelForCausalLM.from_config(settings)
     experts = {n: p.shape for n, p in model.named_parameters() if p.dim() == 3}
     assert experts
-    with pytest.raises(UnsupportedArchitectureError, match=r"MixtralForCausalLM.*target_modules"):
-        compress_model(model, config("llama"))
     with caplog.at_level(logging.WARNING):
         compress_model(model, config("llama", target_modules=["q_proj", "o_proj"], keep_ratio=0.4))
     assert f"{len(experts)} three-dimensional weights" in caplog.text
