@@ -11,7 +11,7 @@ from hf_qst.disp import DISPConfig
 from hf_qst.mixed_rank import MixedRankConfig, compress_model, rank_report
 from hf_qst.pruning import prune_model
 from hf_qst.qst import QSTConfig
-from hf_qst.reshaped_models import to_dense
+from hf_qst.reshaped_models import quantize_experts, to_dense
 from hf_qst.supported import register_architecture, supported_models
 from hf_qst.version import __version__
 
@@ -55,6 +55,7 @@ __all__ = [
     "adaptive_generate_kwargs",
     "compress_model",
     "prune_model",
+    "quantize_experts",
     "rank_report",
     "register_architecture",
     "supported_models",

@@ -35,6 +35,11 @@ class SecondMoment:
                 self.products += part.T @ part
                 self.fourth += part.double().square().sum(1).square().sum()
 
+    @property
+    def rows(self) -> int:
+        """How many rows were seen."""
+        return self.count
+
     def is_finite(self) -> bool:
         """Whether all rows were finite. NaN and infinity persist in the sum of fourth powers."""
         return bool(torch.isfinite(self.fourth))
@@ -118,6 +123,10 @@ class MeanInput:
             self.counts = nn.functional.pad(self.counts, (0, new_positions))
         self.sums.index_add_(0, positions, rows.double())
         self.counts.index_add_(0, positions, torch.ones_like(positions, dtype=torch.float64))
+
+    @property
+    def rows(self) -> int:
+        return self.count
 
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.sums).all())

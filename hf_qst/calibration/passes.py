@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_qst.base_model.experts import enclosing_experts
 from hf_qst.base_model.linear_layers import in_features
 from hf_qst.base_model.offloading import input_device
 from hf_qst.calibration.data import MAIN_INPUTS, CalibrationError, label_names
@@ -124,10 +125,15 @@ class CalibrationRun:
             CalibrationError: the batch has padding, and it is not known which rows are padding.
         """
         rows, shape = (inputs.detach() if detach else inputs).flatten(0, -2), inputs.shape[:-1]
+        place = lambda index: index.to(rows.device)
+        if (experts := enclosing_experts(self.model, name)) is not None:
+            # An expert sees some of the layer's tokens.
+            tokens, count = experts[1].running
+            shape, place = torch.Size([count]), lambda index: index.to(rows.device)[tokens]
         sequence = self._sequence_of(name)
         if sequence is None or sequence.mask is None:
             indices = self._places(shape)
-            return (rows, None, None) if indices is None else (rows, *(index.to(rows.device) for index in indices))
+            return (rows, None, None) if indices is None else (rows, *map(place, indices))
         indices = rows_of_sequence(shape, sequence.mask) or self._rows_of_frames(shape, sequence.mask)
         if indices is None:
             raise CalibrationError(
@@ -135,7 +141,7 @@ class CalibrationRun:
                 f"{name!r}, which depends on them, sees rows {list(shape)}, and which of these are padding is not known. "
                 "Give batches without padding and without this mask, or leave the module out"
             )
-        kept, sample, position = (index.to(rows.device) for index in indices)
+        kept, sample, position = map(place, indices)
         return rows[kept], sample[kept], position[kept]
 
     def _rows_of_frames(self, shape: torch.Size, mask: torch.Tensor):
@@ -437,7 +443,10 @@ def collect_statistics(
         for batch in tqdm(batches, desc=label, unit="batch", disable=not progress):
             run(batch)
     for group in groups:
-        if group not in statistics or statistics[group].count == 0:
+        unseen = group not in statistics or (
+            statistics[group].count == 0 and enclosing_experts(model, group[0]) is None
+        )
+        if unseen:
             raise CalibrationError(f"module {group[0]!r} sees no rows of calibration_data")
     return statistics
 

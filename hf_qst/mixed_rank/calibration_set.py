@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from hf_qst.base_model.experts import enclosing_experts
 from hf_qst.calibration import CalibrationError, as_batches, collect_statistics, input_groups, plan_passes
+from hf_qst.mixed_rank.expert_statistics import is_pool, of_expert, pool_of, with_pools
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,23 @@ class CalibrationSet:
 
     def in_one_pass(self, model: nn.Module, groups: Sequence[tuple[str, ...]], kind: str) -> bool:
         """Whether all statistics fit into memory at a time."""
-        return len(plan_passes(model, groups, kind, self.memory_limit)) == 1
+        return len(self._plan(model, groups, kind)) == 1
+
+    def _plan(self, model: nn.Module, groups: Sequence[tuple[str, ...]], kind: str) -> list[list[tuple[str, ...]]]:
+        groups = with_pools(model, groups) if kind == "second_moment" else groups
+        return plan_passes(model, groups, kind, self.memory_limit)
 
     def statistics(self, model: nn.Module, groups: Sequence[tuple[str, ...]], kind: str) -> Iterator[tuple]:
         """Groups of modules with the statistic of their inputs, in as many passes as memory allows."""
-        plan = plan_passes(model, groups, kind, self.memory_limit)
+        plan, pools = self._plan(model, groups, kind), {}
         for index, part in enumerate(plan):
             label = f"calibration {index + 1}/{len(plan)}"
             statistics = collect_statistics(model, part, self.batches, kind, self.progress, label)
             for group in part:
-                yield group, statistics.pop(group)
+                statistic = statistics.pop(group)
+                if is_pool(model, group):
+                    pools = {group[0]: statistic}
+                    continue
+                if enclosing_experts(model, group[0]) is not None:
+                    statistic = of_expert(statistic, pools.get(pool_of(model, group[0])))
+                yield group, statistic

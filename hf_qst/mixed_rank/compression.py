@@ -8,15 +8,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_qst.base_model.experts import own_memory, split_named
 from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.base_model.offloading import require_weights
 from hf_qst.base_model.packed_weights import drop_quantizer, find_packed, unpacked
+from hf_qst.base_model.quantized_layers import attach_quantizer, find_quantizer
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.layer import LowRankLinear
 from hf_qst.mixed_rank.pipeline import Compression, Pipeline
-from hf_qst.mixed_rank.quantization import attach_quantizer, find_quantizer, require_available
+from hf_qst.mixed_rank.quantization import require_available
 from hf_qst.mixed_rank.target_weights import TargetWeights
-from hf_qst.mixed_rank.targets import find_targets
+from hf_qst.mixed_rank.targets import experts_split, find_targets, require_reach
 from hf_qst.reshaped_models import reshape_model
 
 
@@ -37,13 +39,14 @@ def compress(model: nn.Module, config, calibration_data: Iterable[Mapping] | Non
     require_weights(model, "MixedRankConfig")
     if config.residual and config.residual.reference_model is not None:
         require_weights(config.residual.reference_model, "MixedRankConfig.residual.reference_model")
-    names = find_targets(model, config)
-    require_available(config.quantize_factors, model, config.mode)
-    narrowest = min(min(dense_shape(model.get_submodule(name))) for name in names)
-    settings = config.resolved(data is not None, narrowest)
-    calibration = None if data is None else CalibrationSet.read(data, settings, model)
-    _require_backward(model, settings)
-    with unpacked(model):
+    with unpacked(model), experts_split(model, config):
+        names = find_targets(model, config)
+        require_reach(model, names, config)
+        require_available(config.quantize_factors, model, config.mode)
+        narrowest = min(min(dense_shape(model.get_submodule(name))) for name in names)
+        settings = config.resolved(data is not None, narrowest)
+        calibration = None if data is None else CalibrationSet.read(data, settings, model)
+        _require_backward(model, settings)
         return Pipeline(TargetWeights(model, names, settings), settings, calibration).run()
 
 
@@ -72,9 +75,12 @@ def compress_model(model: nn.Module, config, calibration_data: Iterable[Mapping]
         raise ValueError(
             "compress_model replaces layers; use get_peft_model for MixedRankConfig.keep_base_weights=True"
         )
-    for name, layer in compress(model, config, calibration_data).factors.items():
+    factors = compress(model, config, calibration_data).factors
+    split_named(model, factors)
+    for name, layer in factors.items():
         trainable = model.get_submodule(name).weight.requires_grad
         model.set_submodule(name, layer.requires_grad_(trainable))
+    own_memory(model)
     return finished(model)
 
 

@@ -12,8 +12,10 @@ from peft import PeftConfig
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from hf_qst.base_model.experts import join, own_memory, split_named
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
 from hf_qst.base_model.offloading import require_in_place
+from hf_qst.base_model.quantized_layers import scheme_of
 from hf_qst.mixed_rank.compression import compress, finished
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.quantization import (
@@ -21,7 +23,6 @@ from hf_qst.mixed_rank.quantization import (
     quantize_factors,
     require_available,
     saved_rank,
-    scheme_of,
 )
 from hf_qst.mixed_rank.targets import matches
 from hf_qst.reshaped_models import ReshapedModel, to_dense
@@ -51,6 +52,8 @@ class MixedRankModel(ManifestTuner):
                 f"transformers' load_adapter does not read factors in {config.quantize_factors}; use "
                 "PeftModel.from_pretrained(model, folder)"
             )
+        # Paths of the experts that were split for the adapters.
+        self._split: list[str] = []
         super().__init__(model, config, adapter_name, *args, **kwargs)
 
     def _check_new_adapter_config(self, config) -> None:
@@ -67,7 +70,13 @@ class MixedRankModel(ManifestTuner):
     def inject_adapter(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, **kwargs):
         """As of PEFT; `low_cpu_mem_usage` leaves the factors on the meta device, for weights that are loaded next."""
         self._empty_factors = low_cpu_mem_usage
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        except Exception:
+            join(self.model, self._split)
+            raise
+        if not all(layer.keeps_base for layer in self._layers().values()):
+            own_memory(self.model)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
@@ -116,10 +125,12 @@ class MixedRankModel(ManifestTuner):
             if not config.init_weights:
                 self._factors = {n: self._random(layer, config) for n, layer in found.factors.items()}
             config.rank_pattern, config.results = found.ranks, found.results
+            self._split += split_named(self.model, config.rank_pattern)
         else:
             self._check_base(config)
             require_in_place(self.model, "MixedRankConfig")
             require_available(config.quantize_factors, self.model, config.mode)
+            self._split += split_named(self.model, config.rank_pattern)
             self._factors = {n: self._empty(n, rank, config) for n, rank in config.rank_pattern.items()}
 
     @staticmethod
@@ -211,7 +222,9 @@ class MixedRankModel(ManifestTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, safe_merge: bool = False, **kwargs) -> nn.Module:
         for layer in self._layers().values():
             layer.check_unload(merge, safe_merge, kwargs.get("adapter_names"))
-        return finished(super()._unload_and_optionally_merge(merge=merge, safe_merge=safe_merge, **kwargs))
+        model = super()._unload_and_optionally_merge(merge=merge, safe_merge=safe_merge, **kwargs)
+        join(model, self._split)
+        return finished(model)
 
     @classmethod
     def _check_configuration(cls, model, config, adapter_name, state_dict, tensors) -> None:

@@ -12,6 +12,7 @@ from hf_qst.mixed_rank.compensation.stage import compensate
 from hf_qst.mixed_rank.config import CompressionResults
 from hf_qst.mixed_rank.decomposition.spectrum import DENSE
 from hf_qst.mixed_rank.decomposition.stage import Decomposition
+from hf_qst.mixed_rank.expert_statistics import weigh_experts
 from hf_qst.mixed_rank.layer import LowRankLinear
 from hf_qst.mixed_rank.predictions import mean_divergence
 from hf_qst.mixed_rank.target_weights import TargetWeights
@@ -88,6 +89,8 @@ class Pipeline:
         layers = Decomposition(self.weights, self.settings, self.calibration)
         if self.settings.allocation.layer_weight == "fisher":
             weigh_layers(self.weights, layers, self.calibration)
+        else:
+            weigh_experts(self.weights.model, layers)
         return layers
 
     def allocate(self, layers: Decomposition) -> dict[str, int]:

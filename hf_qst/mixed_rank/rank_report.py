@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
+from hf_qst.base_model.quantized_layers import stored_bytes
 from hf_qst.mixed_rank.layer import LowRankLinear
-from hf_qst.mixed_rank.quantization import stored_bytes
 
 
 def rank_report(model: nn.Module) -> list[dict]:

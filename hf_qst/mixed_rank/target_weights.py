@@ -9,8 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, float_dtype, is_linear
+from hf_qst.base_model.quantized_layers import scheme_of
 from hf_qst.mixed_rank.layer import LowRankLinear, MixedRankLayer
-from hf_qst.mixed_rank.quantization import quantize_factors, scheme_of
+from hf_qst.mixed_rank.quantization import quantize_factors
 
 
 class TargetWeights:

@@ -3,6 +3,7 @@
 Importing this package registers them with transformers' Auto classes.
 """
 
+from hf_qst.base_model.experts import KIND, SplitExperts
 from hf_qst.reshaped_models.classes import (
     CLASS_PREFIX,
     FORMAT,
@@ -13,8 +14,11 @@ from hf_qst.reshaped_models.classes import (
     reshaped_class,
     to_dense,
 )
+from hf_qst.reshaped_models.expert_quantization import quantize_experts, split_experts
 from hf_qst.reshaped_models.folder import MANIFEST_NAME
 from hf_qst.reshaped_models.kinds import ReshapedModelError, register_kind
+
+register_kind(KIND, SplitExperts.from_description)
 
 __all__ = [
     "FORMAT",
@@ -23,9 +27,11 @@ __all__ = [
     "ReshapedConfig",
     "ReshapedModel",
     "ReshapedModelError",
+    "quantize_experts",
     "register_kind",
     "reshape_model",
     "reshaped_class",
+    "split_experts",
     "to_dense",
 ]
 

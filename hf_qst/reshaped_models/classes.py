@@ -18,6 +18,7 @@ import os
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -360,7 +361,7 @@ def _require_classes(model: PreTrainedModel, twin: PreTrainedModel) -> None:
             continue  # the model's own class is about to change; a kind answers for what is inside its modules
         if (quantised and isinstance(expected, (nn.Linear, Conv1D))) or _is_left_out(model, f"{name}."):
             continue
-        found, wanted = (getattr(kind, "plain_class", kind) for kind in (type(modules.get(name)), type(expected)))
+        found, wanted = _class_of(modules.get(name)), _class_of(expected)
         if found is not wanted:
             raise ReshapedModelError(
                 f"module {name!r} of the model is of class {found.__module__}.{found.__qualname__}, "
@@ -368,6 +369,13 @@ def _require_classes(model: PreTrainedModel, twin: PreTrainedModel) -> None:
                 "saved model would compute something else; make the module in the __init__ of a subclass of "
                 f"{type(twin).__name__.removeprefix(CLASS_PREFIX)}"
             )
+
+
+def _class_of(module: nn.Module | None) -> type:
+    """The class that a module is made of: torch gives one with a parametrization (weight norm) a class of its own."""
+    kind = type(module)
+    kind = getattr(kind, "plain_class", kind)
+    return kind.__mro__[1] if module is not None and is_parametrized(module) else kind
 
 
 def _is_left_out(model: nn.Module, name: str) -> bool:

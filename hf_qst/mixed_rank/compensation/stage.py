@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from hf_qst.base_model.encoder_blocks import find_blocks
-from hf_qst.base_model.linear_layers import dense_shape
+from hf_qst.base_model.experts import enclosing_experts
+from hf_qst.base_model.linear_layers import in_features
 from hf_qst.calibration import CalibrationError
 from hf_qst.calibration.moments import CrossMoment
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.compensation.gradient import ProxyRows, gradient_factors
 from hf_qst.mixed_rank.compensation.least_squares import bias_shift, least_squares_factors
-from hf_qst.mixed_rank.compensation.two_streams import Pair, replace_in_order
+from hf_qst.mixed_rank.compensation.two_streams import replace_in_order
 from hf_qst.mixed_rank.decomposition.factors import factorize
 from hf_qst.mixed_rank.decomposition.metrics import metric_matrix
 from hf_qst.mixed_rank.decomposition.spectrum import DENSE
 from hf_qst.mixed_rank.decomposition.stage import Decomposition
+from hf_qst.mixed_rank.expert_statistics import of_expert
 from hf_qst.mixed_rank.layer import LowRankLinear
+from hf_qst.mixed_rank.predictions import installed
 from hf_qst.mixed_rank.target_weights import TargetWeights
 
 COMPENSATIONS = ("lstsq", "none", "gradient", "kd")
@@ -64,33 +68,54 @@ def _uncompensated(weights: TargetWeights, layers: Decomposition, ranks: Mapping
 
 
 def _compensated(weights: TargetWeights, groups, ranks, settings, calibration) -> dict[str, LowRankLinear]:
-    model, method = weights.model, settings.compensation.method
-    blocks = find_blocks(model)
-    if blocks is not None and not all(name.startswith(f"{blocks}.") for group in groups for name in group):
-        blocks = None
-    fit_layer = _by_descent if method == "gradient" else _by_least_squares
+    fitting, built = _Fitting(weights, ranks, settings, len(calibration.batches)), {}
+    for blocks, own in _by_blocks(weights.model, groups):
+        with installed(weights.model, built):
+            built |= replace_in_order(weights, blocks, own, calibration, fitting)
+    return {name: layer.factors if weights.residual else layer for name, layer in built.items()}
 
-    def fit(group: tuple[str, ...], pairs: Iterator[Pair]):
-        inputs = _Inputs(dense_shape(model.get_submodule(group[0]))[0], len(calibration.batches), method)
-        for rows, others in pairs:
-            inputs.add_pair(rows, others)
+
+def _by_blocks(model: nn.Module, groups: list[tuple[str, ...]]) -> list[tuple[str | None, list[tuple[str, ...]]]]:
+    """Each list of blocks with its groups, in the order in which they run; one None with all where some lie in none."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for group in groups:
+        inside = [path for path in find_blocks(model) if all(name.startswith(f"{path}.") for name in group)]
+        if not inside:
+            return [(None, groups)]
+        found.setdefault(inside[0], []).append(group)
+    return list(found.items())
+
+
+class _Fitting:
+    """Factors of one group of layers, from its inputs."""
+
+    def __init__(self, weights: TargetWeights, ranks: Mapping[str, int], settings, batches: int):
+        self.weights, self.ranks, self.settings, self.batches = weights, ranks, settings, batches
+        self.method = settings.compensation.method
+
+    def inputs(self, name: str) -> _Inputs:
+        return _Inputs(in_features(self.weights.model.get_submodule(name)), self.batches, self.method)
+
+    def fit(self, group: tuple[str, ...], inputs: _Inputs, pool: _Inputs | None) -> dict[str, nn.Module]:
+        weights, settings = self.weights, self.settings
         if not inputs.moments.is_finite():
             raise CalibrationError(
                 f"the inputs of module {group[0]!r} in the compressed model hold NaN or infinite values"
             )
-        built = {}
+        # An expert that sees few tokens has nothing to train on, and nothing to hold out.
+        descends = self.method == "gradient" and inputs.moments.count > 1
+        if enclosing_experts(weights.model, group[0]) is not None:
+            inputs.moments = of_expert(inputs.moments, None if pool is None else pool.moments)
+        fit_layer, built = _by_descent if descends else _by_least_squares, {}
         for name in group:
-            factors = fit_layer(weights, name, inputs, ranks[name], settings)
+            factors = fit_layer(weights, name, inputs, self.ranks[name], settings)
             shift = None
             if weights.centred(name):
                 shift = bias_shift(weights.dense(name).to(factors[0].device), *factors, *inputs.moments.means())
             # What is trained afterwards is quantised after that.
-            layer = weights.layer(name, *factors, quantized=method != "kd", shift=shift)
+            layer = weights.layer(name, *factors, quantized=self.method != "kd", shift=shift)
             built[name] = weights.in_place(name, layer)
         return built
-
-    built = replace_in_order(weights, blocks, groups, calibration, fit)
-    return {name: layer.factors if weights.residual else layer for name, layer in built.items()}
 
 
 class _Inputs:

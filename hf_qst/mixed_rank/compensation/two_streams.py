@@ -5,21 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_qst.base_model.experts import SplitExperts, enclosing_experts
+from hf_qst.base_model.linear_layers import in_features
 from hf_qst.calibration import CalibrationRun, calibration_mode, first_input, hooks
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
+from hf_qst.mixed_rank.expert_statistics import pool_of
 from hf_qst.mixed_rank.predictions import installed
 from hf_qst.mixed_rank.target_weights import TargetWeights
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Group = tuple[str, ...]
+# Experts of a layer are looked at together, as many as their moments take of memory without a limit of the user's.
+_EXPERTS_BYTES = 2**31
+_BYTES_PER_ENTRY = 16
+
+
+class Inputs(Protocol):
+    """What is kept of the inputs of one group."""
+
+    def add_pair(self, rows: torch.Tensor, others: torch.Tensor) -> None:
+        """Inputs [n, d] in the compressed and in the dense model, from one batch."""
+
+
+class Fitting(Protocol):
+    """How replacements are made."""
+
+    def inputs(self, name: str) -> Inputs:
+        """An empty collection for the inputs of a module."""
+
+    def fit(self, group: Group, inputs: Inputs, pool: Inputs | None) -> dict[str, nn.Module]:
+        """The modules that replace a group's, by name; `pool` is of all tokens of the layer that an expert is in."""
 
 
 class _Reached(Exception):
-    """Ends a forward pass at the module whose input was wanted."""
+    """Ends a forward pass where all inputs that were wanted are known."""
 
 
 @dataclass
@@ -35,22 +59,6 @@ class _Call:
         else:
             output = block(hidden, *self.args[1:], **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _captured(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """The input of `module` in the forward pass that runs inside, which ends there; none if it is not reached."""
-    captured: list[torch.Tensor] = []
-
-    def stop(module, args, kwargs):
-        captured.append(first_input(args, kwargs))
-        raise _Reached
-
-    with hooks([module.register_forward_pre_hook(stop, with_kwargs=True)]):
-        try:
-            yield captured
-        except _Reached:
-            return
 
 
 def _record(
@@ -81,9 +89,9 @@ def _record(
 def replace_in_order(
     weights: TargetWeights,
     blocks: str | None,
-    groups: Sequence[tuple[str, ...]],
+    groups: Sequence[Group],
     calibration: CalibrationSet,
-    fit: Callable[[tuple[str, ...], Iterator[Pair]], dict[str, nn.Module]],
+    fitting: Fitting,
 ) -> dict[str, nn.Module]:
     """Fit the replacement of each group of layers to what it is given when those before it are already replaced.
 
@@ -96,23 +104,30 @@ def replace_in_order(
             Path of the list of blocks that holds all the groups; without it, the models run whole for each group.
         groups: names of layers with one input, in the order in which they run.
         calibration: model inputs.
-        fit: makes the modules that replace a group's, by name, from pairs of the group's inputs [n, d] in the compressed
-            and in the dense model.
+        fitting: makes the replacements.
     """
     model, reference, batches = weights.model, weights.reference, calibration.batches
     sides = [_Side(one, blocks, groups, batches) for one in (reference, model)]
     dense, compressed = sides
     built: dict[str, nn.Module] = {}
     last = max(i for i, own in enumerate(dense.groups) if own)
+    limit = calibration.memory_limit or _EXPERTS_BYTES
 
-    def pairs(name: str, segment: int, replaced: Mapping[str, nn.Module]) -> Iterator[Pair]:
+    def collect(stage: Sequence[Group], segment: int, replaced: Mapping[str, nn.Module]) -> dict[str, Inputs]:
+        pool = pool_of(model, stage[0][0])
+        names = [group[0] for group in stage] + ([] if pool is None else [pool])
+        found = {name: fitting.inputs(name) for name in names}
+        experts = enclosing_experts(model, stage[0][0])
         for number in range(len(batches)):
-            others = dense.inputs(name, segment, number)
-            if others is None:
+            others = dense.inputs(names, segment, number)
+            if not others:
                 continue  # a batch without images has nothing for a vision layer
-            with installed(model, replaced):
-                rows = compressed.inputs(name, segment, number)
-            yield rows, others.to(rows.device)
+            routing = None if experts is None else reference.get_submodule(experts[0]).last_routing
+            with installed(model, replaced), _routed(experts, routing):
+                rows = compressed.inputs(names, segment, number)
+            for name, other in others.items():
+                found[name].add_pair(rows[name], other.to(rows[name].device))
+        return found
 
     with (
         calibration_mode(reference),
@@ -123,9 +138,12 @@ def replace_in_order(
             side.begin()
         for i, own in enumerate(dense.groups[: last + 1]):
             replaced: dict[str, nn.Module] = {}
-            for group in own:
-                replaced.update(fit(group, pairs(group[0], i, dict(replaced))))
-                bar.update()
+            for stage in _stages(model, own, limit):
+                found = collect(stage, i, dict(replaced))
+                pool = found.get(pool_of(model, stage[0][0]))
+                for group in stage:
+                    replaced.update(fitting.fit(group, found.pop(group[0]), pool))
+                bar.update(len(stage))
             if i < last:
                 dense.advance(i)
                 with installed(model, replaced):
@@ -134,14 +152,44 @@ def replace_in_order(
     return built
 
 
+@contextmanager
+def _routed(experts: tuple[str, SplitExperts, str] | None, routing: torch.Tensor | None) -> Iterator[None]:
+    """Send the tokens to the experts that the dense model sends them to, so that its rows are those of this model."""
+    if experts is None:
+        yield
+        return
+    experts[1].forced_routing = routing
+    try:
+        yield
+    finally:
+        experts[1].forced_routing = None
+
+
+def _stages(model: nn.Module, groups: Sequence[Group], limit: int) -> Iterator[list[Group]]:
+    """The groups one by one, but the same layer of several experts together: they do not depend on each other.
+
+    Args:
+        limit (`int`): bytes that the moments of the experts of a stage may take, if there are several.
+    """
+    stages: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        found = enclosing_experts(model, group[0])
+        stages.setdefault(group if found is None else (found[0], found[2], "expert"), []).append(group)
+    for stage in stages.values():
+        size = in_features(model.get_submodule(stage[0][0]))
+        count = max(1, limit // (_BYTES_PER_ENTRY * size * size))
+        for start in range(0, len(stage), count):
+            yield stage[start : start + count]
+
+
 class _Side:
     """One of the two streams: a model, the block it has come to, and the hidden state of each batch there."""
 
-    def __init__(
-        self, model: nn.Module, blocks: str | None, groups: Sequence[tuple[str, ...]], batches: Sequence[Mapping]
-    ):
+    def __init__(self, model: nn.Module, blocks: str | None, groups: Sequence[Group], batches: Sequence[Mapping]):
         self.model, self.batches = model, batches
-        self.run = CalibrationRun(model, [name for group in groups for name in group])
+        names = [name for group in groups for name in group]
+        pools = {pool_of(model, group[0]) for group in groups} - {None}
+        self.run = CalibrationRun(model, [*names, *sorted(pools)])
         self.run.prepare(batches)
         if blocks is None:
             self.segments, self.groups = [model], [list(groups)]
@@ -157,12 +205,26 @@ class _Side:
         else:
             self.calls, self.states = _record(self.run, self.segments, self.batches)
 
-    def inputs(self, name: str, segment: int, number: int) -> torch.Tensor | None:
-        """Rows [n, d] that module `name` in this segment sees of this batch; None if the batch does not reach it."""
+    def inputs(self, names: Sequence[str], segment: int, number: int) -> dict[str, torch.Tensor]:
+        """Rows [n, d] that these modules of a segment see of this batch, by name; of those that the batch reaches."""
+        captured: dict[str, torch.Tensor] = {}
+
+        def capture(name: str) -> Callable:
+            def hook(module, args, kwargs):
+                captured.setdefault(name, self.run.rows(name, first_input(args, kwargs))[0])
+                if len(captured) == len(names):
+                    raise _Reached
+
+            return hook
+
         self.run.enter(self.batches[number])
-        with _captured(self.model.get_submodule(name)) as captured:
-            self.calls[number][segment](self.segments[segment], self.states[number])
-        return self.run.rows(name, captured[0])[0] if captured else None
+        modules = [(name, self.model.get_submodule(name)) for name in names]
+        with hooks(module.register_forward_pre_hook(capture(name), with_kwargs=True) for name, module in modules):
+            try:
+                self.calls[number][segment](self.segments[segment], self.states[number])
+            except _Reached:
+                return captured
+        return captured
 
     def advance(self, segment: int) -> None:
         block = self.segments[segment]

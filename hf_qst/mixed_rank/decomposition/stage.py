@@ -83,7 +83,7 @@ class Decomposition:
             flag: metric_matrix(statistic, config.metric, config.shrinkage, config.shrinkage_scale, flag)
             for flag in set(centred.values())
         }
-        facts = {"rows": statistic.count}
+        facts = {"rows": statistic.rows}
         if config.metric in ("second_moment", "normalized"):
             facts["shrinkage"] = shrinkage_intensity(statistic, config.shrinkage, config.shrinkage_scale)
         for name in group:
@@ -98,7 +98,7 @@ def _warn_about_rows(model: nn.Module, facts: Mapping[str, dict]) -> None:
     rows = {name: facts[name]["rows"] for name in sizes}
     short = [name for name, size in sizes.items() if rows[name] < _ROWS_PER_DIMENSION * size]
     if short:
-        name = max(short, key=lambda one: sizes[one] / rows[one])
+        name = min(short, key=lambda one: rows[one] / sizes[one])
         logger.warning(
             "calibration_data gives %s for %d layers: %r sees %d rows of %d dimensions; at least %d are recommended",
             "fewer rows than dimensions" if rows[name] < sizes[name] else "few rows",

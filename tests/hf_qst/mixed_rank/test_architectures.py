@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     DeiTConfig,
-    MixtralConfig,
     SwinConfig,
     ViTConfig,
 )
@@ -21,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_qst.errors import UnsupportedArchitectureError
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress_model
 from tests.architectures import CONFIGS, tiny, token_batch
+from tests.mixtures import tiny_mixture
 
 _VISION = {"image_size": 16, "patch_size": 4, "num_labels": 5}
 _VIT = {**_VISION, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -197,13 +197,8 @@ def test_conv1d_comes_back_as_conv1d():
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in dense.state_dict().items()}
 
 
-def test_experts_are_left_out_with_a_warning(caplog):
-    settings = MixtralConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(settings)
+def test_experts_that_are_not_named_are_left_out_with_a_warning(caplog):
+    model = tiny_mixture("mixtral")
     experts = {n: p.shape for n, p in model.named_parameters() if p.dim() == 3}
     assert experts
     with caplog.at_level(logging.WARNING):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, BitsAndBytesConfig
 
+from hf_qst.base_model.quantized_layers import stored_bytes
 from hf_qst.errors import CheckpointError
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress_model, rank_report
-from hf_qst.mixed_rank.quantization import dequantize_factors, quantize_factors, stored_bytes
+from hf_qst.mixed_rank.quantization import dequantize_factors, quantize_factors
 from tests.architectures import NF4, digest, in_nf4, side_tuned, tiny, token_batch
 from tests.reshaped_toys import IDS, PIXELS, VISION
 
