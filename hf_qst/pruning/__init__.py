@@ -6,6 +6,7 @@ Importing this package registers pruned branches as a kind of changed module.
 from hf_qst.pruning.branch import KIND, PrunedBranch, prune_blocks
 from hf_qst.pruning.by_scores import prune_model
 from hf_qst.pruning.fused import use_kernels, use_kernels_where_measured
+from hf_qst.pruning.gradients import fisher_scores, taylor_scores
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from hf_qst.pruning.options import PruningOptions
 from hf_qst.pruning.scores import PRUNING_METHODS, PruningMethod, PruningTask, register_pruning_method
@@ -31,3 +32,5 @@ __all__ = [
 ]
 
 register_kind(KIND, PrunedBranch.from_description, finish=use_kernels_where_measured)
+register_pruning_method("taylor", taylor_scores, needs_data=True)
+register_pruning_method("fisher", fisher_scores, needs_data=True, allocation="per_weight")

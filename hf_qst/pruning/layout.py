@@ -41,6 +41,16 @@ class PruningLayout:
         """How many channels a selection chooses from."""
         return self.intermediate_size if selection == "mlp_middle" else self.hidden_size
 
+    def weights_of_channel(self, selection: str) -> int:
+        """How many weights of the unpruned model's block go with one channel of a selection."""
+        return {
+            "attention_in": self.query_size + 2 * self.key_size,
+            "attention_out": self.query_size,
+            "mlp_in": self.mlp_inputs * self.intermediate_size,
+            "mlp_middle": (self.mlp_inputs + 1) * self.hidden_size,
+            "mlp_out": self.intermediate_size,
+        }[selection]
+
     @property
     def full_widths(self) -> list[list[int]]:
         """Widths [layers, 5] of the unpruned model."""

@@ -90,11 +90,27 @@ class PruningMethod:
         keeps_means (`bool`):
             Whether what a removed input channel gave on average goes to the biases of the layers that read it; a layer
             without a bias gets none.
+        allocation (`str`): how its scores become widths if nothing else is said, one of `ALLOCATIONS`.
     """
 
     score: Callable[[PruningTask], Scores]
     needs_data: bool = False
     keeps_means: bool = False
+    allocation: str = "uniform"
+
+
+ALLOCATIONS = ("uniform", "global", "per_weight")
+"""How scores become widths.
+
+- `"uniform"`: the same part of every selection stays;
+- `"global"`: selections compete by their standardised scores, so that widths differ;
+- `"per_weight"`: by score for each weight that goes with a channel, for scores that are losses.
+"""
+
+
+def require_allocation(allocation: str) -> None:
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
 
 
 PRUNING_METHODS: dict[str, PruningMethod] = {}
@@ -102,20 +118,25 @@ PRUNING_METHODS: dict[str, PruningMethod] = {}
 
 
 def register_pruning_method(
-    name: str, function: Callable[[PruningTask], Scores], needs_data: bool = False, keeps_means: bool = False
+    name: str,
+    function: Callable[[PruningTask], Scores],
+    needs_data: bool = False,
+    keeps_means: bool = False,
+    allocation: str = "uniform",
 ) -> None:
     """Make a pruning method known to `prune_model` by a name.
 
     Args:
         name (`str`): new, or that of a method to replace.
         function: gives `Scores` for a [`PruningTask`].
-        needs_data, keeps_means (`bool`): see [`PruningMethod`]; means need data.
+        needs_data, keeps_means (`bool`), allocation (`str`): see [`PruningMethod`]; means need data.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must be a non-empty string, got {name!r}")
     if not callable(function):
         raise ValueError(f"function of pruning method {name!r} must be callable, got {function!r}")
-    PRUNING_METHODS[name] = PruningMethod(function, needs_data or keeps_means, keeps_means)
+    require_allocation(allocation)
+    PRUNING_METHODS[name] = PruningMethod(function, needs_data or keeps_means, keeps_means, allocation)
 
 
 def random_scores(task: PruningTask) -> Scores:
@@ -125,18 +146,19 @@ def random_scores(task: PruningTask) -> Scores:
     return [{name: draw(name) for name in SELECTIONS} for _ in range(task.layout.num_layers)]
 
 
-def _summed(task: PruningTask, importance: Callable, middle_by_readers: bool = False) -> Scores:
+def summed_over_weights(
+    task: PruningTask, importance: Callable[[torch.Tensor, int, str], torch.Tensor], middle_by_readers: bool = False
+) -> Scores:
     """Sums of the weights' importance over the weights that go when a channel goes.
 
     Args:
-        importance: (W [d_in, d_out], its `InputStatistics` or None) -> the importance of its entries [d_in, d_out].
+        importance: (W [d_in, d_out], the block's index, the layer's path in it) -> importance of its entries.
         middle_by_readers: whether a middle channel of an MLP is judged by the weights that read it alone.
     """
     names = task.stack.architecture.projections
     scores = []
     for i, block in enumerate(task.stack.blocks):
-        statistics = {} if task.calibration_data is None else task.statistics[i]
-        of = lambda path, block=block, known=statistics: importance(task.weight(block, path), known.get(path))
+        of = lambda path, i=i, block=block: importance(task.weight(block, path), i, path)
         mlp_in = [of(path) for path in names.mlp_in]
         mlp_out = of(names.mlp_out)
         writers = 0 if middle_by_readers else sum(part.sum(0) for part in mlp_in)
@@ -154,7 +176,7 @@ def _summed(task: PruningTask, importance: Callable, middle_by_readers: bool = F
 
 def magnitude_scores(task: PruningTask) -> Scores:
     """L2 norm of the weights that go with a channel."""
-    squares = _summed(task, lambda weight, statistics: weight.square())
+    squares = summed_over_weights(task, lambda weight, i, path: weight.square())
     return [{name: total.sqrt() for name, total in block.items()} for block in squares]
 
 
@@ -164,7 +186,8 @@ def wanda_scores(task: PruningTask) -> Scores:
     Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, equation 1, which ranks
     single weights; the sum over a structure is how it is used for structures.
     """
-    return _summed(task, lambda weight, statistics: weight.abs() * statistics.second_moment.sqrt()[:, None])
+    root = lambda i, path: task.statistics[i][path].second_moment.sqrt()[:, None]
+    return summed_over_weights(task, lambda weight, i, path: weight.abs() * root(i, path))
 
 
 def flap_scores(task: PruningTask) -> Scores:
@@ -174,7 +197,8 @@ def flap_scores(task: PruningTask) -> Scores:
     lost when a channel is replaced by its mean. The paper scores what a layer reads; channels that a layer writes are
     given the sum over the weights that write them.
     """
-    return _summed(task, lambda weight, statistics: weight.square() * statistics.variance[:, None], True)
+    variance = lambda i, path: task.statistics[i][path].variance[:, None]
+    return summed_over_weights(task, lambda weight, i, path: weight.square() * variance(i, path), True)
 
 
 register_pruning_method("random", random_scores)
