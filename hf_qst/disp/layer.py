@@ -224,12 +224,13 @@ def _warn_of_missing_callback() -> None:
     )
 
 
+@functools.cache
 def _report_missing_start(start_scores: str | None) -> None:
-    needed = "calibration_data, or DISPCallback, which takes the trainer's own"
+    needed = "calibration_data, or DISPCallback, which takes the trainer's data"
     if start_scores is not None:
         raise ValueError(f"DISPConfig.start_scores={start_scores!r} needs {needed}; 'none' starts without data")
     logger.warning(
-        "DISP starts with all channels alike. To start from their Fisher scores, which needs far fewer steps, "
-        "give %s; start_scores='none' does without this warning.",
+        "DISP starts with all channels alike, and needs thousands of steps. To start from their Fisher scores, give it %s; "
+        "start_scores='none' starts so without this warning.",
         needed,
     )

@@ -13,13 +13,14 @@ from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.base_model.offloading import require_weights
 from hf_qst.calibration import as_batches
 from hf_qst.disp.selection import SelectionNetwork
-from hf_qst.pruning.by_scores import owned_scores
+from hf_qst.pruning.by_scores import comparable_scores
 from hf_qst.pruning.layout import PruningLayout
-from hf_qst.pruning.scores import PruningTask
+from hf_qst.pruning.scores import PRUNING_METHODS, PruningTask
 from hf_qst.tuner.stack_tuner import StackLayer
 
-# Logits for each standard deviation of the scores.
-_SLOPE = 3.0
+# The largest logit, and logits for each standard deviation of the scores. At the paper's 3 a draw drops every twentieth
+# channel: more is lost by that than by pruning, and little is learned from such draws in a hundred steps.
+_LIMIT, _SLOPE = 6.0, 6.0
 _BISECTIONS = 60
 # Of a trainer's data: rows in a batch, and tokens after which no further batch is read.
 _ROWS, _TOKENS = 2, 8192
@@ -28,7 +29,7 @@ _ROWS, _TOKENS = 2, 8192
 def start_from_scores(model: nn.Module, network: SelectionNetwork, data: Iterable[Mapping]) -> None:
     """Start a network at the choice of its `starting_method`.
 
-    The logits are the method's scores, scaled to one slope and cut off at `initial_bias`; what is added to all of them
+    The logits are the method's scores, scaled to one slope and cut off where a draw is nearly sure; what is added to all of them
     makes the expected number of weights that a draw leaves equal to the budget.
 
     Args:
@@ -43,7 +44,8 @@ def start_from_scores(model: nn.Module, network: SelectionNetwork, data: Iterabl
     batches = as_batches(data, argument="DISPConfig.calibration_data", model=model)
     task = PruningTask(model, stack, PruningLayout.of(stack), batches, config.seed)
     with _without_adapters(model):
-        scores = owned_scores(config.starting_method, task, network.plan)
+        scores = PRUNING_METHODS[config.starting_method].score(task)
+    scores = comparable_scores(config.starting_method, scores, network.plan)
     network.start_at(start_logits(scores, network))
 
 
@@ -85,12 +87,12 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
 def start_logits(scores: Sequence[torch.Tensor], network: SelectionNetwork) -> list[torch.Tensor]:
     """Logits [size] of each owner that order channels as the scores do and are on the budget in expectation."""
     every = torch.cat(list(scores))
-    slope, limit = _SLOPE / every.std().clamp(min=1e-12), network.config.initial_bias
+    slope = _SLOPE / max(every.std().item(), 1e-12)
 
     def logits(threshold: float) -> list[torch.Tensor]:
-        return [((score - threshold) * slope).clamp(-limit, limit) for score in scores]
+        return [((score - threshold) * slope).clamp(-_LIMIT, _LIMIT) for score in scores]
 
-    low, high = every.min().item() - limit / slope.item(), every.max().item() + limit / slope.item()
+    low, high = every.min().item() - _LIMIT / slope, every.max().item() + _LIMIT / slope
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         expected = [z.sigmoid().sum().item() for z in logits(middle)]

@@ -13,7 +13,7 @@ from hf_qst.calibration import as_batches
 from hf_qst.pruning.branch import find_prunable_stack, prune_blocks
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from hf_qst.pruning.options import PruningOptions, parameter_budget
-from hf_qst.pruning.scores import PRUNING_METHODS, PruningTask, require_allocation
+from hf_qst.pruning.scores import PRUNING_METHODS, PruningTask, Scores, require_allocation
 from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, widths_on_budget
 from hf_qst.tuner.config import is_count
 
@@ -32,23 +32,21 @@ def _standardized(scores: torch.Tensor) -> torch.Tensor:
     return centred / centred.square().mean().sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def owned_scores(
-    method: str, task: PruningTask, plan: SelectionMap, allocation: str | None = None
+def comparable_scores(
+    method: str, scores: Scores, plan: SelectionMap, allocation: str | None = None
 ) -> list[torch.Tensor]:
     """A method's scores of each owner's channels, float64 [size] on the CPU, comparable between the owners.
 
     Scores of selections that are chosen together are added up.
 
     Args:
-        method (`str`): a name in `PRUNING_METHODS`.
+        method (`str`): a name in `PRUNING_METHODS`, which gave the scores.
         allocation (`str`, *optional*): one of `ALLOCATIONS`, by default the method's.
 
     Raises:
         ValueError: the method gives no finite scores of the right sizes.
     """
-    chosen = PRUNING_METHODS[method]
-    allocation = allocation or chosen.allocation
-    scores = chosen.score(task)
+    allocation = allocation or PRUNING_METHODS[method].allocation
     owned = [torch.zeros(size, dtype=torch.float64) for size in plan.sizes]
     weights = [0] * len(owned)
     flat = [(i, selection) for i in range(plan.layout.num_layers) for selection in SELECTIONS]
@@ -124,7 +122,7 @@ def prune_model(
     task = PruningTask(model, stack, PruningLayout.of(stack), batches, seed)
     with unpacked(model):
         plan = SelectionMap.of(task.layout, options.selections, constraint)
-        owned = owned_scores(method, task, plan, allocation)
+        owned = comparable_scores(method, chosen.score(task), plan, allocation)
         widths = widths_on_budget(owned, plan, budget, width_multiple, min_width)
         masks = masks_by_layer(plan, best_channels(owned, widths))
         if chosen.keeps_means:

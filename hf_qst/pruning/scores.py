@@ -8,26 +8,41 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.linear_layers import dense_weight
-from hf_qst.calibration import collect_statistics, plan_passes
+from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode, first_input, hooks
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 
-# Statistics of 4 GiB at a time; what does not fit waits for another pass over the data.
-_STATISTICS_BYTES = 4 * 2**30
 
-
-@dataclass(frozen=True)
 class InputStatistics:
-    """Of each input channel [d_in] of a linear layer, over all tokens; float32."""
+    """First and second moment of each input channel [d_in] of a linear layer, over all tokens; sums are float64."""
 
-    mean: torch.Tensor
-    second_moment: torch.Tensor
+    def __init__(self):
+        self.count = 0
+        self._sum = self._squares = 0.0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """rows: [n, d_in]."""
+        rows = rows.double()
+        self.count += len(rows)
+        self._sum, self._squares = self._sum + rows.sum(0), self._squares + rows.square().sum(0)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """float32 [d_in]."""
+        return (self._sum / self.count).float()
+
+    @property
+    def second_moment(self) -> torch.Tensor:
+        """float32 [d_in], uncentred."""
+        return (self._squares / self.count).float()
 
     @property
     def variance(self) -> torch.Tensor:
-        return (self.second_moment - self.mean.square()).clamp(min=0)
+        """float32 [d_in]."""
+        return (self._squares / self.count - (self._sum / self.count).square()).clamp(min=0).float()
 
 
 @dataclass
@@ -62,17 +77,27 @@ class PruningTask:
         names = self.stack.architecture.projections
         readers = [names.attention_in, (names.attention_out,), names.mlp_in, (names.mlp_out,)]
         prefix = f"{self.stack.path}.{self.stack.architecture.blocks}"
-        groups = [
-            tuple(f"{prefix}.{i}.{path}" for path in paths) for i in range(self.layout.num_layers) for paths in readers
-        ]
         found: list[dict[str, InputStatistics]] = [{} for _ in range(self.layout.num_layers)]
-        for part in plan_passes(self.model, groups, memory_limit=_STATISTICS_BYTES):
-            for group, moments in collect_statistics(self.model, part, self.calibration_data).items():
-                second = moments.products.diagonal() / moments.count
-                one = InputStatistics((moments.sum / moments.count).float(), second.float())
-                for name in group:
-                    index, path = name.removeprefix(f"{prefix}.").split(".", 1)
-                    found[int(index)][path] = one
+        firsts = {}
+        for i, block in enumerate(found):
+            for paths in readers:  # of one input
+                one = firsts[f"{prefix}.{i}.{paths[0]}"] = InputStatistics()
+                block.update(dict.fromkeys(paths, one))
+        run = CalibrationRun(self.model, list(firsts))
+        run.prepare(self.calibration_data)
+
+        def collect(name: str) -> Callable:
+            return lambda module, args, kwargs: firsts[name].add(run.rows(name, first_input(args, kwargs))[0])
+
+        handles = [self.model.get_submodule(n).register_forward_pre_hook(collect(n), with_kwargs=True) for n in firsts]
+        with hooks(handles), calibration_mode(self.model):
+            for batch in tqdm(self.calibration_data, desc="calibration", unit="batch", leave=False):
+                run(batch)
+        for name, one in firsts.items():
+            if one.count == 0:
+                raise CalibrationError(f"module {name!r} sees no rows of calibration_data")
+            if not one.second_moment.isfinite().all():
+                raise CalibrationError(f"the inputs of module {name!r} hold NaN or infinite values")
         return found
 
 
