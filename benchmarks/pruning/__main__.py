@@ -7,7 +7,8 @@
 
 Parts: `quality` (held-out perplexity by method and part kept, before and after the same short LoRA training), `speed`
 (prefill and decoding of the dense and the pruned model, at the widths that `quality` learned at the smallest part kept),
-`training` (seconds and memory of a step). Each is written to `pruning.json` in the folder of `--output`, row by row; a
+`training` (seconds and memory of a step), `draws` (what the noise of drawn channels costs at the start of DISP's learning,
+at the first part kept). Each is written to `pruning.json` in the folder of `--output`, row by row; a
 run that was cut short goes on where it was, `--fresh` starts again. Prints tables and draws plots.
 
 With `--model smollm2` all methods read Python and the prose of the Debian handbook in equal parts, are evaluated on files
@@ -29,6 +30,7 @@ from benchmarks.common.parts import Part, ResultFile, run_parts
 from benchmarks.compression.llm import BASE_NAME, evaluated, load_dense
 from benchmarks.compression.methods import parameters
 from benchmarks.pruning import cost
+from benchmarks.pruning.draws import draws
 from benchmarks.pruning.methods import DEFAULT, METHODS, ROUNDED, Bench, Schedule, made, recovered
 from benchmarks.pruning.report import TABLES, plots, report
 from benchmarks.pruning.text import TEXTS
@@ -57,11 +59,12 @@ USED = {
     "quality": ("model", "batch", "length", "recovery_steps", "recovery_rate", "training_blocks", "calibration_blocks",
                 "held_blocks", "device"),
     "speed": ("model", "repeats", "threads", "device", "quick"),
-    "training": ("model", "length", "repeats", "threads", "device")
+    "training": ("model", "length", "repeats", "threads", "device"),
+    "draws": ("model", "text", "length", "calibration_blocks", "device"),
 }  # fmt: skip
 
 # Arguments that files of before do not have, with the values of then.
-LATER = {"quality": {"text": "python", "validation_blocks": 0}, "speed": {}, "training": {}}
+LATER = {"quality": {"text": "python", "validation_blocks": 0}, "speed": {}, "training": {}, "draws": {}}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,6 +86,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--calibration-blocks", type=int, default=32, help="blocks for methods that do not train, of 512 tokens; in "
         "python-and-prose of --length tokens")  # fmt: skip
     add("--held-blocks", type=int, default=16, help="held-out blocks of each kind of text, as long")
+    add("--rounded", action=argparse.BooleanOptionalAction, default=True, help="also DISP at widths in 64s")
     add("--validation-blocks", type=int, default=0, help="rows that DISP's Trainer evaluates on while it learns")
     add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
@@ -129,6 +133,7 @@ def bench_of(args: argparse.Namespace) -> Bench:
         learning=Schedule(rows, args.steps, args.batch, validation),
         recovery=Schedule(rows, args.recovery_steps, args.batch),
         recovery_rate=args.recovery_rate,
+        rounded=args.rounded,
     )
 
 
@@ -206,6 +211,10 @@ def training(args: argparse.Namespace, result: dict, save) -> dict:
     return {"batch": 4, "rows": cost.training(dense, 4, args.length, args.repeats)}
 
 
+def drawn(args: argparse.Namespace, result: dict) -> dict:
+    return result or draws(bench_of(args), args.keep[0])
+
+
 def parts_of(args: argparse.Namespace, results: ResultFile) -> dict[str, Part]:
     """The parts, each of which takes its unfinished result and a function that writes one."""
     learned = lambda: results.results().get("quality", {}).get("rows", [])
@@ -213,6 +222,7 @@ def parts_of(args: argparse.Namespace, results: ResultFile) -> dict[str, Part]:
         "quality": lambda done, save: quality(args, done, save),
         "speed": lambda done, save: speed(args, learned(), done, save),
         "training": lambda done, save: training(args, done, save),
+        "draws": lambda done, save: drawn(args, done),
     }
 
 

@@ -63,6 +63,7 @@ class Bench:
     learning: Schedule
     recovery: Schedule
     recovery_rate: float
+    rounded: bool = True
     # Made once for all parts kept: what a method finds out from the calibration data, and the seconds that took.
     found: dict = field(default_factory=dict)
 
@@ -170,7 +171,7 @@ def _learned(name: str, rate: float = LEARNING_RATE, rounded: str | None = None,
         train(model, bench.learning, seed, [callback], learning_rate=rate, **recipe)
         seconds = time.perf_counter() - start
         network = model.base_model.disp_layer.active_network()
-        for row, multiple in ((name, 1), (rounded if seed == 0 else None, ROUNDED)):
+        for row, multiple in ((name, 1), (rounded if bench.rounded and seed == 0 else None, ROUNDED)):
             if row is not None:
                 small, widths = exported(bench.dense, network, multiple)
                 settled = callback.report.threshold_ratio

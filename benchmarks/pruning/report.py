@@ -145,10 +145,21 @@ def training_table(result: dict) -> str:
     return markdown([f"a step of {result['batch']} rows", *columns], lines)
 
 
+def draws_table(result: dict) -> str:
+    lines = [["dense", f"{result['dense']:.3f}", "100 %", "100 %"]]
+    lines.append(["Fisher scores, hardened", f"{result['hardened']:.3f}", *[f"{result['keep']:.1%}"] * 2])
+    for row in result["rows"]:
+        start = "the paper's start" if row["start"] is None else "Fisher scores, largest logit {:g}, slope {:g}"
+        cells = [f"{row['drawn']:.3f}", f"{row['ratio']:.1%}", f"{row['threshold_ratio']:.1%}"]
+        lines.append([start.format(*row["start"] or ()) + ", drawn", *cells])
+    return markdown(["channels", "loss", "kept", "kept by the threshold"], lines)
+
+
 TABLES = {
     "quality": [quality_table, seed_table, aims, width_table],
     "speed": [speed_table, speed_aims],
     "training": [training_table],
+    "draws": [draws_table],
 }
 report = partial(text_of, TABLES)
 

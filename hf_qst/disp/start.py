@@ -23,7 +23,7 @@ from hf_qst.tuner.stack_tuner import StackLayer
 _LIMIT, _SLOPE = 6.0, 6.0
 _BISECTIONS = 60
 # Of a trainer's data: rows in a batch, and tokens after which no further batch is read.
-_ROWS, _TOKENS = 2, 8192
+_ROWS, _TOKENS = 2, 4096
 
 
 def start_from_scores(model: nn.Module, network: SelectionNetwork, data: Iterable[Mapping]) -> None:
@@ -84,15 +84,24 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def start_logits(scores: Sequence[torch.Tensor], network: SelectionNetwork) -> list[torch.Tensor]:
-    """Logits [size] of each owner that order channels as the scores do and are on the budget in expectation."""
+def start_logits(
+    scores: Sequence[torch.Tensor], network: SelectionNetwork, limit: float = _LIMIT, slope: float = _SLOPE
+) -> list[torch.Tensor]:
+    """Logits [size] of each owner that order channels as the scores do and are on the budget in expectation.
+
+    Args:
+        scores: of each owner's channels [size], comparable between owners.
+        network ([`SelectionNetwork`]): whose plan and budget they are for.
+        limit (`float`): the largest logit.
+        slope (`float`): logits for each standard deviation of the scores.
+    """
     every = torch.cat(list(scores))
-    slope = _SLOPE / max(every.std().item(), 1e-12)
+    slope = slope / max(every.std().item(), 1e-12)
 
     def logits(threshold: float) -> list[torch.Tensor]:
-        return [((score - threshold) * slope).clamp(-_LIMIT, _LIMIT) for score in scores]
+        return [((score - threshold) * slope).clamp(-limit, limit) for score in scores]
 
-    low, high = every.min().item() - _LIMIT / slope, every.max().item() + _LIMIT / slope
+    low, high = every.min().item() - limit / slope, every.max().item() + limit / slope
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         expected = [z.sigmoid().sum().item() for z in logits(middle)]

@@ -112,6 +112,16 @@ def test_speed_is_measured_at_the_learned_widths(quick):
     assert list(methods) == ["floor", "disp", "full"] and methods["floor"]["trainable"] == 0
 
 
+def test_draws_cost_more_the_less_sure_they_are(quick):
+    found = quick[0]["draws"]["result"]
+    assert [row["start"] for row in found["rows"]] == [None, [3, 3], [5, 3], [6, 6]]
+    # At the paper's start everything is above the threshold; the surer the draws, the nearer it comes to the budget.
+    kept = [row["threshold_ratio"] for row in found["rows"]]
+    assert kept[0] == 1 and kept[1] > kept[2] > kept[3] > found["keep"] - 0.02
+    assert all(row["ratio"] == pytest.approx(found["keep"], abs=0.02) for row in found["rows"][1:])
+    assert "Fisher scores, largest logit 6, slope 6, drawn" in quick[1]
+
+
 def test_floors_count_operations_and_weights():
     model = tiny_llama()
     layout = PruningLayout.of(find_decoder_stack(model))
