@@ -204,7 +204,8 @@ class DISPCallback(TrainerCallback):
         self._plot(state)
         if self.progress and state.is_world_process_zero:
             tqdm.write(f"DISP: {state.global_step} steps in {time.monotonic() - self._start:.0f} s; {self.report}")
-        if abs(self.report.projected) > 0.02:
+        # Sure draws leave 2 points: what they drop of the channels above the threshold.
+        if abs(self.report.projected) > 0.03:
             logger.warning(
                 "the threshold alone would keep %.2f%% of the blocks' weights; hardening moved that by %+.2f points to "
                 "meet the budget. The choice was not settled: train for longer, or expect a loss of quality.",

@@ -177,6 +177,16 @@ def test_a_second_adapter_starts_from_the_base_and_not_from_the_first():
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_generator_of_data_serves_two_adapters_of_one_configuration():
+    config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=0.6, calibration_data=iter(batches()))
+    model = get_peft_model(tiny("llama"), config)
+    first = model.disp_masks()
+    model.add_adapter("reference", config)
+    model.set_adapter("reference")
+    for ours, theirs in zip(model.disp_masks(), first, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_an_adapter_started_by_a_method_of_ones_own_loads_where_that_is_unknown(tmp_path):
     register_pruning_method("own", random_scores)
     try:
