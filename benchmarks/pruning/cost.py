@@ -96,7 +96,7 @@ def _frozen(dense: nn.Module) -> nn.Module:
 
 STEPS: dict[str, tuple[str, Callable]] = {
     "floor": ("forward and backward of the frozen base", _frozen),
-    "disp": ("DISP", lambda dense: get_peft_model(copy.deepcopy(dense), DISPConfig(task_type="CAUSAL_LM"))),
+    "disp": ("DISP", lambda dense: get_peft_model(copy.deepcopy(dense), DISPConfig.paper(task_type="CAUSAL_LM"))),
     "full": ("full fine-tuning", lambda dense: copy.deepcopy(dense).requires_grad_(True)),
 }
 

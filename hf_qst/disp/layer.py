@@ -11,12 +11,11 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from hf_qst.base_model.architecture import host_of
-from hf_qst.base_model.block_calls import with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.disp.auxiliary_loss import with_auxiliary_loss
 from hf_qst.disp.selection import UndecidableError
 from hf_qst.pruning.layout import SELECTIONS
+from hf_qst.pruning.points import selection_points
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
@@ -36,26 +35,6 @@ class _Gates(RunningForward):
         """`hidden` [..., channels] times gate `index`, if there is one."""
         gate = None if self.current is None else self.current[index]
         return hidden if gate is None else hidden * gate.to(hidden.device, hidden.dtype)
-
-
-class _GateInput:
-    """Forward pre-hook: gates the hidden states a module reads. A class, so that models pickle and deep-copy."""
-
-    def __init__(self, gates: _Gates, index: int):
-        self.gates, self.index = gates, index
-
-    def __call__(self, module, args, kwargs):
-        return with_first_argument(args, kwargs, functools.partial(self.gates.apply, self.index))
-
-
-class _GateOutput:
-    """Forward hook: gates what a linear layer writes, its bias included."""
-
-    def __init__(self, gates: _Gates, index: int):
-        self.gates, self.index = gates, index
-
-    def __call__(self, module, args, output):
-        return self.gates.apply(self.index, output)
 
 
 class _CheckpointWithGates:
@@ -137,6 +116,8 @@ class DISPLayer(StackLayer):
             return self._merged_gates, None
         if not (self.training and torch.is_grad_enabled()) or network.is_hardened:
             return network.hardened_gates(), None
+        if network.awaits_start:
+            _report_missing_start(network.config.start_scores)
         sample = network.sample()
         self.last_penalty, self.last_ratio = sample.penalty.detach(), sample.ratio
         if self.accumulation_steps is None:
@@ -230,20 +211,8 @@ def _common(*choices: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Ten
 
 def _install_hooks(block: nn.Module, stack: DecoderStack, gates: _Gates, first: int) -> list:
     """Gates on a block's attention and MLP; `first` is the index of its first selection."""
-    names, index = stack.projections(block), {name: first + i for i, name in enumerate(SELECTIONS)}
-    reads, writes = [], []
-    if names.attention_out:
-        reads.append((host_of(names.attention_in[0]), "attention_in"))
-        writes.append((names.attention_out, "attention_out"))
-    if names.mlp_out:
-        # After the activation: there a gated MLP's two branches have met, and a pruned channel still has a gradient.
-        reads += [(names.mlp_hosts[0], "mlp_in"), (names.mlp_out, "mlp_middle")]
-        writes.append((names.mlp_out, "mlp_out"))
-    at = lambda path: block.get_submodule(path)
-    return [
-        *(at(p).register_forward_pre_hook(_GateInput(gates, index[name]), with_kwargs=True) for p, name in reads),
-        *(at(p).register_forward_hook(_GateOutput(gates, index[name])) for p, name in writes),
-    ]
+    points = selection_points(block, stack)
+    return [point.hook(functools.partial(gates.apply, first + SELECTIONS.index(point.selection))) for point in points]
 
 
 @functools.cache
@@ -252,4 +221,16 @@ def _warn_of_missing_callback() -> None:
         "DISP trains without its DISPCallback: nothing is logged or hardened by itself (call harden() or "
         "merge_and_unload()), and under gradient accumulation the budget term counts once for each micro-batch. "
         "Use trainer.add_callback(DISPCallback())."
+    )
+
+
+@functools.cache
+def _report_missing_start(start_scores: str | None) -> None:
+    needed = "calibration_data, or DISPCallback, which takes the trainer's data"
+    if start_scores is not None:
+        raise ValueError(f"DISPConfig.start_scores={start_scores!r} needs {needed}; 'none' starts without data")
+    logger.warning(
+        "DISP starts with all channels alike, and needs thousands of steps. To start from their Fisher scores, give it %s; "
+        "start_scores='none' starts so without this warning.",
+        needed,
     )
