@@ -24,7 +24,6 @@ from transformers import (
     ViTForImageClassification,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_qst import MixedRankConfig
 
@@ -67,14 +66,12 @@ def train(
     folder: str | Path,
     seed: int = 0,
     collate: Callable[[list[dict]], dict] | None = None,
-    resume: bool = False,
 ) -> None:
     """Train whatever of the model is trainable, with the ordinary Trainer.
 
     Args:
         folder: of the Trainer's files.
         collate: makes a batch of items (default: puts them together).
-        resume: keep a checkpoint after each epoch, and go on from the one in `folder`.
     """
     settings = TrainingArguments(
         output_dir=str(folder),
@@ -85,16 +82,14 @@ def train(
         warmup_steps=0.1,
         weight_decay=0.01,
         logging_strategy="no",
-        save_strategy="epoch" if resume else "no",
-        save_total_limit=1,
+        save_strategy="no",
         report_to="none",
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
     items = [{"pixel_values": image, "labels": label} for image, label in zip(*data, strict=True)]
-    trainer = Trainer(model, settings, train_dataset=items, data_collator=collate)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if resume and Path(folder).is_dir() else None)
+    Trainer(model, settings, train_dataset=items, data_collator=collate).train()
 
 
 @torch.no_grad()

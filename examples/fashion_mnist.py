@@ -82,8 +82,8 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if not path.is_file():
         raise NoImagesError(f"there is no file {str(path)!r}")
     data = gzip.decompress(path.read_bytes())
-    header = np.frombuffer(data[: 4 * (1 + len(shape))], ">u4").tolist()
     expected = [_MAGIC[len(shape)], *shape]
+    header = [int.from_bytes(data[4 * at : 4 * at + 4], "big") for at in range(len(expected))]
     if header != expected:
         raise ValueError(f"{str(path)!r} begins with {header}; an idx file of this data set begins with {expected}")
     pixels = np.frombuffer(data, np.uint8, offset=4 * len(expected))

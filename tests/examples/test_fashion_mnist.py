@@ -56,9 +56,10 @@ def test_images_are_those_of_the_package():
         assert images.shape == (count, 1, 28, 28) and images.dtype == torch.float32
         assert images.min() == -1 and images.max() == 1
         assert labels.bincount().tolist() == [count // 10] * 10
-    # The first test image, an ankle boot, reaches to the lower edge of its square and leaves the top empty.
+    # The first test image: an ankle boot in the middle rows, its sole below, its shaft on the right.
     image, label = parts[1][0][0, 0], parts[1][1][0]
-    assert fashion_mnist.CLASSES[label] == "ankle boot" and (image[:5] == -1).all() and image[14:22].mean() > 0
+    assert fashion_mnist.CLASSES[label] == "ankle boot" and (image[:7] == -1).all() and (image[21:] == -1).all()
+    assert image[20].mean() > image[8].mean() and image[:, 14:].mean() > image[:, :14].mean()
 
 
 def test_a_training_batch_mirrors_some_images_and_keeps_the_labels():
