@@ -10,14 +10,15 @@ from benchmarks.common.parts import text_of
 from benchmarks.common.tables import MIB, markdown, pm, verdict
 from benchmarks.compression.llm import RESIDUALS
 from benchmarks.compression.methods import BASELINES, DEFAULT, METHODS, place
-from benchmarks.compression.vit import summary
+from benchmarks.compression.vit import VARIANTS, summary
 
 # The kinds of held-out text, as columns.
 KINDS = {"stdlib": "in domain", "transformers": "other Python", "prose": "English prose"}
 
 
-def _label(method: str) -> str:
-    return f"**{METHODS[method].label}**" if method == DEFAULT else METHODS[method].label
+def _label(method: str, variant: str | None = None) -> str:
+    label = f"**{METHODS[method].label}**" if method == DEFAULT else METHODS[method].label
+    return f"{label}, {VARIANTS[variant]}" if variant else label
 
 
 def perplexities(row: dict, digits: int = 2) -> list[str]:
@@ -83,24 +84,46 @@ def residual_table(result: dict) -> str:
 
 def vit_table(result: dict) -> str:
     dense = [one["dense"] for one in result["seeds"]]
-    accuracies = ", ".join(f"{one['accuracy']:.1f}" for one in dense)
+    reached = [one["accuracy"] for one in dense]
+    accuracies = (
+        f"{reached[0]:.2f} %" if len(set(reached)) == 1 else f"{', '.join(f'{one:.1f}' for one in reached)} % by seed"
+    )
     lines = []
     for row in summary(result):
         cells = [f"{row['parameters']:,}", pm(row["accuracy"]), pm(row["drop"], 2)]
-        lines.append([f"{row['keep']:g}", _label(row["method"]), *cells])
+        lines.append([f"{row['keep']:g}", _label(row["method"], row["variant"]), *cells])
     table = markdown(["keep", "method", "parameters", "accuracy", "points lost"], lines)
     training = mean(one["training_accuracy"] for one in dense)
+    return f"dense: {dense[0]['parameters']:,} parameters, {accuracies}, {training:.1f} % in training\n\n{table}"
+
+
+def int8_table(result: dict) -> str:
+    """Accuracy and megabytes on disk of the dense model and of the default's in float32 and in int8, mean over the seeds."""
+    found = {"dense": [one["dense"] for one in result["seeds"]]}
+    for row in sorted((row for one in result["seeds"] for row in one["rows"]), key=place):
+        if row["method"] == DEFAULT:
+            found.setdefault(f"keep {row['keep']:g}", []).append(row)
+    lines = []
+    for name, rows in found.items():
+        if all("int8" in row for row in rows):
+            eight = [row["int8"] for row in rows]
+            sizes = [mean(row[key] for row in eight) / 1e6 for key in ("float_bytes", "bytes")]
+            reached = [mean(row["accuracy"] for row in group) for group in (rows, eight)]
+            lines.append([name, *(f"{size:.2f}" for size in sizes), *(f"{one:.2f}" for one in reached)])
     return (
-        f"dense: {dense[0]['parameters']:,} parameters, {accuracies} % by seed, {training:.1f} % in training\n\n{table}"
+        markdown(["model", "MB in float32", "MB in int8", "accuracy in float32", "accuracy in int8"], lines)
+        if lines
+        else ""
     )
 
 
 def vit_aim(result: dict, keep: float = 0.4, points: float = 0.5) -> str:
-    """Whether the default loses at most `points` at this part kept, in the mean over the seeds."""
-    rows = [row for row in summary(result) if row["method"] == DEFAULT and row["keep"] == keep]
+    """Whether ours lose at most `points` at this part kept, in the mean over the seeds."""
     return "\n".join(
-        f"keep {keep:g}: {pm(row['drop'], 2)} points lost (aim: {points:g}): {verdict(row['drop'][0] <= points)}"
-        for row in rows
+        f"keep {keep:g}, {_label(row['method'], row['variant'])}: {pm(row['drop'], 2)} points lost (aim: {points:g}): "
+        f"{verdict(row['drop'][0] <= points)}"
+        for row in summary(result)
+        if row["method"] in (DEFAULT, "mix-kd") and row["keep"] == keep
     )
 
 
@@ -194,7 +217,7 @@ TABLES = {
     "llm": [llm_table, margin_table, aims],
     "cost": [cost_table],
     "residual": [residual_table],
-    "vit": [vit_table, vit_aim],
+    "vit": [vit_table, int8_table, vit_aim],
     "layers": [layer_table, layer_aims, stream_table],
     "speed": [speed_table, model_table],
     "7b": [large_table],
