@@ -5,9 +5,11 @@
     python -m benchmarks.compression --predict-7b          # time and memory for a 7B model, with the arithmetic
     python -m benchmarks.compression --quick               # the same with tiny sizes, to see that it runs
 
+    python -m benchmarks.compression --parts pretrained    # SmolLM2: peers, recovery, 4 bits; `--steps` for some of it
+
 Parts: `llm` (held-out perplexity by method), `cost` (seconds and memory of making them), `residual` (factors next to
 4-bit weights), `vit` (accuracy by method and seed), `layers` (each layer's error against the optimum), `speed` (factors
-against dense layers, whole models), `7b`. Each is written to `compression.json` in the folder of `--output`, row by row;
+against dense layers, whole models), `7b`, `pretrained` (a real model, which has to be installed). Each is written to `compression.json` in the folder of `--output`, row by row;
 a run that was cut short goes on where it was, `--fresh` starts again. Prints tables and draws plots.
 """
 
@@ -21,7 +23,7 @@ import torch
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.llama import dense_llama
 from benchmarks.common.parts import Part, ResultFile, run_parts
-from benchmarks.compression import llama_7b, llm, speed, vit
+from benchmarks.compression import llama_7b, llm, pretrained, speed, vit
 from benchmarks.compression.layers import both
 from benchmarks.compression.methods import DEFAULT, LLM_METHODS, METHODS
 from benchmarks.compression.plots import plots
@@ -29,8 +31,11 @@ from benchmarks.compression.report import TABLES, report
 from benchmarks.side_tuning.bases import SHAPES
 from examples.compress_vit import calibration
 from examples.demo import BASE
+from examples.prose import NoTextError, handbook_files
+from examples.real_model import HELP, NoModelError, model_path
 
 PARTS = tuple(TABLES)
+STEPS = ("rows", "recovered", "cost", "speed")
 POSITIVE = ("calibration_blocks", "held_blocks", "seeds", "epochs", "images", "rank", "repeats", "threads")
 QUICK = {
     "keep": [0.6],
@@ -44,6 +49,8 @@ QUICK = {
     "repeats": 1,
     "rank": 4,
     "widths_7b": [256, 688],
+    "pretrained_keep": [0.6],
+    "recovery_steps": 2,
 }
 USED = {
     "llm": ("model", "calibration_blocks", "held_blocks", "device"),
@@ -53,6 +60,7 @@ USED = {
     "layers": ("model", "calibration_blocks", "held_blocks", "layers_keep", "epochs", "images", "device"),
     "speed": ("model", "keep", "repeats", "threads", "device", "quick"),
     "7b": ("threads", "quick"),
+    "pretrained": ("pretrained", "calibration_blocks", "held_blocks", "recovery_steps", "threads"),
 }
 
 
@@ -74,11 +82,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=16, help="mean rank of the residuals")
     add("--widths-7b", nargs="+", type=int, default=[llama_7b.HIDDEN, llama_7b.INNER],
         help="widths of the layers of the part 7b that are really decomposed")  # fmt: skip
+    add("--pretrained", default="smollm2", help=f"model of the part pretrained: {HELP}")
+    add("--pretrained-keep", nargs="+", type=float, default=[0.8, 0.6, 0.7, 0.9], help="parts of its weights to keep")
+    add("--pretrained-methods", nargs="+", choices=pretrained.ROWS, default=pretrained.ROWS, help="rows of its tables")
+    add("--recovery-steps", type=int, default=30, help="steps of LoRA after the compression")
+    add("--steps", nargs="+", choices=STEPS, default=STEPS, help="what of the part pretrained to make")
     add("--predict-7b", action="store_true", help="the part 7b alone")
     add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
     require_positive(parser, args, POSITIVE)
-    require_parts(parser, args, ("keep", "vit_keep"))
+    require_parts(parser, args, ("keep", "vit_keep", "pretrained_keep"))
     require_device(parser, args)
     if args.predict_7b:
         args.parts = ["7b"]
@@ -138,6 +151,24 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
                 save(done)
         return done
 
+    def real_model(done: dict, save) -> dict:
+        path = model_path(args.pretrained)
+        text = pretrained.load_text(path, args.calibration_blocks, args.held_blocks, args.recovery_steps)
+        dense = llm.load_dense(path, torch.device("cpu"))
+        wanted = [(keep, method, 0) for keep in args.pretrained_keep for method in args.pretrained_methods]
+        if "recovered" in args.steps:
+            wanted += [(keep, method, args.recovery_steps) for keep, method, _ in wanted]
+        if {"rows", "recovered"} & set(args.steps):
+            pretrained.rows(dense, path, text, wanted, done, save)
+        if "cost" in args.steps:
+            methods = ["svd-llm", DEFAULT]
+            done["cost"] = llm.cost(
+                dense, text, methods, 0.8, done.get("cost", {}), lambda cost: save(done | {"cost": cost})
+            )
+        if "speed" in args.steps and "speed" not in done:
+            done["speed"] = pretrained.tokens_a_second(dense, done, args.repeats)
+        return done
+
     return {
         "llm": lambda done, save: llm.compare(*dense_and_text(), llm_methods, args.keep, done, save),
         "cost": lambda done, save: llm.cost(*dense_and_text(), llm_methods, args.layers_keep, done, save),
@@ -148,11 +179,19 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
         "layers": layers,
         "speed": speeds,
         "7b": lambda done, save: llama_7b.measured(256 if args.quick else llama_7b.HIDDEN, args.widths_7b, done, save),
+        "pretrained": real_model,
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    if "pretrained" in args.parts:
+        try:
+            model_path(args.pretrained)
+            handbook_files()
+        except (NoModelError, NoTextError) as error:
+            print(f"the part 'pretrained' is left out: {error}")
+            args.parts = [part for part in args.parts if part != "pretrained"]
     run_parts(args, results_of(args), parts_of(args), used, report, plots)
 
 

@@ -25,7 +25,7 @@ def weight_of(shape, seed=1):
 
 def moment_of(rows):
     statistic = SecondMoment(rows.shape[1], rows.device)
-    statistic.add(rows)
+    statistic.add(rows.double())
     return statistic
 
 
