@@ -35,7 +35,7 @@ from examples.prose import NoTextError, handbook_files
 from examples.real_model import HELP, NoModelError, model_path
 
 PARTS = tuple(TABLES)
-STEPS = ("rows", "recovered", "cost", "speed")
+STEPS = ("rows", "cost", "speed")
 POSITIVE = ("calibration_blocks", "held_blocks", "seeds", "epochs", "images", "rank", "repeats", "threads")
 QUICK = {
     "keep": [0.6],
@@ -49,8 +49,7 @@ QUICK = {
     "repeats": 1,
     "rank": 4,
     "widths_7b": [256, 688],
-    "pretrained_keep": [0.6],
-    "recovery_steps": 2,
+    "pretrained_rows": [(0.6, method, 0) for method in pretrained.ROWS] + [(0.6, DEFAULT, 2)],
 }
 USED = {
     "llm": ("model", "calibration_blocks", "held_blocks", "device"),
@@ -60,7 +59,7 @@ USED = {
     "layers": ("model", "calibration_blocks", "held_blocks", "layers_keep", "epochs", "images", "device"),
     "speed": ("model", "keep", "repeats", "threads", "device", "quick"),
     "7b": ("threads", "quick"),
-    "pretrained": ("pretrained", "calibration_blocks", "held_blocks", "recovery_steps", "threads"),
+    "pretrained": ("pretrained", "calibration_blocks", "held_blocks"),
 }
 
 
@@ -83,15 +82,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--widths-7b", nargs="+", type=int, default=[llama_7b.HIDDEN, llama_7b.INNER],
         help="widths of the layers of the part 7b that are really decomposed")  # fmt: skip
     add("--pretrained", default="smollm2", help=f"model of the part pretrained: {HELP}")
-    add("--pretrained-keep", nargs="+", type=float, default=[0.8, 0.6, 0.7, 0.9], help="parts of its weights to keep")
-    add("--pretrained-methods", nargs="+", choices=pretrained.ROWS, default=pretrained.ROWS, help="rows of its tables")
-    add("--recovery-steps", type=int, default=30, help="steps of LoRA after the compression")
+    add("--pretrained-rows", nargs="+", type=pretrained.row, default=pretrained.DEFAULT_ROWS, metavar="KEEP:METHOD[:STEPS]",
+        help="rows of its tables, in the order in which they are made; STEPS of LoRA follow the compression")  # fmt: skip
     add("--steps", nargs="+", choices=STEPS, default=STEPS, help="what of the part pretrained to make")
     add("--predict-7b", action="store_true", help="the part 7b alone")
     add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
     require_positive(parser, args, POSITIVE)
-    require_parts(parser, args, ("keep", "vit_keep", "pretrained_keep"))
+    require_parts(parser, args, ("keep", "vit_keep"))
     require_device(parser, args)
     if args.predict_7b:
         args.parts = ["7b"]
@@ -153,13 +151,10 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
 
     def real_model(done: dict, save) -> dict:
         path = model_path(args.pretrained)
-        text = pretrained.load_text(path, args.calibration_blocks, args.held_blocks, args.recovery_steps)
+        text = pretrained.load_text(path, args.calibration_blocks, args.held_blocks)
         dense = llm.load_dense(path, torch.device("cpu"))
-        wanted = [(keep, method, 0) for keep in args.pretrained_keep for method in args.pretrained_methods]
-        if "recovered" in args.steps:
-            wanted += [(keep, method, args.recovery_steps) for keep, method, _ in wanted]
-        if {"rows", "recovered"} & set(args.steps):
-            pretrained.rows(dense, path, text, wanted, done, save)
+        if "rows" in args.steps:
+            pretrained.rows(dense, path, text, args.pretrained_rows, done, save)
         if "cost" in args.steps:
             methods = ["svd-llm", DEFAULT]
             done["cost"] = llm.cost(

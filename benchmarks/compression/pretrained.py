@@ -52,7 +52,16 @@ UNIFORM = {"svd": "plain", "asvd": "diagonal", "svd-llm": "second_moment"}
 OURS = (DEFAULT, "mix-fisher")
 ROWS = (*UNIFORM, SEQUENTIAL, *OURS)
 # The same recovery for everybody: LoRA on all linear layers of the blocks, their factors where they have some.
-RECOVERY = {"rank": 8, "lr": 1e-3, "rows": 4, "length": 256}
+RECOVERY = {"rank": 8, "lr": 1e-3, "rows": 2, "length": 256, "most_steps": 200}
+DEFAULT_ROWS = [(keep, method, steps) for steps in (0, 20) for keep in (0.8, 0.6, 0.7, 0.9) for method in ROWS]
+
+
+def row(text: str) -> tuple[float, str, int]:
+    """Part kept, method and steps of recovery from KEEP:METHOD[:STEPS]."""
+    keep, method, steps = (*text.split(":"), "0")[:3]
+    if method not in ROWS or not 0 < float(keep) <= 1 or not 0 <= int(steps) <= RECOVERY["most_steps"]:
+        raise ValueError(text)
+    return float(keep), method, int(steps)
 
 
 @dataclass
@@ -68,12 +77,12 @@ class Text:
     choices: torch.Tensor
 
 
-def load_text(model: str | Path, calibration_blocks: int, held_blocks: int, recovery_steps: int) -> Text:
+def load_text(model: str | Path, calibration_blocks: int, held_blocks: int) -> Text:
     tokenizer = AutoTokenizer.from_pretrained(model)
     kinds = {"code": split(stdlib_files()), "prose": split(handbook_files(), HELD_PROSE)}
     training = {kind: tokens(files, tokenizer) for kind, (files, _) in kinds.items()}
     held = {kind: blocks(tokens(files, tokenizer), LENGTH, held_blocks) for kind, (_, files) in kinds.items()}
-    half = recovery_steps * RECOVERY["rows"] // 2
+    half = RECOVERY["most_steps"] * RECOVERY["rows"] // 2
     # A token that begins a word is marked so, by one of two signs.
     word = lambda token: token[:1] in "Ġ▁" and len(token) > 4 and token[1:].isalpha()
     choices = [i for token, i in tokenizer.get_vocab().items() if word(token)]
@@ -216,10 +225,8 @@ def block_bits(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) 
     return STORED_BITS * count
 
 
-def rows(
-    dense, model: str | Path, text: Text, wanted: Sequence[tuple], recover: int, done: dict, save: Callable
-) -> dict:
-    """Every method at every part kept; with `recover` steps of training after it as well.
+def rows(dense, model: str | Path, text: Text, wanted: Sequence[tuple], done: dict, save: Callable) -> None:
+    """Every method at every part kept, with and without steps of recovery; adds to `done`.
 
     Args:
         wanted: (keep, method, steps of recovery) of each row, in the order in which they are made.
