@@ -36,7 +36,17 @@ from examples.real_model import HELP, NoModelError, model_path
 
 PARTS = tuple(TABLES)
 STEPS = ("rows", "cost", "speed")
-POSITIVE = ("calibration_blocks", "held_blocks", "seeds", "epochs", "images", "rank", "repeats", "threads")
+POSITIVE = (
+    "calibration_blocks",
+    "cost_blocks",
+    "held_blocks",
+    "seeds",
+    "epochs",
+    "images",
+    "rank",
+    "repeats",
+    "threads",
+)
 QUICK = {
     "keep": [0.6],
     "vit_keep": [0.4],
@@ -49,6 +59,7 @@ QUICK = {
     "repeats": 1,
     "rank": 4,
     "widths_7b": [256, 688],
+    "cost_blocks": 4,
     "pretrained_rows": [(0.6, method, 0) for method in pretrained.ROWS] + [(0.6, DEFAULT, 2)],
 }
 USED = {
@@ -84,6 +95,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained", default="smollm2", help=f"model of the part pretrained: {HELP}")
     add("--pretrained-rows", nargs="+", type=pretrained.row, default=pretrained.DEFAULT_ROWS, metavar="KEEP:METHOD[:STEPS]",
         help="rows of its tables, in the order in which they are made; STEPS of LoRA follow the compression")  # fmt: skip
+    add("--cost-blocks", type=int, default=48, help="calibration blocks of its step cost")
     add("--steps", nargs="+", choices=STEPS, default=STEPS, help="what of the part pretrained to make")
     add("--predict-7b", action="store_true", help="the part 7b alone")
     add_part_options(parser, PARTS)
@@ -156,7 +168,8 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
         if "rows" in args.steps:
             pretrained.rows(dense, path, text, args.pretrained_rows, done, save)
         if "cost" in args.steps:
-            methods = ["svd-llm", DEFAULT]
+            methods = args.methods or ["svd-llm", DEFAULT]
+            text = pretrained.load_text(path, args.cost_blocks, args.held_blocks)
             done["cost"] = llm.cost(
                 dense, text, methods, 0.8, done.get("cost", {}), lambda cost: save(done | {"cost": cost})
             )

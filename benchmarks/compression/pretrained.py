@@ -29,11 +29,12 @@ from hf_qst.base_model import dense_weight
 from hf_qst.base_model.encoder_blocks import find_blocks
 from hf_qst.calibration import SecondMoment, calibration_mode, collect_statistics, input_groups
 from hf_qst.mixed_rank import LayerSpectrum, LowRankLinear, allocate_ranks, factorize, metric_matrix
-from hf_qst.mixed_rank.allocation.stage import weigh_layers
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.compensation.two_streams import replace_in_order
+from hf_qst.mixed_rank.decomposition.stage import Decomposition
 from hf_qst.mixed_rank.pipeline import Pipeline
 from hf_qst.mixed_rank.predictions import installed
+from hf_qst.mixed_rank.sensitivity import fisher_weights
 from hf_qst.mixed_rank.target_weights import TargetWeights
 
 LENGTH = 512
@@ -200,23 +201,23 @@ class Maker:
         return min(min(shape) for shape in self.shapes.values())
 
     @cached_property
-    def stage_1(self) -> dict[str, tuple]:
-        """Spectra and their layers' weights, by method."""
+    def layers(self) -> Decomposition:
+        """Stage 1, which is the same for every part kept; its layers weigh the same."""
         settings = config(DEFAULT, self.keeps[0], []).resolved(True, self.narrowest)
         weights = TargetWeights(self.dense, list(self.shapes), settings)
-        layers = Pipeline(weights, settings, self.calibration).decompose()
-        plain = {name: spectrum.weight for name, spectrum in layers.spectra.items()}
-        weigh_layers(weights, layers, self.calibration)
-        fisher = {name: spectrum.weight for name, spectrum in layers.spectra.items()}
-        return {"layers": layers, DEFAULT: plain, "mix-fisher": fisher}
+        return Pipeline(weights, settings, self.calibration).decompose()
+
+    @cached_property
+    def fisher(self) -> dict[str, float]:
+        energies = {name: spectrum.total for name, spectrum in self.layers.spectra.items()}
+        return fisher_weights(self.dense, energies, self.calibration.batches, progress=False)
 
     def ours(self, method: str, keep: float) -> dict[str, nn.Module]:
         settings = config(method, keep, []).resolved(True, self.narrowest)
         pipeline = Pipeline(TargetWeights(self.dense, list(self.shapes), settings), settings, self.calibration)
-        layers = self.stage_1["layers"]
-        for name, weight in self.stage_1[method].items():
-            layers.spectra[name].weight = weight
-        return pipeline.compensate(layers, pipeline.allocate(layers))
+        for name, spectrum in self.layers.spectra.items():
+            spectrum.weight = self.fisher[name] if method == "mix-fisher" else 1.0
+        return pipeline.compensate(self.layers, pipeline.allocate(self.layers))
 
 
 def block_bits(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> float:

@@ -172,11 +172,12 @@ def large_table(result: dict) -> str:
     counted = result["arithmetic"]
     lines = [
         f"{counted['target_weights']:,} weights in {counted['eigenproblems']} layers, {counted['tokens']:,} tokens, "
-        f"{counted['forward_passes']} forward passes",
+        f"{counted['forward_passes']:.1f} forward passes",
         f"operations: forward {counted['forward_operations']:.3g}, moments {counted['moment_operations']:.3g}, "
         f"float64 products {counted['double_operations']:.3g}",
         f"bytes: weights {counted['weights_bytes_bf16'] / 2**30:.1f} GiB in bfloat16, factors "
-        f"{counted['factors_bytes_bf16'] / 2**30:.1f}, hidden states {counted['hidden_states_bytes_bf16'] / 2**30:.1f}, "
+        f"{counted['factors_bytes_bf16'] / 2**30:.1f}, hidden states {counted['hidden_states_bytes_bf16'] / 2**30:.1f}, kept in a block "
+        f"{counted['kept_in_a_block_bytes_bf16'] / 2**30:.1f}, "
         f"moments at a time {counted['moments_bytes'] / 2**30:.1f}, largest layer in work "
         f"{counted['largest_layer_bytes'] / 2**30:.1f}",
     ]
@@ -192,6 +193,8 @@ def large_table(result: dict) -> str:
 
 
 def pretrained_table(result: dict) -> str:
+    if "dense" not in result:
+        return ""
     shapes = result["dense"]["shapes"]
     dense_bits = pretrained.block_bits(shapes, {})
     cells = lambda row: (
@@ -217,7 +220,7 @@ def pretrained_aims(result: dict) -> str:
     """Whether the best of ours is below every peer at every part kept, on both kinds of text."""
     lines = []
     for keep, steps in sorted(
-        {(row["keep"], row["recovery"]) for row in result["rows"]}, key=lambda at: (at[1], -at[0])
+        {(row["keep"], row["recovery"]) for row in result.get("rows", [])}, key=lambda at: (at[1], -at[0])
     ):
         rows = {
             row["method"]: row["perplexity"]

@@ -16,7 +16,7 @@ from torch import nn
 _CHUNK_ROWS = 4096
 # Columns of one product of a symmetric matrix. Narrower ones leave less of the half below the diagonal to compute, and
 # make slower products.
-_CHUNK_COLUMNS = 256
+CHUNK_COLUMNS = 256
 
 
 class SecondMoment:
@@ -28,7 +28,7 @@ class SecondMoment:
         self.fourth = torch.zeros((), dtype=torch.float64, device=device)
         # Sum of x'x [d, d]; what lies left of the blocks on the diagonal is written when it is asked for.
         self._products = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self._blocks = [slice(at, min(at + _CHUNK_COLUMNS, size)) for at in range(0, size, _CHUNK_COLUMNS)]
+        self._blocks = [slice(at, min(at + CHUNK_COLUMNS, size)) for at in range(0, size, CHUNK_COLUMNS)]
         self._whole = True
 
     def add(self, rows: torch.Tensor) -> None:

@@ -219,7 +219,7 @@ class CalibrationRun:
         """The first sample of the batch entered last; all of it where the inputs are not those of one sequence."""
         if not self.samples or not are_alone(inputs, self.sequences or {"": None}):
             return inputs
-        return {k: v[:1] if torch.is_tensor(v) and len(v) == self.samples else v for k, v in inputs.items()}
+        return {k: v[:1] if torch.is_tensor(v) and v.shape[:1] == (self.samples,) else v for k, v in inputs.items()}
 
     def _reached(self, inputs: dict) -> set[str]:
         """The modules of interest that these inputs reach."""

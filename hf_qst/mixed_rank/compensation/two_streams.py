@@ -64,7 +64,8 @@ def _record(
     layers = list(run.model.get_submodule(blocks))
     trial = run.first_sample(run.enter(batches[0]))
     real, _, outputs = _calls(run, layers, trial)
-    stand_ins = {f"{blocks}.{i}": _PassedOn(type(output)) for i, output in enumerate(outputs)}
+    made = enumerate(zip(layers, outputs, strict=False))
+    stand_ins = {f"{blocks}.{i}": _PassedOn(layer, type(output)) for i, (layer, output) in made}
     skipped = all(_is_state(output) for output in outputs) and len(outputs) == len(layers)
     if skipped:
         with installed(run.model, stand_ins):
@@ -77,11 +78,25 @@ def _record(
     return [calls for calls, _, _ in found], [state for _, state, _ in found]
 
 
-class _PassedOn(nn.Module):
-    """Stands for a block and gives its hidden state as it is, in the form of the block's output."""
+class _StandIn(nn.Module):
+    """Stands in the place of a module and has its attributes."""
 
-    def __init__(self, form: type):
+    def __init__(self, module: nn.Module):
         super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+class _PassedOn(_StandIn):
+    """Gives the hidden state of a block as it is, in the form of the block's output."""
+
+    def __init__(self, block: nn.Module, form: type):
+        super().__init__(block)
         self.form = form
 
     def forward(self, *args, **kwargs):
@@ -373,20 +388,14 @@ def _largest_part(model: nn.Module, name: str, path: str, left: Sequence[str]) -
     return name
 
 
-class _Kept(nn.Module):
-    """Stands for a module and gives for a batch what the module gave for it before, call by call."""
+class _Kept(_StandIn):
+    """Gives for a batch what the module gave for it before, call by call."""
 
     def __init__(self, module: nn.Module, stream: _Stream):
-        super().__init__()
-        self.module, self.stream = module, stream
+        super().__init__(module)
+        self.stream = stream
         self.size = 0
         self._outputs: dict[int, list] = {}
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
 
     def begin(self, number: int) -> None:
         self._batch, self._call = self._outputs.setdefault(number, []), 0
