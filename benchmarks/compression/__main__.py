@@ -6,11 +6,13 @@
     python -m benchmarks.compression --predict-7b          # time and memory for a 7B model, with the arithmetic
     python -m benchmarks.compression --quick               # the same with tiny sizes, to see that it runs
 
+    python -m benchmarks.compression --parts pretrained    # SmolLM2: peers, recovery, 4 bits; `--steps` for some of it
+
 Parts: `llm` (held-out perplexity by method), `cost` (seconds and memory of making them), `residual` (factors next to
 4-bit weights), `vit` (accuracy by method and seed), `layers` (each layer's error against the optimum), `speed` (factors
-against dense layers, whole models), `7b`. Each is written to `compression.json` in the folder of `--output`, row by row
-(with `--data fashion-mnist` to `compression_fashion_mnist.json`); a run that was cut short goes on where it was,
-`--fresh` starts again. Prints tables and draws plots.
+against dense layers, whole models), `7b`, `pretrained` (a real model, which has to be installed). Each is written to
+`compression.json` in the folder of `--output`, row by row (with `--data fashion-mnist` to `compression_fashion_mnist.json`);
+a run that was cut short goes on where it was, `--fresh` starts again. Prints tables and draws plots.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.llama import dense_llama
 from benchmarks.common.parts import Part, ResultFile, run_parts
-from benchmarks.compression import llama_7b, llm, speed, vit
+from benchmarks.compression import llama_7b, llm, pretrained, speed, vit
 from benchmarks.compression.layers import both
 from benchmarks.compression.methods import DEFAULT, LLM_METHODS, METHODS
 from benchmarks.compression.plots import plots
@@ -32,9 +34,22 @@ from benchmarks.side_tuning.bases import SHAPES
 from examples import fashion_mnist
 from examples.compress_vit import calibration
 from examples.demo import BASE
+from examples.prose import NoTextError, handbook_files
+from examples.real_model import HELP, NoModelError, model_path
 
 PARTS = tuple(TABLES)
-POSITIVE = ("calibration_blocks", "held_blocks", "seeds", "epochs", "images", "rank", "repeats", "threads")
+STEPS = ("rows", "cost", "speed")
+POSITIVE = (
+    "calibration_blocks",
+    "cost_blocks",
+    "held_blocks",
+    "seeds",
+    "epochs",
+    "images",
+    "rank",
+    "repeats",
+    "threads",
+)
 QUICK = {
     "keep": [0.6],
     "vit_keep": [0.4],
@@ -47,6 +62,8 @@ QUICK = {
     "repeats": 1,
     "rank": 4,
     "widths_7b": [256, 688],
+    "cost_blocks": 4,
+    "pretrained_rows": [(0.6, method, 0) for method in pretrained.ROWS] + [(0.6, DEFAULT, 2)],
 }
 USED = {
     "llm": ("model", "calibration_blocks", "held_blocks", "device"),
@@ -56,6 +73,7 @@ USED = {
     "layers": ("model", "calibration_blocks", "held_blocks", "layers_keep", "epochs", "images", "device"),
     "speed": ("model", "keep", "repeats", "threads", "device", "quick"),
     "7b": ("threads", "quick"),
+    "pretrained": ("pretrained", "calibration_blocks", "held_blocks"),
 }
 
 
@@ -83,6 +101,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=16, help="mean rank of the residuals")
     add("--widths-7b", nargs="+", type=int, default=[llama_7b.HIDDEN, llama_7b.INNER],
         help="widths of the layers of the part 7b that are really decomposed")  # fmt: skip
+    add("--pretrained", default="smollm2", help=f"model of the part pretrained: {HELP}")
+    add("--pretrained-rows", nargs="+", type=pretrained.row, default=pretrained.DEFAULT_ROWS, metavar="KEEP:METHOD[:STEPS]",
+        help="rows of its tables, in the order in which they are made; STEPS of LoRA follow the compression")  # fmt: skip
+    add("--cost-blocks", type=int, default=48, help="calibration blocks of its step cost")
+    add("--steps", nargs="+", choices=STEPS, default=STEPS, help="what of the part pretrained to make")
     add("--predict-7b", action="store_true", help="the part 7b alone")
     add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
@@ -156,6 +179,22 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
                 save(done)
         return done
 
+    def real_model(done: dict, save) -> dict:
+        path = model_path(args.pretrained)
+        text = pretrained.load_text(path, args.calibration_blocks, args.held_blocks)
+        dense = llm.load_dense(path, torch.device("cpu"))
+        if "rows" in args.steps:
+            pretrained.rows(dense, path, text, args.pretrained_rows, done, save)
+        if "cost" in args.steps:
+            methods = args.methods or ["svd-llm", DEFAULT]
+            text = pretrained.load_text(path, args.cost_blocks, args.held_blocks)
+            done["cost"] = llm.cost(
+                dense, text, methods, 0.8, done.get("cost", {}), lambda cost: save(done | {"cost": cost})
+            )
+        if "speed" in args.steps and "speed" not in done:
+            done["speed"] = pretrained.tokens_a_second(dense, done, args.repeats)
+        return done
+
     return {
         "llm": lambda done, save: llm.compare(*dense_and_text(), llm_methods, args.keep, done, save),
         "cost": lambda done, save: llm.cost(*dense_and_text(), llm_methods, args.layers_keep, done, save),
@@ -164,6 +203,7 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
         "layers": layers,
         "speed": speeds,
         "7b": lambda done, save: llama_7b.measured(256 if args.quick else llama_7b.HIDDEN, args.widths_7b, done, save),
+        "pretrained": real_model,
     }
 
 
@@ -175,6 +215,13 @@ def main(argv: list[str] | None = None) -> None:
         except fashion_mnist.NoImagesError as missing:
             print(f"skipped: {missing}")
             return
+    if "pretrained" in args.parts:
+        try:
+            model_path(args.pretrained)
+            handbook_files()
+        except (NoModelError, NoTextError) as error:
+            print(f"the part 'pretrained' is left out: {error}")
+            args.parts = [part for part in args.parts if part != "pretrained"]
     run_parts(args, results_of(args), parts_of(args), used, report, plots)
 
 

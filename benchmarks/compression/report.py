@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 from benchmarks.common.parts import text_of
 from benchmarks.common.tables import MIB, markdown, pm, verdict
+from benchmarks.compression import pretrained
 from benchmarks.compression.llm import RESIDUALS
 from benchmarks.compression.methods import BASELINES, DEFAULT, METHODS, place
 from benchmarks.compression.vit import VARIANTS, summary
@@ -194,11 +195,12 @@ def large_table(result: dict) -> str:
     counted = result["arithmetic"]
     lines = [
         f"{counted['target_weights']:,} weights in {counted['eigenproblems']} layers, {counted['tokens']:,} tokens, "
-        f"{counted['forward_passes']} forward passes",
+        f"{counted['forward_passes']:.1f} forward passes",
         f"operations: forward {counted['forward_operations']:.3g}, moments {counted['moment_operations']:.3g}, "
         f"float64 products {counted['double_operations']:.3g}",
         f"bytes: weights {counted['weights_bytes_bf16'] / 2**30:.1f} GiB in bfloat16, factors "
-        f"{counted['factors_bytes_bf16'] / 2**30:.1f}, hidden states {counted['hidden_states_bytes_bf16'] / 2**30:.1f}, "
+        f"{counted['factors_bytes_bf16'] / 2**30:.1f}, hidden states {counted['hidden_states_bytes_bf16'] / 2**30:.1f}, kept in a block "
+        f"{counted['kept_in_a_block_bytes_bf16'] / 2**30:.1f}, "
         f"moments at a time {counted['moments_bytes'] / 2**30:.1f}, largest layer in work "
         f"{counted['largest_layer_bytes'] / 2**30:.1f}",
     ]
@@ -213,6 +215,64 @@ def large_table(result: dict) -> str:
     return "\n".join(lines) + "\n\n" + markdown(columns, table)
 
 
+def pretrained_table(result: dict) -> str:
+    if "dense" not in result:
+        return ""
+    shapes = result["dense"]["shapes"]
+    dense_bits = pretrained.block_bits(shapes, {})
+    cells = lambda row: (
+        [f"{row['perplexity'][k]:.2f}" for k in ("code", "prose")]
+        + [f"{100 * row['cloze'][k]:.1f}" for k in ("code", "prose")]
+    )
+    size = lambda bits: f"{bits / 8 / 1e6:.0f}"
+    lines = [["1", "dense", "", size(dense_bits), *cells(result["dense"])]]
+    if "nf4" in result:
+        bits = dense_bits / pretrained.STORED_BITS * pretrained.NF4_BITS
+        lines.append(["1", pretrained.LABELS["nf4"], "", size(bits), *cells(result["nf4"])])
+    place = lambda row: (row["recovery"], -row["keep"], pretrained.ROWS.index(row["method"]))
+    for row in sorted(result["rows"], key=place):
+        label = pretrained.LABELS[row["method"]]
+        label = f"**{label}**" if row["method"] == DEFAULT else label
+        steps = str(row["recovery"]) if row["recovery"] else ""
+        lines.append([f"{row['keep']:g}", label, steps, size(8 * row["block_bytes"]), *cells(row)])
+    columns = ["keep", "method", "LoRA steps", "MB of the blocks", "code", "prose", "cloze % code", "cloze % prose"]
+    return markdown(columns, lines)
+
+
+def pretrained_aims(result: dict) -> str:
+    """Whether the best of ours is below every peer at every part kept, on both kinds of text."""
+    lines = []
+    for keep, steps in sorted(
+        {(row["keep"], row["recovery"]) for row in result.get("rows", [])}, key=lambda at: (at[1], -at[0])
+    ):
+        rows = {
+            row["method"]: row["perplexity"]
+            for row in result["rows"]
+            if (row["keep"], row["recovery"]) == (keep, steps)
+        }
+        peers = [values for method, values in rows.items() if method not in pretrained.OURS]
+        if DEFAULT in rows and peers:
+            best = {kind: min(values[kind] for values in peers) for kind in ("code", "prose")}
+            met = all(rows[DEFAULT][kind] < best[kind] for kind in best)
+            after = f" after {steps} steps" if steps else ""
+            text = ", ".join(f"{kind} {rows[DEFAULT][kind]:.2f} against {best[kind]:.2f}" for kind in best)
+            lines.append(f"keep {keep:g}{after}: {text}: {verdict(met)}")
+    return "\n".join(lines)
+
+
+def pretrained_speed(result: dict) -> str:
+    lines = []
+    for row in result.get("speed", []):
+        cells = [f"{row[f'{k}_tokens_per_second']:.0f}" for k in ("prefill", "decode")]
+        lines.append([row["model"], *cells, *(f"{row[f'{k}_speedup']:.2f}" for k in ("prefill", "decode"))])
+    columns = ["model", "prefill tokens/s", "decode tokens/s", "prefill / dense", "decode / dense"]
+    return markdown(columns, lines) if lines else ""
+
+
+def pretrained_cost(result: dict) -> str:
+    return cost_table(result["cost"]) if "cost" in result else ""
+
+
 TABLES = {
     "llm": [llm_table, margin_table, aims],
     "cost": [cost_table],
@@ -221,5 +281,6 @@ TABLES = {
     "layers": [layer_table, layer_aims, stream_table],
     "speed": [speed_table, model_table],
     "7b": [large_table],
+    "pretrained": [pretrained_table, pretrained_aims, pretrained_cost, pretrained_speed],
 }
 report = partial(text_of, TABLES)

@@ -85,7 +85,7 @@ class CalibrationRun:
 
     def __call__(self, batch: Mapping):
         """Run one batch without its labels and return the output. `rows` then refers to this batch."""
-        return self._run(self.enter(batch))
+        return self.run_inputs(self.enter(batch))
 
     def loss(self, batch: Mapping) -> torch.Tensor | None:
         """The model's own loss for the batch with its labels; None if it returns none."""
@@ -196,7 +196,7 @@ class CalibrationRun:
 
         named = {name: self.model.get_submodule(name) for name in self.names or ()}
         with hooks(m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in named.items()):
-            output = self._run(inputs)
+            output = self.run_inputs(inputs)
         if self.names is None:
             seen = {f"output {key}": [fingerprint(value)] for key, value in output_tensors(output).items()}
         return seen
@@ -207,17 +207,33 @@ class CalibrationRun:
             return
         inputs = self.enter(batch)
         parts = [*self._smaller_parts(inputs), self.model, *self._inner_parts(inputs)]
+        # Where a part takes one sample it takes all of them.
+        trial = self.first_sample(inputs)
         for part in parts:
             self.runs = part
             try:
-                seen = self._watch(inputs)
+                seen = self._reached(trial)
             except (AttributeError, TypeError, ValueError):
                 # It needs other inputs, such as a backbone whose head prepares them, or a model with several towers.
                 continue
             if part is self.model or len(seen) == len(self.names):
                 return
         self.runs = self.model
-        self._watch(inputs)
+        self.run_inputs(trial)
+
+    def first_sample(self, inputs: dict) -> dict:
+        """The first sample of the batch entered last; all of it where the inputs are not those of one sequence."""
+        if not self.samples or not are_alone(inputs, self.sequences or {"": None}):
+            return inputs
+        return {k: v[:1] if torch.is_tensor(v) and v.shape[:1] == (self.samples,) else v for k, v in inputs.items()}
+
+    def _reached(self, inputs: dict) -> set[str]:
+        """The modules of interest that these inputs reach."""
+        seen: set[str] = set()
+        note = lambda name: lambda module, args: seen.add(name)
+        with hooks(self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in self.names):
+            self.run_inputs(inputs)
+        return seen
 
     def _smaller_parts(self, inputs: dict) -> Iterator[nn.Module]:
         """The encoder, if the decoder has no inputs, and the backbone."""
@@ -246,7 +262,8 @@ class CalibrationRun:
     def _on_device(self, batch: Mapping) -> dict:
         return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
-    def _run(self, inputs: dict):
+    def run_inputs(self, inputs: dict):
+        """Run inputs as `enter` returns them."""
         return self._call(self.runs, inputs)
 
     def _call(self, module: nn.Module, inputs: dict):
@@ -293,22 +310,36 @@ def hooks(handles: Iterable) -> Iterator[None]:
             handle.remove()
 
 
-def input_groups(model: nn.Module, names: Sequence[str], batches: Mapping | Sequence[Mapping]) -> list[tuple[str, ...]]:
+def input_groups(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Mapping | Sequence[Mapping],
+    run: CalibrationRun | None = None,
+) -> list[tuple[str, ...]]:
     """The named modules in the order in which they run; modules with the same input tensor form a group.
 
     Args:
         batches: one batch or several. The first that reaches all modules decides, because not every batch of a multimodal
             model has images.
+        run (*optional*): of the model for these modules, prepared.
 
     Raises:
         CalibrationError: no batch reaches all modules.
     """
     unreached: set[str] = set(names)
-    for batch in [batches] if isinstance(batches, Mapping) else batches:
-        groups = _groups_of(model, names, batch)
-        left = set(names).difference(*groups)
-        if not left:
-            return groups
+    batches = [batches] if isinstance(batches, Mapping) else batches
+    if run is None:
+        run = CalibrationRun(model, names)
+        with calibration_mode(model):
+            run.choose_part(batches[0])
+    for batch in batches:
+        inputs = run.enter(batch)
+        trial = run.first_sample(inputs)
+        for tried in (inputs,) if trial is inputs else (trial, inputs):
+            groups = _groups_of(model, names, lambda tried=tried: run.run_inputs(tried))
+            left = set(names).difference(*groups)
+            if not left:
+                return groups
         unreached &= left
     left = unreached or left
     raise CalibrationError(
@@ -317,8 +348,8 @@ def input_groups(model: nn.Module, names: Sequence[str], batches: Mapping | Sequ
     )
 
 
-def _groups_of(model: nn.Module, names: Sequence[str], batch: Mapping) -> list[tuple[str, ...]]:
-    """The groups of the modules that one batch reaches."""
+def _groups_of(model: nn.Module, names: Sequence[str], run: Callable[[], object]) -> list[tuple[str, ...]]:
+    """The groups of the modules that a run reaches."""
     groups: list[tuple[weakref.ref, list[str]]] = []
 
     def note(name: str) -> Callable:
@@ -334,11 +365,9 @@ def _groups_of(model: nn.Module, names: Sequence[str], batch: Mapping) -> list[t
 
         return hook
 
-    run = CalibrationRun(model, names)
-    with calibration_mode(model):
-        run.choose_part(batch)
-        with hooks(model.get_submodule(n).register_forward_hook(note(n), with_kwargs=True) for n in names):
-            run(batch)
+    handles = [model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names]
+    with hooks(handles), calibration_mode(model):
+        run()
     return [tuple(members) for _, members in groups]
 
 
@@ -388,6 +417,8 @@ def collect_statistics(
     progress: bool = True,
     label: str = "calibration",
     states: Callable[..., Sequence[torch.Tensor]] | None = None,
+    run: CalibrationRun | None = None,
+    rows_per_dimension: int | None = None,
 ) -> dict[tuple[str, ...], SecondMoment | MeanInput]:
     """Input statistics of groups of modules, in one pass over the batches.
 
@@ -402,14 +433,18 @@ def collect_statistics(
         progress (`bool`), label (`str`): whether to show a progress bar, and its text.
         states (`Callable`, *optional*): for `"second_moment"`; `states(module, args, kwargs, output)` returns the tensors
             [..., d] of one call to collect. By default that is the module's input.
+        run (*optional*): of the model, prepared for these batches and modules.
+        rows_per_dimension (`int`, *optional*):
+            Stop after the batch with which every module has seen so many rows for each dimension of its input.
 
     Raises:
         CalibrationError: values are not finite, or a module is not reached.
     """
     create = MeanInput if kind == "representative" else SecondMoment
     statistics: dict[tuple[str, ...], SecondMoment | MeanInput] = {}
-    run = CalibrationRun(model, [group[0] for group in groups])
-    run.prepare(batches)
+    if run is None:
+        run = CalibrationRun(model, [group[0] for group in groups])
+        run.prepare(batches)
 
     def collect(group: tuple[str, ...]) -> Callable:
         def hook(module, args, kwargs, output):
@@ -442,6 +477,8 @@ def collect_statistics(
     with hooks(handles), calibration_mode(model):
         for batch in tqdm(batches, desc=label, unit="batch", disable=not progress):
             run(batch)
+            if rows_per_dimension and all(_has_rows(statistics.get(group), rows_per_dimension) for group in groups):
+                break
     for group in groups:
         unseen = group not in statistics or (
             statistics[group].count == 0 and enclosing_experts(model, group[0]) is None
@@ -449,6 +486,10 @@ def collect_statistics(
         if unseen:
             raise CalibrationError(f"module {group[0]!r} sees no rows of calibration_data")
     return statistics
+
+
+def _has_rows(statistic: SecondMoment | MeanInput | None, per_dimension: int) -> bool:
+    return statistic is not None and statistic.count >= per_dimension * statistic.size
 
 
 def _normalized(rows: torch.Tensor, out: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
