@@ -44,7 +44,7 @@ class HyperNetwork(nn.Module):
         """Change the heads by the least that makes the output this, [size] of each selection."""
         for head, row, wanted in zip(self.heads, self.features(), outputs, strict=True):
             missing = wanted.to(row) - head(row)
-            head.weight += torch.outer(missing, row / row.square().sum()).to(head.weight.dtype)
+            head.weight += torch.outer(missing, row / row.square().sum())
 
 
 class ElementwiseLogits(nn.Module):

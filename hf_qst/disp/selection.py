@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -96,8 +97,13 @@ class SelectionNetwork(nn.Module):
 
     @torch.no_grad()
     def start_at(self, logits: list[torch.Tensor]) -> None:
-        """Begin with these logits, [size] of each owner."""
-        self.hypernetwork.start_at([z - self.config.initial_bias for z in logits])
+        """Begin with these logits, [size] of each owner; computed in float32, whatever the parameters are kept in."""
+        if not self.in_base_dtype:
+            self.hypernetwork.float()  # SFTTrainer casts what trains on a quantised base to bfloat16
+        wide = copy.deepcopy(self.hypernetwork).float()
+        wide.start_at([z - self.config.initial_bias for z in logits])
+        for mine, started in zip(self.hypernetwork.parameters(), wide.parameters(), strict=True):
+            mine.copy_(started)
         self._is_new = False
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

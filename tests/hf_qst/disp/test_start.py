@@ -70,6 +70,23 @@ def test_draws_are_on_the_budget_from_the_start_and_nearly_sure(kind):
     assert torch.cat(network(paper).logits()).std() < 1 < logits.std()
 
 
+@pytest.mark.parametrize("kind", ["gru", "none"])
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_network_in_bfloat16_starts_as_well(kind, stays):
+    """TRL casts it on a quantised base, for it to be float32 again in training; a user may want it to stay."""
+    net = network(with_disp(hypernetwork=kind))
+    if stays:
+        net.cast(torch.bfloat16)
+    else:
+        net.hypernetwork.bfloat16()
+    wanted = [torch.linspace(-6, 6, size) for size in net.plan.sizes]
+    net.start_at(wanted)
+    assert {p.dtype for p in net.hypernetwork.parameters()} == {torch.bfloat16 if stays else torch.float32}
+    for found, logits in zip(net.logits(), wanted, strict=True):
+        # 128 products with numbers of 8 bits.
+        torch.testing.assert_close(found, logits, rtol=0, atol=0.1 if stays else 1e-4)
+
+
 def test_the_papers_configuration_starts_as_the_paper_does():
     model = get_peft_model(tiny("llama"), DISPConfig.paper(task_type="CAUSAL_LM"))
     logits = torch.cat(network(model).logits())
