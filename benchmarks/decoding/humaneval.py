@@ -61,14 +61,14 @@ def entropy(a: float, b: float, kind: str) -> Decoder:
 
 
 def stages(probe: DifficultyProbe | None) -> list[dict[str, list[Decoder]]]:
-    """The settings of each family in each stage; without a probe, the learned family has none."""
+    """The settings of each family in each stage. `probe` is needed to draw with the learned family only."""
     learned = [
         adaptive(f"{b:g} to {a:g}", lambda table, a=a, b=b: LearnedTemperature(table, probe, a, b))
         for a, b in ((0.8, 0.2), (1.2, 0.4))
     ]
     return [
+        {"greedy": [GREEDY]},
         {
-            "greedy": [GREEDY],
             "fixed temperature": fixed(0.2, 0.6, 1.0),
             "adaptive (paper)": [block_start(0.8, 0.5, "line"), block_start(0.8, 0.2, "line")],
         },
@@ -117,7 +117,8 @@ def sample(args: argparse.Namespace, problems: list[Problem]) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     table = VocabularyTable.from_tokenizer(tokenizer)
     for number in range(len(stages(None))):
-        probe = fitted_probe(model, tokenizer, table, args.work / "probe.json", args.seed) if number else None
+        learns = "learned" in stages(None)[number]
+        probe = fitted_probe(model, tokenizer, table, args.work / "probe.json", args.seed) if learns else None
         left = None if until is None else (until - time.monotonic()) / 60
         if left is not None and left <= 0:
             return
@@ -178,16 +179,19 @@ def report(args: argparse.Namespace, problems: list[Problem]) -> list[dict]:
 def measured_difficulty(args: argparse.Namespace, problems: list[Problem]) -> dict:
     """Prediction difficulty by class of token on HumanEval's solutions and on the standard library; kept in a file."""
     path = args.work / "difficulty.json"
-    if not path.exists():
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    files = {
+        "HumanEval's prompts and solutions": [(p.task_id, p.prompt + p.canonical_solution) for p in problems],
+        "standard library": split(stdlib_files())[1][:: args.every],
+    }
+    missing = files.keys() - measured.keys()
+    if missing:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
-        files = {
-            "HumanEval's prompts and solutions": [(p.task_id, p.prompt + p.canonical_solution) for p in problems],
-            "standard library": split(stdlib_files())[1][:: args.every],
-        }
-        measured = {name: asdict(measure_difficulty(model, tokenizer, those)) for name, those in files.items()}
-        write_json(path, measured)
-    return json.loads(path.read_text())
+        for name in missing:
+            measured[name] = asdict(measure_difficulty(model, tokenizer, files[name]))
+            write_json(path, measured)
+    return {name: measured[name] for name in files}
 
 
 def difficulty_table(measured: dict) -> str:

@@ -87,9 +87,9 @@ def test_a_small_run_is_reported_and_resumed(tmp_path, capsys):
     command += ["--difficulty", "--every", "63", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     humaneval.main(command)
     result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
-    assert [stage["problems"] for stage in result["stages"]] == [3, 3]
-    assert len(result["stages"][1]["settings"]) == 18
-    assert {row["drawn"] for row in result["stages"][0]["settings"]} == {1, 2}
+    assert [stage["problems"] for stage in result["stages"]] == [3, 3, 3]
+    assert [len(stage["settings"]) for stage in result["stages"]] == [1, 6, 18]
+    assert {row["drawn"] for row in result["stages"][1]["settings"]} == {1, 2}
     assert "3 of 3 problems complete" in capsys.readouterr().out
     assert set(result["difficulty"]) == {"HumanEval's prompts and solutions", "standard library"}
     files = sorted((tmp_path / "work").iterdir())

@@ -1,9 +1,11 @@
 """Several settings and problems in one batch: the scores, the draws and the files are those of one at a time."""
 
+import copy
 import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -13,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hf_qst import AdaptiveTemperatureLogitsProcessor
+from hf_qst import AdaptiveTemperatureLogitsProcessor, QSTConfig
 from hf_qst_plugins.code_evaluation import Sampler, evaluate_together, read_problems, read_report, read_samples
 from hf_qst_plugins.code_evaluation.sampling.batched import LIKELIEST, BatchedSampler, draw
 from hf_qst_plugins.code_evaluation.sampling.shared_prompts import read_prompt, read_rows, sharing_prompts
@@ -171,3 +173,6 @@ def test_what_cannot_be_drawn_together_is_refused(model, tokenizer, problems, tm
     sliding = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), sliding_window=8, **SIZES)).eval()
     with pytest.raises(ValueError, match="sliding_window cannot share prompts"):
         run(sliding, a={})
+    side = get_peft_model(copy.deepcopy(model), QSTConfig(reduction_factor=4))
+    with pytest.raises(ValueError, match="several attention layers of number 0"):
+        run(side, a={})
