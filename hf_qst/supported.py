@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, register_architecture
-from hf_qst.base_model.encoder_blocks import known_types
+from hf_qst.base_model.encoder_blocks import MODELS, known_types
 
 __all__ = ["register_architecture", "supported_models"]
 
@@ -38,10 +38,12 @@ def supported_models() -> dict[str, dict[str, str]]:
             disp = f"no: {row.pruning_refused}"
         found[name] = {"qst": "yes", "disp": disp, "mixed_rank": "yes"}
     inside = "that of its language model"
-    found |= {name: {"qst": inside, "disp": inside, "mixed_rank": inside} for name in WRAPPERS}
-    decoders_only = "no: an encoder"
-    encoders = set(known_types()) - {*ARCHITECTURES, *WRAPPERS}
-    found |= {name: {"qst": decoders_only, "disp": decoders_only, "mixed_rank": "yes"} for name in encoders}
+    found |= {name: {"qst": inside, "disp": inside, "mixed_rank": "yes"} for name in WRAPPERS}
+    other = "no: not a decoder-only language model"
+    for name in set(known_types()) - {*ARCHITECTURES, *WRAPPERS}:
+        reasons = sorted(set(MODELS[name].without.values()))
+        found[name] = {"qst": other, "disp": other}
+        found[name]["mixed_rank"] = f"partly: what {'; '.join(reasons)}, stays" if reasons else "yes"
     return dict(sorted(found.items()))
 
 
