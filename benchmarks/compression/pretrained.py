@@ -25,8 +25,7 @@ from benchmarks.compression.methods import DEFAULT, METHODS, config, target_shap
 from examples.corpus import blocks, split, stdlib_files, tokens
 from examples.demo import nf4
 from examples.prose import handbook_files
-from hf_qst.base_model import dense_weight
-from hf_qst.base_model.encoder_blocks import find_blocks
+from hf_qst.base_model import dense_weight, find_blocks
 from hf_qst.calibration import SecondMoment, calibration_mode, collect_statistics, input_groups
 from hf_qst.mixed_rank import LayerSpectrum, LowRankLinear, allocate_ranks, factorize, metric_matrix
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
