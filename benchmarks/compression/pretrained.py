@@ -27,14 +27,20 @@ from examples.demo import nf4
 from examples.prose import handbook_files
 from hf_qst.base_model import dense_weight, find_blocks
 from hf_qst.calibration import SecondMoment, calibration_mode, collect_statistics, input_groups
-from hf_qst.mixed_rank import LayerSpectrum, LowRankLinear, allocate_ranks, factorize, metric_matrix
-from hf_qst.mixed_rank.calibration_set import CalibrationSet
-from hf_qst.mixed_rank.compensation.two_streams import replace_in_order
-from hf_qst.mixed_rank.decomposition.stage import Decomposition
-from hf_qst.mixed_rank.pipeline import Pipeline
-from hf_qst.mixed_rank.predictions import installed
-from hf_qst.mixed_rank.sensitivity import fisher_weights
-from hf_qst.mixed_rank.target_weights import TargetWeights
+from hf_qst.mixed_rank import (
+    CalibrationSet,
+    Decomposition,
+    LayerSpectrum,
+    LowRankLinear,
+    Pipeline,
+    TargetWeights,
+    allocate_ranks,
+    factorize,
+    fisher_weights,
+    installed,
+    metric_matrix,
+    replace_in_order,
+)
 
 LENGTH = 512
 BATCH = 4
@@ -126,6 +132,27 @@ def evaluated(model: nn.Module, text: Text) -> dict:
     return {"losses": losses, "perplexity": perplexity, "cloze": accuracy, "cloze_items": count}
 
 
+class _RowsSeen(SecondMoment):
+    """The second moment of what the compressed model gives a layer."""
+
+    def add_pair(self, rows: torch.Tensor, others: torch.Tensor) -> None:
+        self.add(rows)
+
+
+class _Sequential:
+    """Fits the layers of a `Maker` in SVD-LLM's sequential form: W for the inputs it has in the compressed model."""
+
+    def __init__(self, maker: Maker, keep: float):
+        self.maker, self.ranks = maker, maker.uniform_ranks(keep)
+
+    def inputs(self, name: str) -> _RowsSeen:
+        return _RowsSeen(self.maker.shapes[name][0], torch.device("cpu"))
+
+    def fit(self, group: tuple[str, ...], inputs: _RowsSeen, pool) -> dict[str, nn.Module]:
+        moment, weight = inputs.second_moment(), lambda name: dense_weight(self.maker.dense.get_submodule(name))
+        return {name: self.maker.layer(name, *factorize(weight(name), self.ranks[name], moment)) for name in group}
+
+
 class Maker:
     """Makes every method's factors; what does not depend on the part kept is computed once.
 
@@ -180,17 +207,8 @@ class Maker:
 
     def sequential(self, keep: float) -> dict[str, nn.Module]:
         """SVD-LLM's sequential form: W for the inputs that the layer has in the compressed model."""
-        ranks = self.uniform_ranks(keep)
-
-        def fit(group: tuple[str, ...], pairs) -> dict[str, nn.Module]:
-            statistic = SecondMoment(self.shapes[group[0]][0], torch.device("cpu"))
-            for rows, _ in pairs:
-                statistic.add(rows)
-            moment, weight = statistic.second_moment(), lambda name: dense_weight(self.dense.get_submodule(name))
-            return {name: self.layer(name, *factorize(weight(name), ranks[name], moment)) for name in group}
-
-        weights, groups = self.weights(config(DEFAULT, keep, [])), list(self.statistics)
-        return replace_in_order(weights, find_blocks(self.dense), groups, self.calibration, fit)
+        weights, (blocks,) = self.weights(config(DEFAULT, keep, [])), find_blocks(self.dense)
+        return replace_in_order(weights, blocks, list(self.statistics), self.calibration, _Sequential(self, keep))
 
     def weights(self, settings) -> TargetWeights:
         return TargetWeights(self.dense, list(self.shapes), settings.resolved(True, self.narrowest))
