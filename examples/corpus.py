@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import sysconfig
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ class SourceFile(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where token arrays are kept: `$HF_QST_CACHE`, else `~/.cache/hf_qst`."""
+    """Where token arrays and models are kept: `$HF_QST_CACHE`, else `~/.cache/hf_qst`."""
     folder = Path(os.environ.get("HF_QST_CACHE") or Path.home() / ".cache" / "hf_qst")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -54,6 +55,23 @@ def _cached(name: str, make: Callable[[], object], write: Callable, read: Callab
         with whole_file(path) as temporary, open(temporary, "wb") as file:
             write(file, value)
     return read(path)
+
+
+def kept_model(name: str, save: Callable[[Path], None]) -> Path:
+    """The folder of a model in the cache, which `save` fills at the first call; it is there whole or not at all."""
+    folder = cache_folder() / "models" / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp_") as staging:
+        whole = Path(staging) / name
+        save(whole)
+        try:
+            whole.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    return folder
 
 
 def _is_python(text: str) -> bool:

@@ -122,15 +122,15 @@ def bytes_for_backward(model, rows: torch.Tensor) -> int:
     return saved.peak
 
 
-def fine_tune(name: str, model, data: dict, args, folder: str) -> Run:
-    """Train an adapter with the ordinary Trainer and save it to `folder`."""
+def fine_tune(name: str, model, data: dict, args, folder: str, rate: float) -> Run:
+    """Train an adapter with the ordinary Trainer at this learning rate and save it to `folder`."""
     run = Run(name, trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
     run.saved_bytes = bytes_for_backward(model, data["train"][: args.batch])
     settings = TrainingArguments(
         output_dir=folder,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch,
-        learning_rate=LEARNING_RATE[name],
+        learning_rate=rate,
         lr_scheduler_type="linear",
         warmup_steps=max(1, args.steps // 20),
         logging_steps=args.every,
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         # Each method gets its own copy of the same quantised base.
         model = get_peft_model(copy.deepcopy(base), config)
-        runs.append(fine_tune(name, model, data, args, str(args.output / name.lower())))
+        runs.append(fine_tune(name, model, data, args, str(args.output / name.lower()), LEARNING_RATE[name]))
 
     side, lora = runs
     print_table(runs, base_loss, base_old)

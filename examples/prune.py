@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     report("dense", base, held)
 
-    # Learn: the base is frozen, a hypernetwork learns which channels each block reads and writes.
-    # The paper's settings, but for its rate of 1e-3, which is for ten thousand steps.
+    # Learn: the base is frozen, a hypernetwork learns which channels each block reads and writes. The callback starts it
+    # from scores of the training data; the rate is twice the paper's, which is for ten thousand steps.
     config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=args.keep, width_multiple=args.width_multiple)
     model = get_peft_model(base, config)
     train(

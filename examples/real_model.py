@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.corpus import cache_folder
+from examples.corpus import kept_model
 from hf_qst.base_model import drop_quantizer
 
 BASE = Path(__file__).parent / "base_model"
@@ -72,23 +71,15 @@ def _as_folder(file: Path, name: str) -> Path:
     # A file of another version has another size or time, and gets a folder of its own.
     status = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "models" / f"{name}-{key}"
-    if folder.is_dir():
-        return folder
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    drop_quantizer(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp_") as staging:
-        whole = Path(staging) / folder.name
-        model.save_pretrained(whole)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(whole)
-        try:
-            whole.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
-    return folder
+
+    def save(folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        drop_quantizer(model)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+    return kept_model(f"{name}-{key}", save)
 
 
 def main(argv: list[str] | None = None) -> None:

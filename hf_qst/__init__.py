@@ -12,6 +12,7 @@ from hf_qst.mixed_rank import MixedRankConfig, compress_model, rank_report
 from hf_qst.pruning import prune_model
 from hf_qst.qst import QSTConfig
 from hf_qst.reshaped_models import quantize_experts, to_dense
+from hf_qst.supported import register_architecture, supported_models
 from hf_qst.version import __version__
 
 # The plugins import this package, so their names are looked up when they are first asked for.
@@ -56,6 +57,8 @@ __all__ = [
     "prune_model",
     "quantize_experts",
     "rank_report",
+    "register_architecture",
+    "supported_models",
     "to_dense",
 ]
 

@@ -1,4 +1,4 @@
-"""Tiny random models, one for each row of `hf_qst.base_model.decoder_stack.ARCHITECTURES`."""
+"""Tiny random models of ten architectures, which the tests of each method use; `tests.tiny_decoders` has all."""
 
 import hashlib
 

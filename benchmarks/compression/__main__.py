@@ -2,12 +2,16 @@
 
     python -m benchmarks.compression                       # all parts, about an hour on two CPU cores
     python -m benchmarks.compression --parts llm vit       # some of them; the others stay in the file as they are
+    python -m benchmarks.compression --parts vit --data fashion-mnist --images 512    # the vision transformer on clothes
     python -m benchmarks.compression --predict-7b          # time and memory for a 7B model, with the arithmetic
     python -m benchmarks.compression --quick               # the same with tiny sizes, to see that it runs
 
+    python -m benchmarks.compression --parts pretrained    # SmolLM2: peers, recovery, 4 bits; `--steps` for some of it
+
 Parts: `llm` (held-out perplexity by method), `cost` (seconds and memory of making them), `residual` (factors next to
 4-bit weights), `vit` (accuracy by method and seed), `layers` (each layer's error against the optimum), `speed` (factors
-against dense layers, whole models), `7b`. Each is written to `compression.json` in the folder of `--output`, row by row;
+against dense layers, whole models), `7b`, `pretrained` (a real model, which has to be installed). Each is written to
+`compression.json` in the folder of `--output`, row by row (with `--data fashion-mnist` to `compression_fashion_mnist.json`);
 a run that was cut short goes on where it was, `--fresh` starts again. Prints tables and draws plots.
 """
 
@@ -21,17 +25,31 @@ import torch
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.llama import dense_llama
 from benchmarks.common.parts import Part, ResultFile, run_parts
-from benchmarks.compression import llama_7b, llm, speed, vit
+from benchmarks.compression import llama_7b, llm, pretrained, speed, vit
 from benchmarks.compression.layers import both
 from benchmarks.compression.methods import DEFAULT, LLM_METHODS, METHODS
 from benchmarks.compression.plots import plots
 from benchmarks.compression.report import TABLES, report
 from benchmarks.side_tuning.bases import SHAPES
+from examples import fashion_mnist
 from examples.compress_vit import calibration
 from examples.demo import BASE
+from examples.prose import NoTextError, handbook_files
+from examples.real_model import HELP, NoModelError, model_path
 
 PARTS = tuple(TABLES)
-POSITIVE = ("calibration_blocks", "held_blocks", "seeds", "epochs", "images", "rank", "repeats", "threads")
+STEPS = ("rows", "cost", "speed")
+POSITIVE = (
+    "calibration_blocks",
+    "cost_blocks",
+    "held_blocks",
+    "seeds",
+    "epochs",
+    "images",
+    "rank",
+    "repeats",
+    "threads",
+)
 QUICK = {
     "keep": [0.6],
     "vit_keep": [0.4],
@@ -44,6 +62,8 @@ QUICK = {
     "repeats": 1,
     "rank": 4,
     "widths_7b": [256, 688],
+    "cost_blocks": 4,
+    "pretrained_rows": [(0.6, method, 0) for method in pretrained.ROWS] + [(0.6, DEFAULT, 2)],
 }
 USED = {
     "llm": ("model", "calibration_blocks", "held_blocks", "device"),
@@ -53,6 +73,7 @@ USED = {
     "layers": ("model", "calibration_blocks", "held_blocks", "layers_keep", "epochs", "images", "device"),
     "speed": ("model", "keep", "repeats", "threads", "device", "quick"),
     "7b": ("threads", "quick"),
+    "pretrained": ("pretrained", "calibration_blocks", "held_blocks"),
 }
 
 
@@ -64,36 +85,55 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--methods", nargs="+", choices=METHODS, help="rows of the tables (default: all; a language model's: no mix-kd)"
     )
     add("--keep", nargs="+", type=float, default=[0.8, 0.6, 0.4], help="parts of the language model's weights to keep")
-    add("--vit-keep", nargs="+", type=float, default=[0.4, 0.2, 0.1], help="the same of the vision transformer's")
+    add("--vit-keep", nargs="+", type=float, help="the same of the vision transformer's (default: by the images)")
     add("--layers-keep", type=float, default=0.4, help="at which the costs and the layers' errors are taken")
     add("--calibration-blocks", type=int, default=64, help="blocks of 512 tokens")
     add("--held-blocks", type=int, default=64, help="held-out blocks of 512 tokens of each kind of text")
-    add("--seeds", type=int, default=5, help="vision transformers to train")
-    add("--epochs", type=float, default=80, help="of their training")
+    add("--data", choices=list(vit.KEEPS), default="digits", help="images of the part vit")
+    add(
+        "--seeds",
+        type=int,
+        default=5,
+        help="vision transformers to train; of fashion-mnist, draws of calibration images",
+    )
+    add("--epochs", type=float, default=80, help="of their training on the digits")
     add("--images", type=int, default=256, help="their calibration images")
     add("--rank", type=int, default=16, help="mean rank of the residuals")
     add("--widths-7b", nargs="+", type=int, default=[llama_7b.HIDDEN, llama_7b.INNER],
         help="widths of the layers of the part 7b that are really decomposed")  # fmt: skip
+    add("--pretrained", default="smollm2", help=f"model of the part pretrained: {HELP}")
+    add("--pretrained-rows", nargs="+", type=pretrained.row, default=pretrained.DEFAULT_ROWS, metavar="KEEP:METHOD[:STEPS]",
+        help="rows of its tables, in the order in which they are made; STEPS of LoRA follow the compression")  # fmt: skip
+    add("--cost-blocks", type=int, default=48, help="calibration blocks of its step cost")
+    add("--steps", nargs="+", choices=STEPS, default=STEPS, help="what of the part pretrained to make")
     add("--predict-7b", action="store_true", help="the part 7b alone")
     add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
     require_positive(parser, args, POSITIVE)
-    require_parts(parser, args, ("keep", "vit_keep"))
     require_device(parser, args)
     if args.predict_7b:
         args.parts = ["7b"]
+    args.fashion = args.data == "fashion-mnist"
+    if args.fashion and args.parts != ["vit"]:
+        parser.error(f"--data {args.data}: goes with --parts vit, got {' '.join(args.parts)}")
+    args.vit_keep = args.vit_keep or vit.KEEPS[args.data]
+    require_parts(parser, args, ("keep", "vit_keep"))
     if args.quick:
         vars(args).update(QUICK)
     return args
 
 
 def results_of(args: argparse.Namespace) -> ResultFile:
-    return ResultFile(args.output / "compression.json", torch.device(args.device), args.fresh)
+    name = "compression_fashion_mnist.json" if args.fashion else "compression.json"
+    return ResultFile(args.output / name, torch.device(args.device), args.fresh)
 
 
 def used(args: argparse.Namespace, part: str) -> dict:
     """The arguments that a part's figures depend on."""
     values = {name: getattr(args, name) for name in USED[part]}
+    if args.fashion:
+        del values["epochs"]
+        values |= {"quick": args.quick, "training": vit.FASHION, "tuning": vit.TUNING}
     return values | ({"model": llm.BASE_NAME} if "model" in values and Path(args.model) == BASE else {})
 
 
@@ -101,6 +141,7 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
     """The parts, each of which takes its unfinished result and a function that writes one."""
     device = torch.device(args.device)
     llm_methods = args.methods or LLM_METHODS
+    on_images = vit.compare_fashion if args.fashion else vit.compare_digits
 
     def dense_and_text():
         dense = llm.load_dense(args.model, device)
@@ -113,9 +154,9 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
             done["llm"] = both(dense, text.calibration, held, args.layers_keep)
             save(done)
         if "vit" not in done:
-            model, training, test = vit.trained(0, args.epochs, device)
-            batches, held = calibration(training, args.images), calibration(test, len(test[0]))
-            done["vit"] = both(model, batches, held, args.layers_keep)
+            dense = vit.digits_vit(0, args.epochs, device)
+            batches, held = calibration(dense.training, args.images), calibration(dense.test, len(dense.test[0]))
+            done["vit"] = both(dense.model, batches, held, args.layers_keep)
         return done
 
     def speeds(done: dict, save) -> dict:
@@ -138,21 +179,49 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
                 save(done)
         return done
 
+    def real_model(done: dict, save) -> dict:
+        path = model_path(args.pretrained)
+        text = pretrained.load_text(path, args.calibration_blocks, args.held_blocks)
+        dense = llm.load_dense(path, torch.device("cpu"))
+        if "rows" in args.steps:
+            pretrained.rows(dense, path, text, args.pretrained_rows, done, save)
+        if "cost" in args.steps:
+            methods = args.methods or ["svd-llm", DEFAULT]
+            text = pretrained.load_text(path, args.cost_blocks, args.held_blocks)
+            done["cost"] = llm.cost(
+                dense, text, methods, 0.8, done.get("cost", {}), lambda cost: save(done | {"cost": cost})
+            )
+        if "speed" in args.steps and "speed" not in done:
+            done["speed"] = pretrained.tokens_a_second(dense, done, args.repeats)
+        return done
+
     return {
         "llm": lambda done, save: llm.compare(*dense_and_text(), llm_methods, args.keep, done, save),
         "cost": lambda done, save: llm.cost(*dense_and_text(), llm_methods, args.layers_keep, done, save),
         "residual": lambda done, save: llm.residuals(*dense_and_text(), args.model, args.rank, done, save),
-        "vit": lambda done, save: vit.compare(
-            args.methods or list(METHODS), args.vit_keep, args.seeds, args.epochs, args.images, done, save, device
-        ),
+        "vit": lambda done, save: on_images(args, device, done, save),
         "layers": layers,
         "speed": speeds,
         "7b": lambda done, save: llama_7b.measured(256 if args.quick else llama_7b.HIDDEN, args.widths_7b, done, save),
+        "pretrained": real_model,
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    if args.fashion:
+        try:
+            fashion_mnist.find()
+        except fashion_mnist.NoImagesError as missing:
+            print(f"skipped: {missing}")
+            return
+    if "pretrained" in args.parts:
+        try:
+            model_path(args.pretrained)
+            handbook_files()
+        except (NoModelError, NoTextError) as error:
+            print(f"the part 'pretrained' is left out: {error}")
+            args.parts = [part for part in args.parts if part != "pretrained"]
     run_parts(args, results_of(args), parts_of(args), used, report, plots)
 
 

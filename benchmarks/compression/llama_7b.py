@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.common.timing import processor_clock
-from hf_qst.calibration import CrossMoment, SecondMoment
-from hf_qst.mixed_rank import least_squares_factors, output_energies
+from hf_qst.calibration import CHUNK_COLUMNS, CrossMoment, SecondMoment
+from hf_qst.mixed_rank import ROWS_PER_DIMENSION, least_squares_factors, output_energies
 
 BLOCKS, HIDDEN, INNER, HEADS_OUT = 32, 4096, 11008, 32000
 # Layers that share an input, with the number of layers of each: what has one statistic.
@@ -22,9 +22,6 @@ GROUPS = {
     "gate, up": (HIDDEN, INNER, 2),
     "down": (INNER, HIDDEN, 1),
 }
-# Forward passes over the calibration data: one of the dense model for the energies, then for the compensation both
-# streams of hidden states, each group's inputs and the step to the next block, every pass ending at what it is for.
-COMPENSATION_PASSES = 10
 # Of a GPU of the H100 or H200 kind; nothing here was measured.
 ASSUMED_GPU = {
     "forward": 350e12,  # bfloat16 products of a forward pass
@@ -42,20 +39,26 @@ def arithmetic(tokens: int, keep: float, memory_limit: int) -> dict:
     """Operations and bytes of each stage of a compression with these values of `PLAN`."""
     weights = BLOCKS * sum(d_in * d_out * count for d_in, d_out, count in GROUPS.values())
     entries = BLOCKS * sum(d_in * d_in for d_in, _, _ in GROUPS.values())  # of all second moments, in float64
-    # The first stage passes once for the statistics that fit the limit at a time.
-    passes = -(-8 * entries // memory_limit) + COMPENSATION_PASSES
+    # Of a symmetric product only the blocks on and above the diagonal are computed.
+    upper = BLOCKS * sum(d_in * (d_in + CHUNK_COLUMNS) // 2 for d_in, _, _ in GROUPS.values())
+    # The first stage passes over a part of the rows, once for the statistics that fit the limit at a time. The
+    # compensation runs each block once in the dense model and once in the compressed one; attention is not counted.
+    part = min(1.0, ROWS_PER_DIMENSION * INNER / tokens)
+    passes = part * -(-8 * entries // memory_limit) + 1 + keep
+    kept = {"dense": 3 * HIDDEN + INNER, "compressed": 4 * HIDDEN + 2 * INNER}
     return {
         "tokens": tokens,
         "target_weights": weights,
         "forward_passes": passes,
         "forward_operations": passes * 2 * weights * tokens,
         # Stage 1 takes C of the dense inputs, stage 3 C and K of the compressed model's.
-        "moment_operations": 3 * 2 * entries * tokens,
+        "moment_operations": 2 * ((1 + part) * upper + entries) * tokens,
         "double_operations": BLOCKS * sum(count * _products(d_in, d_out) for d_in, d_out, count in GROUPS.values()),
         "eigenproblems": BLOCKS * sum(count for _, _, count in GROUPS.values()),
         "weights_bytes_bf16": 2 * (weights + 2 * HEADS_OUT * HIDDEN),
         "factors_bytes_bf16": int(2 * keep * weights),
         "hidden_states_bytes_bf16": 2 * 2 * tokens * HIDDEN,
+        "kept_in_a_block_bytes_bf16": sum(min(2 * tokens * width, memory_limit) for width in kept.values()),
         "moments_bytes": min(8 * entries, memory_limit),
         "largest_layer_bytes": 8 * (3 * INNER**2 + 4 * INNER * HIDDEN),
     }
@@ -71,7 +74,7 @@ def rates(size: int = 2048, repeats: int = 3) -> dict[str, float]:
         for _ in range(repeats):
             one @ other
         per_second[name] = 2 * size**3 * repeats / (processor_clock() - start)
-    return per_second | {"products": per_second["double"]}  # on a CPU moments are taken in float64
+    return per_second | {"products": per_second["forward"]}  # both are float32
 
 
 @torch.no_grad()

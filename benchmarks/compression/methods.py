@@ -40,7 +40,7 @@ METHODS = {
     "uniform-lstsq": Method("uniform ranks + lstsq", {"allocation": "uniform", "compensation": "lstsq"}),
     "mix-lstsq": Method("mixed ranks + lstsq (default)", {}),
     "mix-fisher": Method("mixed ranks by Fisher weights + lstsq", {"allocation": {"layer_weight": "fisher"}}),
-    "mix-kd": Method("mixed ranks + distillation", {"compensation": "kd"}),
+    "mix-kd": Method("mixed ranks + distillation", {"compensation": {"method": "kd", "lr": 5e-4}}),
 }
 DEFAULT = "mix-lstsq"
 # Distilling a language model takes half an hour on a CPU core, for each part kept.

@@ -8,16 +8,18 @@ from statistics import mean, stdev
 
 from benchmarks.common.parts import text_of
 from benchmarks.common.tables import MIB, markdown, pm, verdict
+from benchmarks.compression import pretrained
 from benchmarks.compression.llm import RESIDUALS
 from benchmarks.compression.methods import BASELINES, DEFAULT, METHODS, place
-from benchmarks.compression.vit import summary
+from benchmarks.compression.vit import VARIANTS, summary
 
 # The kinds of held-out text, as columns.
 KINDS = {"stdlib": "in domain", "transformers": "other Python", "prose": "English prose"}
 
 
-def _label(method: str) -> str:
-    return f"**{METHODS[method].label}**" if method == DEFAULT else METHODS[method].label
+def _label(method: str, variant: str | None = None) -> str:
+    label = f"**{METHODS[method].label}**" if method == DEFAULT else METHODS[method].label
+    return f"{label}, {VARIANTS[variant]}" if variant else label
 
 
 def perplexities(row: dict, digits: int = 2) -> list[str]:
@@ -83,24 +85,46 @@ def residual_table(result: dict) -> str:
 
 def vit_table(result: dict) -> str:
     dense = [one["dense"] for one in result["seeds"]]
-    accuracies = ", ".join(f"{one['accuracy']:.1f}" for one in dense)
+    reached = [one["accuracy"] for one in dense]
+    accuracies = (
+        f"{reached[0]:.2f} %" if len(set(reached)) == 1 else f"{', '.join(f'{one:.1f}' for one in reached)} % by seed"
+    )
     lines = []
     for row in summary(result):
         cells = [f"{row['parameters']:,}", pm(row["accuracy"]), pm(row["drop"], 2)]
-        lines.append([f"{row['keep']:g}", _label(row["method"]), *cells])
+        lines.append([f"{row['keep']:g}", _label(row["method"], row["variant"]), *cells])
     table = markdown(["keep", "method", "parameters", "accuracy", "points lost"], lines)
     training = mean(one["training_accuracy"] for one in dense)
+    return f"dense: {dense[0]['parameters']:,} parameters, {accuracies}, {training:.1f} % in training\n\n{table}"
+
+
+def int8_table(result: dict) -> str:
+    """Accuracy and megabytes on disk of the dense model and of the default's in float32 and in int8, mean over the seeds."""
+    found = {"dense": [one["dense"] for one in result["seeds"]]}
+    for row in sorted((row for one in result["seeds"] for row in one["rows"]), key=place):
+        if row["method"] == DEFAULT:
+            found.setdefault(f"keep {row['keep']:g}", []).append(row)
+    lines = []
+    for name, rows in found.items():
+        if all("int8" in row for row in rows):
+            eight = [row["int8"] for row in rows]
+            sizes = [mean(row[key] for row in eight) / 1e6 for key in ("float_bytes", "bytes")]
+            reached = [mean(row["accuracy"] for row in group) for group in (rows, eight)]
+            lines.append([name, *(f"{size:.2f}" for size in sizes), *(f"{one:.2f}" for one in reached)])
     return (
-        f"dense: {dense[0]['parameters']:,} parameters, {accuracies} % by seed, {training:.1f} % in training\n\n{table}"
+        markdown(["model", "MB in float32", "MB in int8", "accuracy in float32", "accuracy in int8"], lines)
+        if lines
+        else ""
     )
 
 
 def vit_aim(result: dict, keep: float = 0.4, points: float = 0.5) -> str:
-    """Whether the default loses at most `points` at this part kept, in the mean over the seeds."""
-    rows = [row for row in summary(result) if row["method"] == DEFAULT and row["keep"] == keep]
+    """Whether ours lose at most `points` at this part kept, in the mean over the seeds."""
     return "\n".join(
-        f"keep {keep:g}: {pm(row['drop'], 2)} points lost (aim: {points:g}): {verdict(row['drop'][0] <= points)}"
-        for row in rows
+        f"keep {keep:g}, {_label(row['method'], row['variant'])}: {pm(row['drop'], 2)} points lost (aim: {points:g}): "
+        f"{verdict(row['drop'][0] <= points)}"
+        for row in summary(result)
+        if row["method"] in (DEFAULT, "mix-kd") and row["keep"] == keep
     )
 
 
@@ -171,11 +195,12 @@ def large_table(result: dict) -> str:
     counted = result["arithmetic"]
     lines = [
         f"{counted['target_weights']:,} weights in {counted['eigenproblems']} layers, {counted['tokens']:,} tokens, "
-        f"{counted['forward_passes']} forward passes",
+        f"{counted['forward_passes']:.1f} forward passes",
         f"operations: forward {counted['forward_operations']:.3g}, moments {counted['moment_operations']:.3g}, "
         f"float64 products {counted['double_operations']:.3g}",
         f"bytes: weights {counted['weights_bytes_bf16'] / 2**30:.1f} GiB in bfloat16, factors "
-        f"{counted['factors_bytes_bf16'] / 2**30:.1f}, hidden states {counted['hidden_states_bytes_bf16'] / 2**30:.1f}, "
+        f"{counted['factors_bytes_bf16'] / 2**30:.1f}, hidden states {counted['hidden_states_bytes_bf16'] / 2**30:.1f}, kept in a block "
+        f"{counted['kept_in_a_block_bytes_bf16'] / 2**30:.1f}, "
         f"moments at a time {counted['moments_bytes'] / 2**30:.1f}, largest layer in work "
         f"{counted['largest_layer_bytes'] / 2**30:.1f}",
     ]
@@ -190,13 +215,72 @@ def large_table(result: dict) -> str:
     return "\n".join(lines) + "\n\n" + markdown(columns, table)
 
 
+def pretrained_table(result: dict) -> str:
+    if "dense" not in result:
+        return ""
+    shapes = result["dense"]["shapes"]
+    dense_bits = pretrained.block_bits(shapes, {})
+    cells = lambda row: (
+        [f"{row['perplexity'][k]:.2f}" for k in ("code", "prose")]
+        + [f"{100 * row['cloze'][k]:.1f}" for k in ("code", "prose")]
+    )
+    size = lambda bits: f"{bits / 8 / 1e6:.0f}"
+    lines = [["1", "dense", "", size(dense_bits), *cells(result["dense"])]]
+    if "nf4" in result:
+        bits = dense_bits / pretrained.STORED_BITS * pretrained.NF4_BITS
+        lines.append(["1", pretrained.LABELS["nf4"], "", size(bits), *cells(result["nf4"])])
+    place = lambda row: (row["recovery"], -row["keep"], pretrained.ROWS.index(row["method"]))
+    for row in sorted(result["rows"], key=place):
+        label = pretrained.LABELS[row["method"]]
+        label = f"**{label}**" if row["method"] == DEFAULT else label
+        steps = str(row["recovery"]) if row["recovery"] else ""
+        lines.append([f"{row['keep']:g}", label, steps, size(8 * row["block_bytes"]), *cells(row)])
+    columns = ["keep", "method", "LoRA steps", "MB of the blocks", "code", "prose", "cloze % code", "cloze % prose"]
+    return markdown(columns, lines)
+
+
+def pretrained_aims(result: dict) -> str:
+    """Whether the best of ours is below every peer at every part kept, on both kinds of text."""
+    lines = []
+    for keep, steps in sorted(
+        {(row["keep"], row["recovery"]) for row in result.get("rows", [])}, key=lambda at: (at[1], -at[0])
+    ):
+        rows = {
+            row["method"]: row["perplexity"]
+            for row in result["rows"]
+            if (row["keep"], row["recovery"]) == (keep, steps)
+        }
+        peers = [values for method, values in rows.items() if method not in pretrained.OURS]
+        if DEFAULT in rows and peers:
+            best = {kind: min(values[kind] for values in peers) for kind in ("code", "prose")}
+            met = all(rows[DEFAULT][kind] < best[kind] for kind in best)
+            after = f" after {steps} steps" if steps else ""
+            text = ", ".join(f"{kind} {rows[DEFAULT][kind]:.2f} against {best[kind]:.2f}" for kind in best)
+            lines.append(f"keep {keep:g}{after}: {text}: {verdict(met)}")
+    return "\n".join(lines)
+
+
+def pretrained_speed(result: dict) -> str:
+    lines = []
+    for row in result.get("speed", []):
+        cells = [f"{row[f'{k}_tokens_per_second']:.0f}" for k in ("prefill", "decode")]
+        lines.append([row["model"], *cells, *(f"{row[f'{k}_speedup']:.2f}" for k in ("prefill", "decode"))])
+    columns = ["model", "prefill tokens/s", "decode tokens/s", "prefill / dense", "decode / dense"]
+    return markdown(columns, lines) if lines else ""
+
+
+def pretrained_cost(result: dict) -> str:
+    return cost_table(result["cost"]) if "cost" in result else ""
+
+
 TABLES = {
     "llm": [llm_table, margin_table, aims],
     "cost": [cost_table],
     "residual": [residual_table],
-    "vit": [vit_table, vit_aim],
+    "vit": [vit_table, int8_table, vit_aim],
     "layers": [layer_table, layer_aims, stream_table],
     "speed": [speed_table, model_table],
     "7b": [large_table],
+    "pretrained": [pretrained_table, pretrained_aims, pretrained_cost, pretrained_speed],
 }
 report = partial(text_of, TABLES)

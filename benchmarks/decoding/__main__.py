@@ -14,33 +14,23 @@ import argparse
 import random
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common.command_line import as_json, parser_of, require_positive
 from benchmarks.common.measure import RESULTS, ROOT, environment, write_json
 from benchmarks.common.plots import pyplot, save_figure
 from benchmarks.common.tables import MOST_VALUES, interval, markdown
+from benchmarks.decoding.decoders import Decoder, families
+from benchmarks.decoding.outcomes import ERRORS, KS, OBJECTIVES, OTHER, failures
 from examples.corpus import split, stdlib_files, tokens
 from examples.demo import BASE
-from hf_qst import AdaptiveTemperatureLogitsProcessor
-from hf_qst_plugins.adaptive_temperature import (
-    BlockStart,
-    DifficultyProbe,
-    EntropyTemperature,
-    LearnedTemperature,
-    VocabularyTable,
-    combine,
-    fit_difficulty_probe,
-    observe,
-)
+from hf_qst_plugins.adaptive_temperature import DifficultyProbe, VocabularyTable, fit_difficulty_probe, observe
 from hf_qst_plugins.code_evaluation import (
     Report,
     evaluate,
@@ -51,89 +41,12 @@ from hf_qst_plugins.code_evaluation import (
     training_pairs,
 )
 
-OBJECTIVES = (1, 10)
-KS = (1, 5, 10, 15)
-ERRORS = {"NameError": ("name",), "SyntaxError": ("syntax",), "TypeError": ("type",), "wrong": ("wrong",)}
 PAPER = {
     "CodeGeeX-13B, HumanEval": (36.0, 40.9),
     "InCoder-6B, HumanEval": (32.9, 35.3),
     "CodeGen-2B, MBPP": (47.0, 48.2),
 }
 """pass@15 in percent of the best fixed temperature and of the adaptive one, as the paper (arXiv 2309.02772) reports."""
-
-
-class TopNSigma(LogitsProcessor):
-    """Keeps the scores within n standard deviations of the largest, before any temperature (arXiv 2411.07641)."""
-
-    def __init__(self, n: float):
-        self.n = n
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`scores` [batch, vocabulary], -inf where they are cut."""
-        least = scores.amax(-1, keepdim=True) - self.n * scores.std(-1, keepdim=True)
-        return scores.masked_fill(scores < least, -torch.inf)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """One setting of one family.
-
-    Args:
-        label: what the setting is, unique in its family.
-        generate: arguments of `generate`; `temperature` multiplies with what `processors` do.
-        processors: table -> the logits processors.
-    """
-
-    label: str
-    generate: dict = field(default_factory=dict)
-    processors: Callable[[VocabularyTable], list] = field(default=lambda table: [])
-
-    def kwargs(self, table: VocabularyTable, new_tokens: int) -> dict:
-        plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.95, "max_new_tokens": new_tokens}
-        return {**plain, **self.generate, "logits_processor": LogitsProcessorList(self.processors(table))}
-
-
-def _adaptive(label: str, make: Callable[[VocabularyTable], object]) -> Decoder:
-    """A decoder whose temperature is that of the policy which `make` gives for a table."""
-    return Decoder(label, processors=lambda table: [AdaptiveTemperatureLogitsProcessor(table, rule=make)])
-
-
-def families(probe: DifficultyProbe) -> dict[str, list[Decoder]]:
-    """The settings each family is tuned over."""
-    # The last pair is the paper's rule upside down.
-    pairs = ((0.8, 0.2), (0.8, 0.5), (1.2, 0.4), (0.2, 0.8))
-    spans = ((0.8, 0.2), (1.2, 0.4))
-    return {
-        "greedy": [Decoder("", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None})],
-        "fixed temperature": [Decoder(f"T={t:g}", {"temperature": t}) for t in (0.2, 0.4, 0.6, 0.8, 1.0)],
-        "top-p": [Decoder(f"T={t:g} p=0.8", {"temperature": t, "top_p": 0.8}) for t in (0.6, 1.0)],
-        "min-p": [Decoder(f"T={t:g} p=0.1", {"temperature": t, "top_p": 1.0, "min_p": 0.1}) for t in (0.6, 1.0)],
-        "top-h": [Decoder(f"T={t:g}", {"temperature": t, "top_p": 1.0, "top_h": 0.4}) for t in (0.6, 1.0)],
-        "top-n-sigma": [
-            Decoder(f"T={t:g} n=1", {"temperature": t, "top_p": 1.0}, lambda table: [TopNSigma(1.0)])
-            for t in (0.6, 1.0)
-        ],
-        "adaptive (paper)": [
-            _adaptive(
-                f"a={a:g} b={b:g} {scope}", lambda table, a=a, b=b, scope=scope: BlockStart(table, a, b, scope=scope)
-            )
-            for a, b in pairs
-            for scope in ("line", "block")
-        ],
-        "adaptive, entropy gate": [
-            _adaptive(f"a={a:g} b={b:g}", lambda table, a=a, b=b: combine(BlockStart(table, a, b), how="gate"))
-            for a, b in pairs[:3]
-        ],
-        "entropy": [
-            _adaptive(f"{kind} {b:g} to {a:g}", lambda table, a=a, b=b, kind=kind: EntropyTemperature(a, b, kind=kind))
-            for a, b in spans
-            for kind in ("edt", "power")
-        ],
-        "learned": [
-            _adaptive(f"{b:g} to {a:g}", lambda table, a=a, b=b: LearnedTemperature(table, probe, a, b))
-            for a, b in spans
-        ],
-    }
 
 
 def fitted_probe(model, table: VocabularyTable, tokenizer, path: Path, count: int, seed: int) -> DifficultyProbe:
@@ -221,11 +134,8 @@ def figures(reports: list[Report]) -> dict:
     }
     result["parses"] = over_draws([r.parse_rate for r in reports])
     result["distinct"] = over_draws([r.distinct for r in reports])
-    for name, outcomes in ERRORS.items():
-        result[name] = over_draws([sum(r.outcomes[o] for o in outcomes) / r.samples for r in reports])
-    named = {"passed", *(o for outcomes in ERRORS.values() for o in outcomes)}
-    other = [sum(n for o, n in r.outcomes.items() if o not in named) / r.samples for r in reports]
-    result["other errors"] = over_draws(other)
+    shares = [failures(r) for r in reports]
+    result |= {name: over_draws([share[name] for share in shares]) for name in shares[0]}
     # All draws' samples of a task together, for the comparison over tasks.
     result["passed"] = {task: sum(r.passed[task] for r in reports) for task in reports[0].passed}
     result["drawn"] = sum(reports[0].drawn.values()) // len(reports[0].drawn) * len(reports)
@@ -278,7 +188,7 @@ def _points(gain: dict, *names: str) -> str:
 
 def tables(result: dict) -> str:
     """Markdown: the rows, the differences, and the paper's figures for reference."""
-    columns = [f"pass@{k}" for k in KS] + ["parses", "distinct", *ERRORS, "other errors"]
+    columns = [f"pass@{k}" for k in KS] + ["parses", "distinct", *ERRORS, OTHER]
     rows = [
         [row["family"], row["setting"], ", ".join(f"pass@{k}" for k in row["tuned_for"])]
         + [_cell(row.get(column)) for column in columns]

@@ -221,13 +221,14 @@ def _pruned(config: dict, device: torch.device, dtype: torch.dtype) -> tuple[nn.
     """The dense model, one with half of its weights in the blocks, and the share that was kept."""
     dense = dense_llama(config, device, dtype)
     layout = layout_of(dense)
+    block, whole = layout.blocks[0], layout.size("mlp_middle")
     multiple = 64 if layout.hidden_size >= 1024 else 8
     rounded = lambda width: max(multiple, round(width / multiple) * multiple)
     # Shares of arXiv 2410.11988, figure 6, at 50%; what the MLP keeps inside makes up for the rest.
     read, write = rounded(0.63 * layout.hidden_size), rounded(0.93 * layout.hidden_size)
-    attention = read * (layout.query_size + 2 * layout.key_size) + layout.query_size * write
+    attention = read * block.read_width + block.written_width * write
     left = layout.total / (2 * layout.num_layers) - attention
-    middle = min(rounded(left / (layout.mlp_inputs * read + write)), layout.intermediate_size)
+    middle = min(rounded(left / (block.mlp_inputs * read + write)), whole)
     widths = [[read, write, read, middle, write]] * layout.num_layers  # in the order of SELECTIONS
     return dense, use_kernels(at_widths(dense, widths)).eval(), layout.count(widths) / layout.total
 

@@ -2,41 +2,49 @@
 
     python -m benchmarks.pruning                           # all parts, about an hour on one CPU core
     python -m benchmarks.pruning --parts quality --keep 0.5 --methods disp flap
+    python -m benchmarks.pruning --model smollm2 --parts quality --keep 0.8 --steps 40 --recovery-steps 10
     python -m benchmarks.pruning --quick                   # the same with tiny sizes, to see that it runs
 
 Parts: `quality` (held-out perplexity by method and part kept, before and after the same short LoRA training), `speed`
 (prefill and decoding of the dense and the pruned model, at the widths that `quality` learned at the smallest part kept),
-`training` (seconds and memory of a step). Each is written to `pruning.json` in the folder of `--output`, row by row; a
+`training` (seconds and memory of a step), `draws` (what the noise of drawn channels costs at the start of DISP's learning,
+at the first part kept). Each is written to `pruning.json` in the folder of `--output`, row by row; a
 run that was cut short goes on where it was, `--fresh` starts again. Prints tables and draws plots.
+
+With `--model smollm2` all methods read Python and the prose of the Debian handbook in equal parts, are evaluated on files
+of both that were held out, and the file is `pruning_smollm2.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.llama import dense_llama
 from benchmarks.common.parts import Part, ResultFile, run_parts
-from benchmarks.compression.llm import BASE_NAME, evaluated, load_dense, load_text
+from benchmarks.compression.llm import BASE_NAME, evaluated, load_dense
 from benchmarks.compression.methods import parameters
 from benchmarks.pruning import cost
+from benchmarks.pruning.draws import draws
 from benchmarks.pruning.methods import DEFAULT, METHODS, ROUNDED, Bench, Schedule, made, recovered
 from benchmarks.pruning.report import TABLES, plots, report
+from benchmarks.pruning.text import TEXTS
 from benchmarks.side_tuning.bases import SHAPES
-from examples.corpus import blocks, split, stdlib_files, tokens
 from examples.demo import BASE
+from examples.prose import NoTextError
+from examples.real_model import HELP, PACKAGED, NoModelError, model_path
 
 PARTS = tuple(TABLES)
 POSITIVE = ("seeds", "steps", "batch", "length", "recovery_steps", "training_blocks", "calibration_blocks",
             "held_blocks", "repeats", "threads")  # fmt: skip
 QUICK = {
     "keep": [0.6],
-    "methods": ["random", "flap", "slicegpt", "disp"],
+    "methods": ["random", "flap", "slicegpt", "shortgpt", "disp"],
     "seeds": 2,
     "steps": 4,
     "recovery_steps": 2,
@@ -44,63 +52,88 @@ QUICK = {
     "training_blocks": 64,
     "calibration_blocks": 2,
     "held_blocks": 2,
+    "validation_blocks": 2,
     "repeats": 1,
 }
 USED = {
     "quality": ("model", "batch", "length", "recovery_steps", "recovery_rate", "training_blocks", "calibration_blocks",
                 "held_blocks", "device"),
     "speed": ("model", "repeats", "threads", "device", "quick"),
-    "training": ("model", "length", "repeats", "threads", "device")
+    "training": ("model", "length", "repeats", "threads", "device"),
+    "draws": ("model", "text", "length", "calibration_blocks", "device"),
 }  # fmt: skip
+
+# Arguments that files of before do not have, with the values of then.
+LATER = {"quality": {"text": "python", "validation_blocks": 0}, "speed": {}, "training": {}, "draws": {}}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of("benchmarks.pruning", __doc__)
     add = parser.add_argument
-    add("--model", default=str(BASE), help="trained Llama (default: the project's)")
+    add("--model", default=str(BASE), help=f"trained Llama: {HELP}")
+    add("--text", choices=TEXTS, help="read by all methods (default: python, for a packaged model python-and-prose)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows of the tables")
     add("--keep", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8], help="parts of the blocks' matrices to keep")
     add("--ablation-keep", nargs="+", type=float, default=[0.5, 0.7], help="at which DISP's variants are learned")
     add("--seeds", type=int, default=3, help="seeds at the smallest part kept, of the methods that draw")
+    add("--recovered-keep", nargs="+", type=float, help="at which the models are recovered (default: all of --keep)")
     add("--steps", type=int, default=300, help="of DISP's learning")
     add("--batch", type=int, default=2, help="rows in a batch")
     add("--length", type=int, default=256, help="tokens in a row")
     add("--recovery-steps", type=int, default=60, help="of the LoRA training after pruning")
     add("--recovery-rate", type=float, default=1e-3, help="its learning rate")
     add("--training-blocks", type=int, default=20_000, help="rows to train on")
-    add("--calibration-blocks", type=int, default=32, help="blocks of 512 tokens for methods that do not train")
-    add("--held-blocks", type=int, default=16, help="held-out blocks of 512 tokens of each kind of text")
+    add("--calibration-blocks", type=int, default=32, help="blocks for methods that do not train, of 512 tokens; in "
+        "python-and-prose of --length tokens")  # fmt: skip
+    add("--held-blocks", type=int, default=16, help="held-out blocks of each kind of text, as long")
+    add("--rounded", action=argparse.BooleanOptionalAction, default=True, help="also DISP at widths in 64s")
+    add("--validation-blocks", type=int, default=0, help="rows that DISP's Trainer evaluates on while it learns")
     add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
     require_positive(parser, args, POSITIVE)
-    require_parts(parser, args, ("keep", "ablation_keep"))
+    args.recovered_keep = args.keep if args.recovered_keep is None else args.recovered_keep
+    require_parts(parser, args, ("keep", "ablation_keep", "recovered_keep"))
     require_device(parser, args)
+    args.text = args.text or ("python-and-prose" if args.model in PACKAGED else "python")
+    try:
+        args.folder = model_path(args.model)
+    except NoModelError as error:
+        parser.error(str(error))
     if args.quick:
         vars(args).update(QUICK)
     return args
 
 
 def results_of(args: argparse.Namespace) -> ResultFile:
-    return ResultFile(args.output / "pruning.json", torch.device(args.device), args.fresh)
+    name = f"pruning_{args.model}" if args.model in PACKAGED else "pruning"
+    return ResultFile(args.output / f"{name}.json", torch.device(args.device), args.fresh)
 
 
 def used(args: argparse.Namespace, part: str) -> dict:
     """The arguments that a part's figures depend on."""
     values = {name: getattr(args, name) for name in USED[part]}
+    values |= {name: getattr(args, name) for name, usual in LATER[part].items() if getattr(args, name) != usual}
     return values | ({"model": BASE_NAME} if Path(args.model) == BASE else {})
 
 
 def bench_of(args: argparse.Namespace) -> Bench:
     """The dense model and everything the methods share."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    training, _ = split(stdlib_files())
-    rows = blocks(tokens(training, tokenizer), args.length, args.training_blocks)
+    read = TEXTS[args.text]
+    sizes = (args.training_blocks + args.validation_blocks, args.calibration_blocks, args.held_blocks)
+    try:
+        text, rows = read(args.folder, args.length, *sizes)
+    except NoTextError as error:
+        raise SystemExit(str(error)) from None
+    # The last rows are trained on by nobody.
+    split = len(rows) - args.validation_blocks
+    rows, validation = rows[:split], rows[split:] if args.validation_blocks else None
     return Bench(
-        dense=load_dense(args.model, torch.device(args.device)),
-        text=load_text(args.model, args.calibration_blocks, args.held_blocks),
-        learning=Schedule(rows, args.steps, args.batch),
+        dense=load_dense(args.folder, torch.device(args.device)),
+        text=text,
+        learning=Schedule(rows, args.steps, args.batch, validation),
         recovery=Schedule(rows, args.recovery_steps, args.batch),
         recovery_rate=args.recovery_rate,
+        rounded=args.rounded,
     )
 
 
@@ -134,7 +167,7 @@ def quality(args: argparse.Namespace, result: dict, save) -> dict:
         rows = []
         for row, model in made(bench, method, keep, seed):
             row |= evaluated(model, bench.text)
-            if row["method"] == method:  # not a second export of the same
+            if row["method"] == method and keep in args.recovered_keep:  # not a second export of the same
                 row["recovered"] = evaluated(recovered(bench, model, seed), bench.text)
             rows.append(row)
         result["rows"] += rows
@@ -152,7 +185,7 @@ def speed(args: argparse.Namespace, learned: list[dict], result: dict, save) -> 
     row = min(rows, key=lambda one: one["keep"])
     device = torch.device(args.device)
     prompt, new = (32, 4) if args.quick else (512, 32)
-    base = load_dense(args.model, device)
+    base = load_dense(args.folder, device)
     for name in (name for name in ("base", "100m") if name not in result):
         dense = (
             base
@@ -174,8 +207,12 @@ def training(args: argparse.Namespace, result: dict, save) -> dict:
     """A step of 4 rows of the base."""
     if result:
         return result
-    dense = load_dense(args.model, torch.device(args.device))
+    dense = load_dense(args.folder, torch.device(args.device))
     return {"batch": 4, "rows": cost.training(dense, 4, args.length, args.repeats)}
+
+
+def drawn(args: argparse.Namespace, result: dict) -> dict:
+    return result or draws(bench_of(args), args.keep[0])
 
 
 def parts_of(args: argparse.Namespace, results: ResultFile) -> dict[str, Part]:
@@ -185,13 +222,14 @@ def parts_of(args: argparse.Namespace, results: ResultFile) -> dict[str, Part]:
         "quality": lambda done, save: quality(args, done, save),
         "speed": lambda done, save: speed(args, learned(), done, save),
         "training": lambda done, save: training(args, done, save),
+        "draws": lambda done, save: drawn(args, done),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     results = results_of(args)
-    run_parts(args, results, parts_of(args, results), used, report, plots)
+    run_parts(args, results, parts_of(args, results), used, report, partial(plots, stem=results.path.stem))
 
 
 if __name__ == "__main__":

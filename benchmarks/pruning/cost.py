@@ -48,7 +48,10 @@ def at_widths(dense: nn.Module, widths: Widths) -> nn.Module:
         return torch.zeros(size, dtype=torch.bool).index_fill_(0, chosen, True).to(dense.device)
 
     layout = layout_of(dense)
-    masks = [{name: mask(layout.size(name), w) for name, w in zip(SELECTIONS, row, strict=True)} for row in widths]
+    masks = [
+        {name: mask(layout.size(name, layer), w) for name, w in zip(SELECTIONS, row, strict=True)}
+        for layer, row in enumerate(widths)
+    ]
     return prune_blocks(copy.deepcopy(dense), masks).eval()
 
 
@@ -59,7 +62,7 @@ def floors(layout: PruningLayout, widths: Widths, vocabulary: int, prompt: int) 
     products, and the head for one token; a token costs reading the weights of the blocks and the head.
     """
     head = vocabulary * layout.hidden_size
-    attention = 2 * layout.num_layers * layout.query_size * prompt * prompt // 2
+    attention = 2 * sum(block.written_width for block in layout.blocks) * prompt * prompt // 2
     work = lambda weights: weights * prompt + attention + head
     small, full = layout.count(widths), layout.total
     return {"prefill": work(full) / work(small), "decode": (full + head) / (small + head)}
@@ -93,7 +96,7 @@ def _frozen(dense: nn.Module) -> nn.Module:
 
 STEPS: dict[str, tuple[str, Callable]] = {
     "floor": ("forward and backward of the frozen base", _frozen),
-    "disp": ("DISP", lambda dense: get_peft_model(copy.deepcopy(dense), DISPConfig(task_type="CAUSAL_LM"))),
+    "disp": ("DISP", lambda dense: get_peft_model(copy.deepcopy(dense), DISPConfig.paper(task_type="CAUSAL_LM"))),
     "full": ("full fine-tuning", lambda dense: copy.deepcopy(dense).requires_grad_(True)),
 }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,10 +18,22 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from benchmarks.compression.llm import Text
 from benchmarks.compression.methods import parameters
 from benchmarks.pruning.cost import layout_of
+from benchmarks.pruning.shortening import block_influences, shortened
 from benchmarks.pruning.slicing import rotations, sliced, width_on_budget
 from examples.corpus import BlockDataset
 from hf_qst import DISPCallback, DISPConfig
-from hf_qst.pruning import SELECTIONS, best_channels, masks_by_layer, prune_blocks, prune_model, widths_on_budget
+from hf_qst.base_model import find_decoder_stack
+from hf_qst.pruning import (
+    PRUNING_METHODS,
+    SELECTIONS,
+    PruningTask,
+    SelectionMap,
+    best_channels,
+    comparable_scores,
+    masks_by_layer,
+    prune_blocks,
+    widths_on_budget,
+)
 
 # The seven linear layers of a Llama block, the same for every method.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -27,15 +41,17 @@ LORA_RANK = 16
 # Twice the paper's, for hundreds of steps in place of its ten thousand: the gates are decided by the end.
 LEARNING_RATE = 2e-3
 ROUNDED = 64
+EVALUATIONS = 2
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of a training on `rows` [n, length], and the rows in a batch."""
+    """Steps of a training on `rows` [n, length], the rows in a batch, and other rows to evaluate on meanwhile."""
 
     rows: torch.Tensor
     steps: int
     batch: int
+    validation: torch.Tensor | None = None
 
 
 @dataclass
@@ -47,6 +63,22 @@ class Bench:
     learning: Schedule
     recovery: Schedule
     recovery_rate: float
+    rounded: bool = True
+    # Made once for all parts kept: what a method finds out from the calibration data, and the seconds that took.
+    found: dict = field(default_factory=dict)
+
+    def once(self, name: tuple, make: Callable[[], object]) -> tuple[object, float]:
+        """The result of `make` and its seconds; a second call under the same name gives those of the first."""
+        if name not in self.found:
+            start = time.perf_counter()
+            made = make()
+            self.found[name] = made, time.perf_counter() - start
+        return self.found[name]
+
+    @functools.cached_property
+    def task(self) -> PruningTask:
+        """What methods by scores are given; its statistics are collected once."""
+        return PruningTask(self.dense, find_decoder_stack(self.dense), layout_of(self.dense), self.text.calibration)
 
     def allowed(self, keep: float) -> int:
         """Parameters of a whole model at this part of the blocks' matrices."""
@@ -74,7 +106,10 @@ class Method:
 
 
 def train(model: nn.Module, schedule: Schedule, seed: int, callbacks: list[TrainerCallback] = (), **arguments) -> None:
-    """Train what is trainable with the ordinary Trainer."""
+    """Train what is trainable with the ordinary Trainer; where the schedule has rows for it, with evaluation."""
+    if schedule.validation is not None:
+        every = max(1, schedule.steps // EVALUATIONS)
+        arguments |= {"eval_strategy": "steps", "eval_steps": every, "per_device_eval_batch_size": schedule.batch}
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
@@ -89,23 +124,38 @@ def train(model: nn.Module, schedule: Schedule, seed: int, callbacks: list[Train
             disable_tqdm=True,
             **arguments,
         )
-        Trainer(model, settings, train_dataset=BlockDataset(schedule.rows), callbacks=[*callbacks]).train()
+        validation = None if schedule.validation is None else BlockDataset(schedule.validation)
+        Trainer(
+            model,
+            settings,
+            train_dataset=BlockDataset(schedule.rows),
+            eval_dataset=validation,
+            callbacks=[*callbacks],
+        ).train()
 
 
-def _by_scores(name: str, method: str, **settings):
+def _by_scores(name: str, method: str, allocation: str | None = None, selections: Sequence[str] = SELECTIONS):
     def make(bench: Bench, keep: float, seed: int):
-        small = prune_model(
-            copy.deepcopy(bench.dense), method, keep, calibration_data=bench.text.calibration, seed=seed, **settings
-        )
-        yield name, small, {}
+        task = dataclasses.replace(bench.task, seed=seed) if method == "random" else bench.task
+        scores, seconds = bench.once((method, seed), lambda: PRUNING_METHODS[method].score(task))
+        plan = SelectionMap.of(task.layout, selections)
+        owned = comparable_scores(method, scores, plan, allocation)
+        widths = widths_on_budget(owned, plan, int(keep * task.layout.total))
+        small = prune_blocks(copy.deepcopy(bench.dense), masks_by_layer(plan, best_channels(owned, widths)))
+        yield name, small, {"learning_seconds": seconds}
 
     return make
 
 
 def _sliced(bench: Bench, keep: float, seed: int):
     width = width_on_budget(bench.dense, bench.allowed(keep))
-    small = sliced(bench.dense, rotations(bench.dense, bench.text.calibration), width)
-    yield "slicegpt", small, {"width": width}
+    bases, seconds = bench.once(("rotations",), lambda: rotations(bench.dense, bench.text.calibration))
+    yield "slicegpt", sliced(bench.dense, bases, width), {"width": width, "learning_seconds": seconds}
+
+
+def _shortened(bench: Bench, keep: float, seed: int):
+    influences, seconds = bench.once(("influences",), lambda: block_influences(bench.dense, bench.text.calibration))
+    yield "shortgpt", shortened(bench.dense, influences, keep), {"learning_seconds": seconds}
 
 
 def _learned(name: str, rate: float = LEARNING_RATE, rounded: str | None = None, **settings):
@@ -117,13 +167,16 @@ def _learned(name: str, rate: float = LEARNING_RATE, rounded: str | None = None,
         callback = DISPCallback(progress=False)
         # The paper's recipe, but for the rate.
         recipe = {"weight_decay": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+        start = time.perf_counter()
         train(model, bench.learning, seed, [callback], learning_rate=rate, **recipe)
+        seconds = time.perf_counter() - start
         network = model.base_model.disp_layer.active_network()
-        for row, multiple in ((name, 1), (rounded if seed == 0 else None, ROUNDED)):
+        for row, multiple in ((name, 1), (rounded if bench.rounded and seed == 0 else None, ROUNDED)):
             if row is not None:
                 small, widths = exported(bench.dense, network, multiple)
                 settled = callback.report.threshold_ratio
-                yield row, small, {"steps": bench.learning.steps, "widths": widths, "threshold_ratio": settled}
+                facts = {"steps": bench.learning.steps, "widths": widths, "threshold_ratio": settled}
+                yield row, small, facts | {"learning_seconds": seconds}
 
     return make
 
@@ -138,19 +191,25 @@ def exported(dense: nn.Module, network, multiple: int) -> tuple[nn.Module, list[
     return small, [[int(mask[name].sum()) for name in SELECTIONS] for mask in masks]
 
 
+MIDDLE = ["mlp_middle"]
 METHODS = {
     "random": Method("random", _by_scores("random", "random"), True, True),
     "magnitude": Method("magnitude", _by_scores("magnitude", "magnitude"), True),
     "wanda": Method("Wanda-style, uniform", _by_scores("wanda", "wanda"), True),
     "flap": Method("FLAP-style, uniform", _by_scores("flap", "flap"), True),
-    "flap-global": Method("FLAP-style, global", _by_scores("flap-global", "flap", allocation="global"), True),
+    "flap-global": Method("FLAP-style, global", _by_scores("flap-global", "flap", "global"), True),
     "flap-middle": Method(
-        "FLAP-style, global, MLP middle only",
-        _by_scores("flap-middle", "flap", allocation="global", selections=["mlp_middle"]),
-        True,
+        "FLAP-style, global, MLP middle only", _by_scores("flap-middle", "flap", "global", MIDDLE), True
+    ),
+    "llm-pruner": Method("LLM-Pruner-style, uniform", _by_scores("llm-pruner", "taylor"), True),
+    "llm-pruner-middle": Method(
+        "LLM-Pruner-style, MLP middle only", _by_scores("llm-pruner-middle", "taylor", "uniform", MIDDLE), True
     ),
     "slicegpt": Method("SliceGPT-style", _sliced, True),
+    "shortgpt": Method("ShortGPT-style", _shortened, True),
+    "fisher": Method("DISP's start (Fisher scores), not learned", _by_scores("fisher", "fisher"), ablation=True),
     "disp": Method("DISP", _learned("disp", rounded="disp-64"), seeds=True),
+    "disp-paper": Method("DISP, the paper's start", _learned("disp-paper", start_scores="none"), ablation=True),
     "disp-no-network": Method(
         "DISP, no hypernetwork", _learned("disp-no-network", 10 * LEARNING_RATE, hypernetwork="none"), ablation=True
     ),

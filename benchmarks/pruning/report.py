@@ -10,7 +10,7 @@ from benchmarks.common.parts import text_of
 from benchmarks.common.plots import heat_maps, pyplot, save_figure
 from benchmarks.common.tables import MIB, interval, markdown, pm, verdict
 from benchmarks.compression.llm import perplexity
-from benchmarks.compression.report import KINDS, perplexities
+from benchmarks.compression.report import KINDS
 from benchmarks.pruning.cost import STEPS
 from benchmarks.pruning.methods import BASELINES, DEFAULT, LABELS, METHODS
 from hf_qst.pruning import SELECTIONS
@@ -18,11 +18,26 @@ from hf_qst.pruning import SELECTIONS
 # Below the budget by at most this part of it.
 TOLERANCE = 0.002
 PREFILL_AIM, DECODE_AIM = 1.4, 1.0
-RECOVERED = [f"{name}, recovered" for name in KINDS.values()]
+TITLES = {**KINDS, "code": "code", "handbook": "prose"}
 
 
 def _label(method: str) -> str:
     return f"**{LABELS[method]}**" if method == DEFAULT else LABELS[method]
+
+
+def _titles(result: dict) -> dict[str, str]:
+    """The kinds of text by the names that the tables give them."""
+    return {kind: TITLES[kind] for kind in result["dense"]["perplexity"]}
+
+
+def _columns(result: dict) -> list[str]:
+    """Of the perplexities before and after the recovery."""
+    titles = _titles(result).values()
+    return [*titles, *(f"{title}, recovered" for title in titles)]
+
+
+def _perplexities(row: dict) -> list[str]:
+    return [f"{value:.2f}" for value in row["perplexity"].values()]
 
 
 def _ordered(rows: Sequence[dict]) -> list[dict]:
@@ -31,14 +46,14 @@ def _ordered(rows: Sequence[dict]) -> list[dict]:
 
 
 def quality_table(result: dict) -> str:
-    """One seed of everything: perplexities before and after the recovery."""
-    dense = result["dense"]
-    lines = [["1", "dense", f"{dense['parameters']:,}", *perplexities(dense)]]
+    """One seed of everything: perplexities before and after the recovery, seconds of finding out what to prune."""
+    dense, count = result["dense"], len(_titles(result))
+    lines = [["1", "dense", f"{dense['parameters']:,}", *_perplexities(dense)]]
     for row in _ordered([row for row in result["rows"] if row["seed"] == 0]):
-        after = perplexities(row["recovered"]) if "recovered" in row else [""] * len(KINDS)
+        after = _perplexities(row["recovered"]) if "recovered" in row else [""] * count
         head = [f"{row['keep']:g}", _label(row["method"]), f"{row['parameters']:,}"]
-        lines.append([*head, *perplexities(row), *after, f"{row['seconds']:.0f}"])
-    return markdown(["keep", "method", "parameters", *KINDS.values(), *RECOVERED, "s"], lines)
+        lines.append([*head, *_perplexities(row), *after, f"{row.get('learning_seconds', row['seconds']):.0f}"])
+    return markdown(["keep", "method", "parameters", *_columns(result), "s"], lines)
 
 
 def seed_table(result: dict) -> str:
@@ -47,11 +62,11 @@ def seed_table(result: dict) -> str:
     lines = []
     for keep, method in pairs:
         rows = [row for row in result["rows"] if (row["keep"], row["method"]) == (keep, method)]
-        if len(rows) > 1:
+        if len(rows) > 1 and all("recovered" in row for row in rows):
             before, after = ([one["perplexity"] for one in ones] for ones in (rows, [row["recovered"] for row in rows]))
-            cells = [pm(interval([one[kind] for one in ones]), 2) for ones in (before, after) for kind in KINDS]
+            cells = [pm(interval([one[k] for one in ones]), 2) for ones in (before, after) for k in _titles(result)]
             lines.append([f"{keep:g}", _label(method), str(len(rows)), *cells])
-    return markdown(["keep", "method", "seeds", *KINDS.values(), *RECOVERED], lines) if lines else ""
+    return markdown(["keep", "method", "seeds", *_columns(result)], lines) if lines else ""
 
 
 def aims(result: dict) -> str:
@@ -62,16 +77,17 @@ def aims(result: dict) -> str:
     at = {(row["keep"], row["method"]): row for row in result["rows"] if row["seed"] == 0}
     lines = []
     for keep in sorted({keep for keep, _ in at}, reverse=True):
-        for what, pick in (("", lambda row: row), (" after recovery", lambda row: row["recovered"])):
-            ours = at.get((keep, DEFAULT))
-            others = [at[keep, name] for name in BASELINES if (keep, name) in at]
-            for kind, title in KINDS.items() if ours and others else ():
-                best = min(others, key=lambda row: perplexity(pick(row)["losses"][kind]))
-                mine, theirs = (pick(row)["losses"][kind] for row in (ours, best))
+        for what, pick in (("", lambda row: row), (" after recovery", lambda row: row.get("recovered"))):
+            ours = pick(at.get((keep, DEFAULT), {}))
+            others = {name: pick(at[keep, name]) for name in BASELINES if (keep, name) in at}
+            others = {name: row for name, row in others.items() if row}
+            for kind, title in _titles(result).items() if ours and others else ():
+                best = min(others, key=lambda name: perplexity(others[name]["losses"][kind]))
+                mine, theirs = ours["losses"][kind], others[best]["losses"][kind]
                 gap = pm(interval([a - b for a, b in zip(mine, theirs, strict=True)]), 3)
                 lines.append(
                     f"keep {keep:g}, {title}{what}: DISP {perplexity(mine):.2f}, best baseline "
-                    f"({LABELS[best['method']]}) {perplexity(theirs):.2f}, {gap} nats: {verdict(sum(mine) < sum(theirs))}"
+                    f"({LABELS[best]}) {perplexity(theirs):.2f}, {gap} nats: {verdict(sum(mine) < sum(theirs))}"
                 )
     learned = [row for row in result["rows"] if "threshold_ratio" in row]
     worst = max((row["below_budget"] for row in learned if row["method"] != "disp-64"), default=0.0)
@@ -129,32 +145,45 @@ def training_table(result: dict) -> str:
     return markdown([f"a step of {result['batch']} rows", *columns], lines)
 
 
+def draws_table(result: dict) -> str:
+    lines = [["dense", f"{result['dense']:.3f}", "100 %", "100 %"]]
+    lines.append(["Fisher scores, hardened", f"{result['hardened']:.3f}", *[f"{result['keep']:.1%}"] * 2])
+    for row in result["rows"]:
+        start = "the paper's start" if row["start"] is None else "Fisher scores, largest logit {:g}, slope {:g}"
+        cells = [f"{row['drawn']:.3f}", f"{row['ratio']:.1%}", f"{row['threshold_ratio']:.1%}"]
+        lines.append([start.format(*row["start"] or ()) + ", drawn", *cells])
+    return markdown(["channels", "loss", "kept", "kept by the threshold"], lines)
+
+
 TABLES = {
     "quality": [quality_table, seed_table, aims, width_table],
     "speed": [speed_table, speed_aims],
     "training": [training_table],
+    "draws": [draws_table],
 }
 report = partial(text_of, TABLES)
 
 
-def plots(results: dict, parts: Sequence[str], folder: Path) -> list[Path]:
-    """PNG files of what these parts have to show; returns their paths."""
+def plots(results: dict, parts: Sequence[str], folder: Path, stem: str = "pruning") -> list[Path]:
+    """PNG files of what these parts have to show, whose names begin with `stem`; returns their paths."""
     if "quality" not in results or "quality" not in parts:
         return []
-    paths = [_perplexity_plot(results["quality"], folder / "pruning_perplexity.png")]
+    paths = [_perplexity_plot(results["quality"], folder / f"{stem}_perplexity.png")]
     if any(row["method"] == DEFAULT for row in results["quality"]["rows"]):
-        paths.append(_width_plot(results["quality"], folder / "pruning_widths.png"))
+        paths.append(_width_plot(results["quality"], folder / f"{stem}_widths.png"))
     return paths
 
 
 def _perplexity_plot(result: dict, path: Path) -> Path:
-    figure, grid = pyplot().subplots(2, len(KINDS), figsize=(13, 8), sharex=True, sharey=True)
-    rows = [row for row in result["rows"] if row["seed"] == 0 and "recovered" in row]
+    titles = _titles(result)
+    figure, grid = pyplot().subplots(2, len(titles), figsize=(13, 8), sharex=True, sharey=True)
+    first = [row for row in result["rows"] if row["seed"] == 0 and row["method"] in METHODS]
     for every, what, pick in (
         (grid[0], "pruned", lambda row: row),
         (grid[1], "recovered", lambda row: row["recovered"]),
     ):
-        for axes, (kind, title) in zip(every, KINDS.items(), strict=True):
+        rows = [row for row in first if what == "pruned" or "recovered" in row]
+        for axes, (kind, title) in zip(every, titles.items(), strict=True):
             dense = result["dense"]["perplexity"][kind]
             for method in (name for name in METHODS if any(row["method"] == name for row in rows)):
                 points = sorted((r["keep"], pick(r)["perplexity"][kind] / dense) for r in rows if r["method"] == method)

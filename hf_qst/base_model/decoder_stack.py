@@ -1,244 +1,35 @@
 """Where a supported model keeps its embeddings, decoder blocks, final norm and head.
 
-One row a model type; a method asks this module instead of walking a model by itself. To support another architecture,
-add a row to `ARCHITECTURES` and a tiny config of it to `tests/architectures.py`.
+A method asks this module instead of walking a model by itself. The table is `hf_qst.base_model.decoder_table`; a user
+adds a row to it with `register_architecture`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
+from hf_qst.base_model.architecture import Architecture, BlockSpec, Projections, SequentialBlock
+from hf_qst.base_model.decoder_table import ARCHITECTURES, WRAPPERS
+from hf_qst.base_model.linear_layers import is_linear
 
-@dataclass(frozen=True)
-class BlockSpec:
-    """What one decoder block of the base looks like, as far as a block of another width must follow it.
+__all__ = [
+    "ARCHITECTURES",
+    "WRAPPERS",
+    "Architecture",
+    "BlockSpec",
+    "DecoderStack",
+    "Projections",
+    "SequentialBlock",
+    "UnsupportedArchitectureError",
+    "find_decoder_stack",
+    "register_architecture",
+]
 
-    Widths are the base's own; `rotary_dim` is the number of channels of a head that are rotated (0: none).
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm: str  # "rms" or "layer"
-    norm_eps: float
-    activation: str
-    gated_mlp: bool
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    rotary_dim: int = 0
-    qk_norm: bool = False  # a norm of the same kind over each query and key head
-    post_norms: bool = False  # Gemma 2/3: a second norm on each branch's output
-    parallel: str | None = None  # None, "one_norm" (Phi) or "two_norms" (GPT-NeoX)
-    pre_norm: bool = True  # a branch reads the normalised residual and adds to the plain one
-    attention_dropout: float = 0.0
-
-
-@dataclass(frozen=True)
-class Projections:
-    """Paths inside a block of the linear layers that read from the residual and of those that add to it."""
-
-    attention_in: tuple[str, ...]
-    attention_out: str
-    mlp_in: tuple[str, ...]
-    mlp_out: str
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """All of them: the matrices of a block."""
-        return *self.attention_in, self.attention_out, *self.mlp_in, self.mlp_out
-
-
-_SPLIT = Projections(
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj",
-    ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj",
-)
-
-
-@dataclass(frozen=True)
-class SequentialBlock:
-    """A block that is `h = h + attention(norm_1(h))`, then `h = h + mlp(norm_2(h))`, with RMSNorm and nothing in between.
-
-    Kernels may compute the norms and additions of such blocks. Not one is a block with a norm on a branch's output
-    (Gemma), one addition for both branches (Phi, GPT-NeoX), dropout before it (GPT-2, OPT) or `Conv1D` (GPT-2).
-    """
-
-    block: str  # its class in `transformers.models.<model type>.modeling_<model type>`
-    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One row of the table: the names a model class gives to its parts.
-
-    `stack` is the path of the decoder stack inside a model with a head, the other names are relative to it (`blocks`,
-    `final_norm`, `embeddings`) or to a block (`attention`, `mlp`, those of `projections`).
-    """
-
-    stack: str
-    blocks: str
-    final_norm: str
-    embeddings: str
-    attention: str
-    mlp: tuple[str, ...]
-    projections: Projections
-    spec: Callable[[object], BlockSpec]
-    sequential: SequentialBlock | None = None
-
-
-def _rotary_dim(config, head_dim: int) -> int:
-    parameters = config.rope_parameters or {}
-    # Gemma 3 keeps one set of rotary parameters for each layer type; both rotate the whole head.
-    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-
-
-def _llama_like(config, **changes) -> BlockSpec:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_dim": head_dim,
-        "norm": "rms",
-        "norm_eps": getattr(config, "rms_norm_eps", 0.0),
-        "activation": getattr(config, "hidden_act", "silu"),
-        "gated_mlp": True,
-        "qkv_bias": getattr(config, "attention_bias", False),
-        "out_bias": getattr(config, "attention_bias", False),
-        "mlp_bias": getattr(config, "mlp_bias", False),
-        "rotary_dim": _rotary_dim(config, head_dim),
-        "attention_dropout": getattr(config, "attention_dropout", 0.0),
-    }
-    return BlockSpec(**{**values, **changes})
-
-
-def _gemma(config, **changes) -> BlockSpec:
-    return _llama_like(config, activation=config.hidden_activation, post_norms=True, **changes)
-
-
-def _opt(config) -> BlockSpec:
-    return BlockSpec(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_dim,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        norm="layer",
-        norm_eps=1e-5,
-        activation=config.activation_function,
-        gated_mlp=False,
-        qkv_bias=config.enable_bias,
-        out_bias=config.enable_bias,
-        mlp_bias=config.enable_bias,
-        pre_norm=config.do_layer_norm_before,
-        attention_dropout=config.attention_dropout,
-    )
-
-
-def _gpt2(config) -> BlockSpec:
-    return BlockSpec(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.n_inner if config.n_inner is not None else 4 * config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        norm="layer",
-        norm_eps=config.layer_norm_epsilon,
-        activation=config.activation_function,
-        gated_mlp=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        attention_dropout=config.attn_pdrop,
-    )
-
-
-def _phi(config) -> BlockSpec:
-    return _llama_like(
-        config,
-        norm="layer",
-        norm_eps=config.layer_norm_eps,
-        gated_mlp=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        qk_norm=config.qk_layernorm,
-        parallel="one_norm",
-    )
-
-
-def _gpt_neox(config) -> BlockSpec:
-    return _llama_like(
-        config,
-        norm="layer",
-        norm_eps=config.layer_norm_eps,
-        gated_mlp=False,
-        mlp_bias=True,
-        parallel="two_norms" if config.use_parallel_residual else None,
-    )
-
-
-def _decoder(spec: Callable, attention: str = "self_attn", **changes) -> Architecture:
-    names = {
-        "stack": "model",
-        "blocks": "layers",
-        "final_norm": "norm",
-        "embeddings": "embed_tokens",
-        "mlp": ("mlp",),
-        "projections": _SPLIT,
-    }
-    return Architecture(attention=attention, spec=spec, **{**names, **changes})
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _decoder(_llama_like, sequential=SequentialBlock("LlamaDecoderLayer")),
-    "mistral": _decoder(_llama_like, sequential=SequentialBlock("MistralDecoderLayer")),
-    "qwen2": _decoder(
-        lambda c: _llama_like(c, qkv_bias=True, out_bias=False), sequential=SequentialBlock("Qwen2DecoderLayer")
-    ),
-    "qwen3": _decoder(lambda c: _llama_like(c, qk_norm=True), sequential=SequentialBlock("Qwen3DecoderLayer")),
-    "gemma2": _decoder(_gemma),
-    "gemma3_text": _decoder(lambda c: _gemma(c, qk_norm=True)),
-    "opt": _decoder(
-        _opt,
-        stack="model.decoder",
-        final_norm="final_layer_norm",
-        mlp=("fc1", "fc2"),
-        projections=Projections(_SPLIT.attention_in, "self_attn.out_proj", ("fc1",), "fc2"),
-    ),
-    "gpt2": _decoder(
-        _gpt2,
-        "attn",
-        stack="transformer",
-        blocks="h",
-        final_norm="ln_f",
-        embeddings="wte",
-        projections=Projections(("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj"),
-    ),
-    "phi": _decoder(
-        _phi,
-        final_norm="final_layernorm",
-        projections=Projections(_SPLIT.attention_in, "self_attn.dense", ("mlp.fc1",), "mlp.fc2"),
-    ),
-    "gpt_neox": _decoder(
-        _gpt_neox,
-        "attention",
-        stack="gpt_neox",
-        final_norm="final_layer_norm",
-        embeddings="embed_in",
-        projections=Projections(
-            ("attention.query_key_value",), "attention.dense", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"
-        ),
-    ),
-}
+# Layer types of transformers' configurations whose blocks attend to all positions before, or to the last of them.
+_WHOLE = ("full_attention", "indexed_attention", "hybrid")
+_WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -258,22 +49,86 @@ class DecoderStack:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return getattr(self.module, self.architecture.blocks)
+        return self.module.get_submodule(self.architecture.blocks)
 
     @property
     def embeddings(self) -> nn.Module:
-        return getattr(self.module, self.architecture.embeddings)
+        return self.module.get_submodule(self.architecture.embeddings)
 
     @property
     def final_norm(self) -> nn.Module | None:
-        return getattr(self.module, self.architecture.final_norm)
+        return getattr(self.module, self.architecture.final_norm, None)
+
+    def projections(self, block: nn.Module) -> Projections:
+        """The linear layers of this block that read from the residual or add to it, as far as they are known."""
+        return self.architecture.projections_of(block)
+
+    def attention_sources(self) -> list[int]:
+        """For each block, the block whose attention mask and positions a causal attention there can use.
+
+        It is the block itself if it has attention. Otherwise (a convolution, a recurrence, no mixer) it is the first
+        block that attends to all positions, or if none does the first that attends to some.
+
+        Raises:
+            UnsupportedArchitectureError: no block has an attention whose mask is a causal one.
+        """
+        count = len(self.blocks)
+        types = getattr(self.module.config, "layer_types", None) or []
+        if len(types) != count:
+            present = [self.architecture.attention in dict(block.named_modules()) for block in self.blocks]
+            types = ["full_attention" if attends else "none" for attends in present]
+        whole = [i for i, kind in enumerate(types) if kind in _WHOLE]
+        some = whole or [i for i, kind in enumerate(types) if kind in _WINDOWED]
+        if not some:
+            raise UnsupportedArchitectureError(
+                f"a model of type {self.model_type!r} with layers of the types {', '.join(sorted(set(types)))} has no "
+                f"attention whose mask a side network could use; one of {', '.join(_WHOLE + _WINDOWED)} is needed"
+            )
+        # A block that reads the keys and values of another has none in a cache; the first of its type has.
+        shared = getattr(self.module.config, "kv_sharing_modes", None) or [None] * count
+        own = [i if kind in _WHOLE + _WINDOWED else some[0] for i, kind in enumerate(types)]
+        return [types.index(types[i]) if shared[i] == "reuse" else i for i in own]
+
+
+def register_architecture(model_type: str, row: Architecture | str) -> None:
+    """Add a type of decoder to the table, or replace one.
+
+    Args:
+        model_type (`str`): `config.model_type` of its text configuration.
+        row ([`Architecture`] or `str`): what its parts are called, or the name of a known type that calls them the same.
+
+    Raises:
+        ValueError: `row` is the name of no known type.
+        TypeError: `row` is something else.
+    """
+    if isinstance(row, str):
+        if row not in ARCHITECTURES:
+            raise ValueError(f"register_architecture: row must be a known type or an Architecture, got {row!r}")
+        row = ARCHITECTURES[row]
+    if not isinstance(row, Architecture):
+        raise TypeError(f"register_architecture: row must be an Architecture or a known type, got {type(row).__name__}")
+    ARCHITECTURES[model_type] = row
 
 
 def _refuse(model, reason: str) -> None:
     raise UnsupportedArchitectureError(
-        f"{type(model).__name__} is not supported: {reason}. Supported are decoder-only models of the types "
-        f"{', '.join(sorted(ARCHITECTURES))}, with their language-model or classification head."
+        f"{type(model).__name__} is not supported: {reason}. Supported are decoder-only models of the "
+        f"{len(ARCHITECTURES) + len(WRAPPERS)} types that hf_qst.supported_models() names, with their language-model or "
+        "classification head."
     )
+
+
+def text_config(config):
+    """The configuration of the language model in a model of text and images; of any other its own."""
+    return config.get_text_config(decoder=True)
+
+
+def stack_path(config) -> str | None:
+    """Path of the decoder stack inside a model with a head and this configuration; None for an unknown type."""
+    row = ARCHITECTURES.get(text_config(config).model_type)
+    if row is None:
+        return None
+    return WRAPPERS.get(config.model_type, row.stack)
 
 
 def find_decoder_stack(model: nn.Module) -> DecoderStack:
@@ -281,29 +136,58 @@ def find_decoder_stack(model: nn.Module) -> DecoderStack:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A causal language model or classifier of one of the types in `ARCHITECTURES`. Its stack may already be
-            wrapped by a PEFT layer.
+            A causal language model or classifier of one of the types in `ARCHITECTURES`, or a model of text and images
+            around one (`WRAPPERS`). Its stack may already be wrapped by a PEFT layer.
 
     Raises:
         UnsupportedArchitectureError: an encoder-decoder, an unknown type, a bare stack without a head, or a stack
-            without blocks. The message names the class and the supported types.
+            without blocks. The message names the class, and of an unknown type what was found in its blocks.
     """
     config = getattr(model, "config", None)
     if config is None:
         _refuse(model, "it has no transformers config")
     if getattr(config, "is_encoder_decoder", False):
         _refuse(model, "it is an encoder-decoder")
-    architecture = ARCHITECTURES.get(config.model_type)
+    text = text_config(config)
+    architecture, path = ARCHITECTURES.get(text.model_type), stack_path(config)
     if architecture is None:
-        _refuse(model, f"its config.model_type is {config.model_type!r}")
+        _refuse(model, f"its config.model_type is {text.model_type!r}{_found(model)}")
+    if architecture.decoder_flag and not text.is_decoder:
+        _refuse(model, f"a model of type {text.model_type!r} is an encoder unless its config says is_decoder=True")
     try:
-        module = model.get_submodule(architecture.stack)
+        module = model.get_submodule(path)
     except AttributeError:
-        _refuse(model, f"it has no {architecture.stack!r} (a bare decoder stack has no head to tune for)")
+        _refuse(model, f"it has no {path!r} (a bare decoder stack has no head to tune for)")
     module = getattr(module, "base_layer", module)
-    blocks = getattr(module, architecture.blocks, None)
+    blocks = dict(module.named_modules()).get(architecture.blocks)
     if blocks is None or len(blocks) == 0:
-        _refuse(model, f"its {architecture.stack}.{architecture.blocks} holds no decoder blocks")
-    output_size = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-    spec = architecture.spec(config)
-    return DecoderStack(config.model_type, architecture.stack, module, architecture, spec, output_size)
+        _refuse(model, f"its {path}.{architecture.blocks} holds no decoder blocks")
+    output_size = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+    spec = architecture.spec(text.per_layer_config[0])
+    return DecoderStack(text.model_type, path, module, architecture, spec, output_size)
+
+
+def _found(model: nn.Module) -> str:
+    """What an unknown model's first block holds, and the known types whose rows would fit it."""
+    lists = {
+        path: module[0]
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and "expert" not in path
+    }
+    if not lists:
+        return ""
+    path, block = next(iter(lists.items()))
+    parts = {name: type(part).__name__ for name, part in block.named_children()}
+    text = f", and a block in {path!r} has " + ", ".join(f"{name} ({kind})" for name, kind in parts.items())
+    known = dict(block.named_modules())
+    fits = [
+        name
+        for name, row in ARCHITECTURES.items()
+        if f"{row.stack}.{row.blocks}" == path
+        and row.attention in known
+        and all(is_linear(known.get(layer)) for layer in row.projections.paths)
+    ]
+    if not fits:
+        return f"{text}; no known type calls its parts so (hf_qst.register_architecture takes a row of your own)"
+    kind = text_config(model.config).model_type
+    return f"{text}, as models of type {fits[0]!r} do: try hf_qst.register_architecture({kind!r}, {fits[0]!r})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_qst.base_model.decoder_stack import ARCHITECTURES
+from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ MODELS: dict[str, Blocks] = {
         ),
         Blocks(),
     ),
-    **dict.fromkeys(("deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe", "qwen3_next"), Blocks()),
     "convnext": Blocks(paths=("encoder.stages",)),
     "deberta": Blocks(without=_DEBERTA),
     "deberta-v2": Blocks(without=_DEBERTA),
@@ -53,7 +52,7 @@ MODELS: dict[str, Blocks] = {
 
 def known_types() -> list[str]:
     """Model types whose blocks are known."""
-    return sorted({*ARCHITECTURES, *MODELS})
+    return sorted({*ARCHITECTURES, *WRAPPERS, *MODELS})
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:

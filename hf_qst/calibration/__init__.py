@@ -2,23 +2,18 @@
 
 - `data`: calibration data in all accepted forms, as a list of batches;
 - `sequences`: the token sequences of a batch, and which rows of a module's input are padding;
-- `passes`: runs of the model and collection of statistics;
+- `passes`: runs of the model, and the rows that its modules see;
+- `input_statistics`: collection of statistics in such runs;
 - `moments`: the statistics.
 """
 
 from hf_qst.calibration.data import CalibrationError, as_batches
-from hf_qst.calibration.moments import CrossMoment, SecondMoment
-from hf_qst.calibration.passes import (
-    CalibrationRun,
-    calibration_mode,
-    collect_statistics,
-    first_input,
-    hooks,
-    input_groups,
-    plan_passes,
-)
+from hf_qst.calibration.input_statistics import collect_statistics, input_groups, plan_passes
+from hf_qst.calibration.moments import CHUNK_COLUMNS, CrossMoment, SecondMoment
+from hf_qst.calibration.passes import CalibrationRun, calibration_mode, first_input, hooks
 
 __all__ = [
+    "CHUNK_COLUMNS",
     "CalibrationError",
     "CalibrationRun",
     "CrossMoment",

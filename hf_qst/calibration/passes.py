@@ -1,26 +1,18 @@
-"""Input statistics of a model's modules, from one streaming pass over a few batches.
-
-A module's inputs X [rows, d] are reduced to moments such as X'X [d, d], so memory does not grow with the data. Modules
-with the same input tensor (query, key and value; gate and up) share one statistic.
-"""
+"""Runs of a model over calibration batches, and the rows that its modules see in them."""
 
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_qst.base_model.experts import enclosing_experts
-from hf_qst.base_model.linear_layers import in_features
 from hf_qst.base_model.offloading import input_device
 from hf_qst.calibration.data import MAIN_INPUTS, CalibrationError, label_names
-from hf_qst.calibration.moments import MeanInput, SecondMoment
 from hf_qst.calibration.sequences import (
     DECODER,
     SEVERAL,
@@ -33,8 +25,6 @@ from hf_qst.calibration.sequences import (
     places,
     rows_of_sequence,
 )
-
-_BYTES_PER_ENTRY = 8
 
 
 @contextmanager
@@ -85,7 +75,7 @@ class CalibrationRun:
 
     def __call__(self, batch: Mapping):
         """Run one batch without its labels and return the output. `rows` then refers to this batch."""
-        return self._run(self.enter(batch))
+        return self.run_inputs(self.enter(batch))
 
     def loss(self, batch: Mapping) -> torch.Tensor | None:
         """The model's own loss for the batch with its labels; None if it returns none."""
@@ -196,7 +186,7 @@ class CalibrationRun:
 
         named = {name: self.model.get_submodule(name) for name in self.names or ()}
         with hooks(m.register_forward_pre_hook(note(n), with_kwargs=True) for n, m in named.items()):
-            output = self._run(inputs)
+            output = self.run_inputs(inputs)
         if self.names is None:
             seen = {f"output {key}": [fingerprint(value)] for key, value in output_tensors(output).items()}
         return seen
@@ -207,17 +197,33 @@ class CalibrationRun:
             return
         inputs = self.enter(batch)
         parts = [*self._smaller_parts(inputs), self.model, *self._inner_parts(inputs)]
+        # Where a part takes one sample it takes all of them.
+        trial = self.first_sample(inputs)
         for part in parts:
             self.runs = part
             try:
-                seen = self._watch(inputs)
+                seen = self._reached(trial)
             except (AttributeError, TypeError, ValueError):
                 # It needs other inputs, such as a backbone whose head prepares them, or a model with several towers.
                 continue
             if part is self.model or len(seen) == len(self.names):
                 return
         self.runs = self.model
-        self._watch(inputs)
+        self.run_inputs(trial)
+
+    def first_sample(self, inputs: dict) -> dict:
+        """The first sample of the batch entered last; all of it where the inputs are not those of one sequence."""
+        if not self.samples or not are_alone(inputs, self.sequences or {"": None}):
+            return inputs
+        return {k: v[:1] if torch.is_tensor(v) and v.shape[:1] == (self.samples,) else v for k, v in inputs.items()}
+
+    def _reached(self, inputs: dict) -> set[str]:
+        """The modules of interest that these inputs reach."""
+        seen: set[str] = set()
+        note = lambda name: lambda module, args: seen.add(name)
+        with hooks(self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in self.names):
+            self.run_inputs(inputs)
+        return seen
 
     def _smaller_parts(self, inputs: dict) -> Iterator[nn.Module]:
         """The encoder, if the decoder has no inputs, and the backbone."""
@@ -246,13 +252,17 @@ class CalibrationRun:
     def _on_device(self, batch: Mapping) -> dict:
         return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
-    def _run(self, inputs: dict):
+    def run_inputs(self, inputs: dict):
+        """Run inputs as `enter` returns them."""
         return self._call(self.runs, inputs)
 
     def _call(self, module: nn.Module, inputs: dict):
         inputs = dict(inputs)
         config = getattr(self.model, "config", None)
-        if getattr(config, "use_cache", None) is not None and _takes(module, "use_cache"):
+        # A model of text and images has it in the configuration of its language model.
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        keeps = getattr(config, "use_cache", None) is not None or getattr(text, "use_cache", None) is not None
+        if keeps and _takes(module, "use_cache"):
             inputs.setdefault("use_cache", False)
         if getattr(config, "return_dict", True) is False and _takes(module, "return_dict"):
             inputs.setdefault("return_dict", True)
@@ -288,171 +298,3 @@ def hooks(handles: Iterable) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def input_groups(model: nn.Module, names: Sequence[str], batches: Mapping | Sequence[Mapping]) -> list[tuple[str, ...]]:
-    """The named modules in the order in which they run; modules with the same input tensor form a group.
-
-    Args:
-        batches: one batch or several. The first that reaches all modules decides, because not every batch of a multimodal
-            model has images.
-
-    Raises:
-        CalibrationError: no batch reaches all modules.
-    """
-    unreached: set[str] = set(names)
-    for batch in [batches] if isinstance(batches, Mapping) else batches:
-        groups = _groups_of(model, names, batch)
-        left = set(names).difference(*groups)
-        if not left:
-            return groups
-        unreached &= left
-    left = unreached or left
-    raise CalibrationError(
-        f"module {min(left)!r} is not reached by calibration_data ({len(left)} such modules); leave it out, or give batches "
-        "that reach it"
-    )
-
-
-def _groups_of(model: nn.Module, names: Sequence[str], batch: Mapping) -> list[tuple[str, ...]]:
-    """The groups of the modules that one batch reaches."""
-    groups: list[tuple[weakref.ref, list[str]]] = []
-
-    def note(name: str) -> Callable:
-        def hook(module, args, kwargs, output):
-            tensor = first_input(args, kwargs)
-            if any(name in members for _, members in groups):
-                return
-            for reference, members in groups:
-                if reference() is tensor:
-                    members.append(name)
-                    return
-            groups.append((weakref.ref(tensor), [name]))
-
-        return hook
-
-    run = CalibrationRun(model, names)
-    with calibration_mode(model):
-        run.choose_part(batch)
-        with hooks(model.get_submodule(n).register_forward_hook(note(n), with_kwargs=True) for n in names):
-            run(batch)
-    return [tuple(members) for _, members in groups]
-
-
-STATISTICS = ("second_moment", "normalized", "representative")
-
-
-def plan_passes(
-    model: nn.Module,
-    groups: Sequence[Sequence[str]],
-    kind: str = "second_moment",
-    memory_limit: int | None = None,
-) -> list[list[tuple[str, ...]]]:
-    """Groups to collect in each pass, so that their statistics take at most `memory_limit` bytes at a time.
-
-    Args:
-        groups: names of modules that share an input, from `input_groups`.
-        kind (`str`): see `collect_statistics`; with `"normalized"` every module is a group of its own.
-        memory_limit (`int`, *optional*): bytes.
-
-    Raises:
-        CalibrationError: one group alone needs more than `memory_limit`.
-    """
-    if kind == "normalized":
-        groups = [(name,) for group in groups for name in group]
-    passes, used = [], 0
-    for group in map(tuple, groups):
-        size = in_features(model.get_submodule(group[0]))
-        need = _BYTES_PER_ENTRY * size * size
-        if memory_limit is not None and need > memory_limit:
-            raise CalibrationError(
-                f"memory_limit must be at least {need} bytes for the statistics of module {group[0]!r} "
-                f"({size} x {size} in float64), got {memory_limit}"
-            )
-        if not passes or (memory_limit is not None and used + need > memory_limit):
-            passes.append([])
-            used = 0
-        passes[-1].append(group)
-        used += need
-    return passes
-
-
-def collect_statistics(
-    model: nn.Module,
-    groups: Sequence[tuple[str, ...]],
-    batches: Sequence[Mapping],
-    kind: str = "second_moment",
-    progress: bool = True,
-    label: str = "calibration",
-    states: Callable[..., Sequence[torch.Tensor]] | None = None,
-) -> dict[tuple[str, ...], SecondMoment | MeanInput]:
-    """Input statistics of groups of modules, in one pass over the batches.
-
-    Args:
-        model: its weights, modes, hooks and the random state do not change.
-        groups: names of modules that share an input, from `plan_passes`.
-        batches: model inputs. Padding is excluded by the mask of a module's own sequence: `attention_mask`, an
-            encoder-decoder's `decoder_attention_mask`, or -100 in its `labels`.
-        kind (`str`):
-            `"second_moment"`; `"normalized"`: every sample's rows are divided by the norm of the module's output for that
-            sample without bias, ||X_i W||; or `"representative"`: the mean input of each position.
-        progress (`bool`), label (`str`): whether to show a progress bar, and its text.
-        states (`Callable`, *optional*): for `"second_moment"`; `states(module, args, kwargs, output)` returns the tensors
-            [..., d] of one call to collect. By default that is the module's input.
-
-    Raises:
-        CalibrationError: values are not finite, or a module is not reached.
-    """
-    create = MeanInput if kind == "representative" else SecondMoment
-    statistics: dict[tuple[str, ...], SecondMoment | MeanInput] = {}
-    run = CalibrationRun(model, [group[0] for group in groups])
-    run.prepare(batches)
-
-    def collect(group: tuple[str, ...]) -> Callable:
-        def hook(module, args, kwargs, output):
-            tensors = [first_input(args, kwargs)] if states is None else states(module, args, kwargs, output)
-            for tensor in tensors:
-                rows, sample, position = run.rows(group[0], tensor)
-                if sample is None and kind != "second_moment":
-                    raise CalibrationError(
-                        f"module {group[0]!r} sees rows of which it is not known to which sample of calibration_data they "
-                        f"belong; metric {kind!r} needs that"
-                    )
-                if group not in statistics:
-                    statistics[group] = create(rows.shape[-1], rows.device)
-                if kind == "representative":
-                    statistics[group].add(rows, position)
-                elif kind == "normalized":
-                    out, _, _ = run.rows(group[0], output if module.bias is None else output - module.bias)
-                    statistics[group].add(_normalized(rows, out, sample))
-                else:
-                    statistics[group].add(rows)
-            if not statistics[group].is_finite():
-                values = "inputs" if states is None else "states"
-                raise CalibrationError(f"the {values} of module {group[0]!r} hold NaN or infinite values")
-
-        return hook
-
-    handles = [
-        model.get_submodule(group[0]).register_forward_hook(collect(group), with_kwargs=True) for group in groups
-    ]
-    with hooks(handles), calibration_mode(model):
-        for batch in tqdm(batches, desc=label, unit="batch", disable=not progress):
-            run(batch)
-    for group in groups:
-        unseen = group not in statistics or (
-            statistics[group].count == 0 and enclosing_experts(model, group[0]) is None
-        )
-        if unseen:
-            raise CalibrationError(f"module {group[0]!r} sees no rows of calibration_data")
-    return statistics
-
-
-def _normalized(rows: torch.Tensor, out: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-    """Rows divided by the norm of their sample's output; 0 for samples with zero output."""
-    if not len(rows):
-        return rows.double()
-    energy = torch.zeros(int(sample.max()) + 1, dtype=torch.float64, device=rows.device)
-    energy.index_add_(0, sample, out.double().square().sum(1))
-    scale = torch.where(energy > 0, energy, torch.inf).rsqrt()
-    return rows.double() * scale[sample, None]

@@ -9,8 +9,10 @@ from hf_qst.disp.estimators import ESTIMATORS
 from hf_qst.disp.hypernetwork import HYPERNETWORKS
 from hf_qst.pruning.layout import SELECTIONS
 from hf_qst.pruning.options import check_options
+from hf_qst.pruning.scores import PRUNING_METHODS
 from hf_qst.tuner.config import MethodConfig, is_count, is_number
 
+DEFAULT_START = "fisher"
 HARDENINGS = ("budget", "threshold")
 
 
@@ -25,7 +27,7 @@ class DISPConfig(MethodConfig):
 
     Args:
         keep_ratio (`float`): the part of the parameters to keep, in (0, 1].
-        budget_scope (`str`): what it is a part of: `"targets"` (the blocks' matrices) or `"model"` (all parameters).
+        budget_scope (`str`): what it is a part of: `"targets"` (the blocks' parameters) or `"model"` (all parameters).
         regularization (`float`):
             Weight of |ln(T / budget)| beside the loss, where T counts the parameters that the sampled channels leave.
         selections (`list[str]`): which of the five selections of a block are learned; the others keep everything.
@@ -45,6 +47,13 @@ class DISPConfig(MethodConfig):
             them as they are.
         width_multiple (`int`): every width is a multiple of it, or all channels.
         min_width (`int`): no width falls below it.
+        start_scores (`str`, *optional*):
+            The pruning method, by its name in `hf_qst.pruning.PRUNING_METHODS`, whose choice of channels learning starts
+            at; `"none"` is the paper's start, at which all channels are alike. By default `"fisher"`, or `"none"` with a
+            warning where there are no data: no `calibration_data`, and training without a `DISPCallback`.
+        calibration_data (iterable of `dict`, *optional*):
+            A few batches of model inputs for `start_scores`. Without them `DISPCallback` takes rows of the trainer's
+            training data. Not saved.
         seed (`int`): of the hypernetwork's start.
         init_weights (`bool`):
             False draws all parameters of the hypernetwork from a standard normal and the global random numbers: a start
@@ -67,6 +76,10 @@ class DISPConfig(MethodConfig):
     hardening: str = field(default="budget", metadata={"help": "'budget' or 'threshold'."})
     width_multiple: int = field(default=1, metadata={"help": "Widths are multiples of it."})
     min_width: int = field(default=1, metadata={"help": "Least width."})
+    start_scores: str | None = field(default=None, metadata={"help": "Where learning starts: 'fisher', 'none', ..."})
+    calibration_data: Any = field(
+        default=None, repr=False, compare=False, metadata={"help": "Batches for start_scores. Not saved."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the hypernetwork's start."})
     target_modules: Any = field(
         default=None, init=False, repr=False, compare=False, metadata={"help": "Set to the decoder stack's path."}
@@ -77,7 +90,7 @@ class DISPConfig(MethodConfig):
         "It holds what pruning learnt about the base model, which is needed to load it. `model.merge_and_unload()` gives "
         "the smaller model, which saves and loads without the base."
     )
-    not_saved: ClassVar[tuple[str, ...]] = ("target_modules",)
+    not_saved: ClassVar[tuple[str, ...]] = ("calibration_data", "target_modules")
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,4 +109,19 @@ class DISPConfig(MethodConfig):
         self._require("gumbel_temperature", gumbel, "a number above 0")
         for name in ("hypernetwork_input_size", "hypernetwork_hidden_size"):
             self._require(name, is_count(getattr(self, name)), "an integer of at least 1")
+        # Where a saved adapter is loaded, a method of somebody's own may be unknown.
+        known = self.start_scores in (None, "none", *PRUNING_METHODS) or self.manifest is not None
+        self._require("start_scores", known, f"None, none or one of {', '.join(PRUNING_METHODS)}")
+        if self.calibration_data is not None and self.start_scores == "none":
+            raise ValueError("DISPConfig.calibration_data is not used with start_scores='none': leave it out")
         self._require("seed", is_count(self.seed, 0), "an integer of at least 0")
+
+    @property
+    def starting_method(self) -> str | None:
+        """Name of the pruning method that learning starts from; None for the paper's start."""
+        return None if self.start_scores == "none" else self.start_scores or DEFAULT_START
+
+    @classmethod
+    def paper(cls, **changes) -> DISPConfig:
+        """The settings of the paper: every channel starts alike."""
+        return cls(**{"start_scores": "none", **changes})

@@ -31,10 +31,20 @@ class HyperNetwork(nn.Module):
         self.norm = nn.LayerNorm(2 * hidden_size)
         self.heads = nn.ModuleList(nn.Linear(2 * hidden_size, size, bias=False) for size in sizes)
 
-    def forward(self) -> list[torch.Tensor]:
+    def features(self) -> torch.Tensor:
+        """What the heads read, [selections, 2 * hidden_size]."""
         mixed = self.mixer(self.embeddings)
-        features = F.gelu(self.norm(mixed[0] if isinstance(self.mixer, nn.GRU) else mixed))
-        return [head(row) for head, row in zip(self.heads, features, strict=True)]
+        return F.gelu(self.norm(mixed[0] if isinstance(self.mixer, nn.GRU) else mixed))
+
+    def forward(self) -> list[torch.Tensor]:
+        return [head(row) for head, row in zip(self.heads, self.features(), strict=True)]
+
+    @torch.no_grad()
+    def start_at(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Change the heads by the least that makes the output this, [size] of each selection."""
+        for head, row, wanted in zip(self.heads, self.features(), outputs, strict=True):
+            missing = wanted.to(row) - head(row)
+            head.weight += torch.outer(missing, row / row.square().sum())
 
 
 class ElementwiseLogits(nn.Module):
@@ -49,6 +59,12 @@ class ElementwiseLogits(nn.Module):
 
     def forward(self) -> list[torch.Tensor]:
         return list(self.logits)
+
+    @torch.no_grad()
+    def start_at(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Make the output this, [size] of each selection."""
+        for logits, wanted in zip(self.logits, outputs, strict=True):
+            logits.copy_(wanted)
 
 
 HYPERNETWORKS = ("gru", "linear", "none")

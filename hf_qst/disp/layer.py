@@ -14,8 +14,8 @@ from torch import nn
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.disp.auxiliary_loss import with_auxiliary_loss
 from hf_qst.disp.selection import UndecidableError
-from hf_qst.pruning.branch import with_first_argument
 from hf_qst.pruning.layout import SELECTIONS
+from hf_qst.pruning.points import selection_points
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
@@ -35,26 +35,6 @@ class _Gates(RunningForward):
         """`hidden` [..., channels] times gate `index`, if there is one."""
         gate = None if self.current is None else self.current[index]
         return hidden if gate is None else hidden * gate.to(hidden.device, hidden.dtype)
-
-
-class _GateInput:
-    """Forward pre-hook: gates the hidden states a module reads. A class, so that models pickle and deep-copy."""
-
-    def __init__(self, gates: _Gates, index: int):
-        self.gates, self.index = gates, index
-
-    def __call__(self, module, args, kwargs):
-        return with_first_argument(args, kwargs, functools.partial(self.gates.apply, self.index))
-
-
-class _GateOutput:
-    """Forward hook: gates what a linear layer writes, its bias included."""
-
-    def __init__(self, gates: _Gates, index: int):
-        self.gates, self.index = gates, index
-
-    def __call__(self, module, args, output):
-        return self.gates.apply(self.index, output)
 
 
 class _CheckpointWithGates:
@@ -109,7 +89,7 @@ class DISPLayer(StackLayer):
 
     @property
     def _blocks(self) -> nn.ModuleList:
-        return getattr(self.base_layer, self.block_path)
+        return self.base_layer.get_submodule(self.block_path)
 
     def forward(self, *args, **kwargs):
         gates, penalty = self._choose()
@@ -136,6 +116,8 @@ class DISPLayer(StackLayer):
             return self._merged_gates, None
         if not (self.training and torch.is_grad_enabled()) or network.is_hardened:
             return network.hardened_gates(), None
+        if network.awaits_start:
+            _report_missing_start(network.config.start_scores)
         sample = network.sample()
         self.last_penalty, self.last_ratio = sample.penalty.detach(), sample.ratio
         if self.accumulation_steps is None:
@@ -229,20 +211,8 @@ def _common(*choices: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Ten
 
 def _install_hooks(block: nn.Module, stack: DecoderStack, gates: _Gates, first: int) -> list:
     """Gates on a block's attention and MLP; `first` is the index of its first selection."""
-    architecture, index = stack.architecture, {name: first + i for i, name in enumerate(SELECTIONS)}
-    attention_out = block.get_submodule(architecture.projections.attention_out)
-    mlp_out = block.get_submodule(architecture.projections.mlp_out)
-    reads = [
-        (block.get_submodule(architecture.attention), "attention_in"),
-        (block.get_submodule(architecture.mlp[0]), "mlp_in"),
-        # After the activation: there a gated MLP's two branches have met, and a pruned channel still has a gradient.
-        (mlp_out, "mlp_middle"),
-    ]
-    writes = [(attention_out, "attention_out"), (mlp_out, "mlp_out")]
-    return [
-        *(m.register_forward_pre_hook(_GateInput(gates, index[name]), with_kwargs=True) for m, name in reads),
-        *(m.register_forward_hook(_GateOutput(gates, index[name])) for m, name in writes),
-    ]
+    points = selection_points(block, stack)
+    return [point.hook(functools.partial(gates.apply, first + SELECTIONS.index(point.selection))) for point in points]
 
 
 @functools.cache
@@ -251,4 +221,16 @@ def _warn_of_missing_callback() -> None:
         "DISP trains without its DISPCallback: nothing is logged or hardened by itself (call harden() or "
         "merge_and_unload()), and under gradient accumulation the budget term counts once for each micro-batch. "
         "Use trainer.add_callback(DISPCallback())."
+    )
+
+
+@functools.cache
+def _report_missing_start(start_scores: str | None) -> None:
+    needed = "calibration_data, or DISPCallback, which takes the trainer's data"
+    if start_scores is not None:
+        raise ValueError(f"DISPConfig.start_scores={start_scores!r} needs {needed}; 'none' starts without data")
+    logger.warning(
+        "DISP starts with all channels alike, and needs thousands of steps. To start from their Fisher scores, give it %s; "
+        "start_scores='none' starts so without this warning.",
+        needed,
     )

@@ -8,9 +8,11 @@ from torch import nn
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.offloading import require_in_place, require_weights
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing
+from hf_qst.calibration import as_batches
 from hf_qst.disp.layer import DISPLayer
 from hf_qst.disp.report import PruningReport
 from hf_qst.disp.selection import SelectionNetwork
+from hf_qst.disp.start import start_from_scores
 from hf_qst.pruning.branch import find_prunable_stack, prune_blocks
 from hf_qst.pruning.layout import PruningLayout
 from hf_qst.pruning.options import parameter_budget
@@ -55,6 +57,12 @@ class DISPModel(StackTuner):
         if twin is not None:
             self.disp_layer.networks[adapter_name].copy_buffers(twin)
         self.disp_layer._move_adapter_to_device_of_base_layer(adapter_name)
+        network, data = self.disp_layer.networks[adapter_name], peft_config.calibration_data
+        if data is not None and network.awaits_start and not any(p.is_meta for p in network.parameters()):
+            # As a list: a generator would be used up when a second adapter is made of the same configuration.
+            data = as_batches(data, argument="DISPConfig.calibration_data", model=self.model)
+            peft_config.calibration_data = data
+            start_from_scores(self.model, network, data)
 
     @property
     def disp_layer(self) -> DISPLayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -76,6 +77,7 @@ class SelectionNetwork(nn.Module):
         # Saved with the adapter, so that a hardened model stays what it is.
         self.register_buffer("kept", torch.full((sum(self.plan.sizes),), _UNDECIDED, dtype=torch.uint8))
         self._decided: _Decision | None = None
+        self._is_new = True
         # Whether the parameters stay in the base's dtype (autocast_adapter_dtype=False), in training too.
         self.in_base_dtype = False
         # What a schedule may change while training runs.
@@ -86,6 +88,28 @@ class SelectionNetwork(nn.Module):
     def is_hardened(self) -> bool:
         """Whether the choice was made for good. Reads one number, for which a GPU finishes what it is doing."""
         return bool(self.kept[0] != _UNDECIDED)
+
+    @property
+    def awaits_start(self) -> bool:
+        """Whether the method of `start_scores` is still to be asked: nothing was learned or loaded yet."""
+        config = self.config
+        return self._is_new and config.init_weights and config.manifest is None and config.starting_method is not None
+
+    @torch.no_grad()
+    def start_at(self, logits: list[torch.Tensor]) -> None:
+        """Begin with these logits, [size] of each owner; computed in float32, whatever the parameters are kept in."""
+        if not self.in_base_dtype:
+            self.hypernetwork.float()  # SFTTrainer casts what trains on a quantised base to bfloat16
+        wide = copy.deepcopy(self.hypernetwork).float()
+        wide.start_at([z - self.config.initial_bias for z in logits])
+        for mine, started in zip(self.hypernetwork.parameters(), wide.parameters(), strict=True):
+            mine.copy_(started)
+        self._is_new = False
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}kept" in state_dict:
+            self._is_new = False
 
     def cast(self, dtype: torch.dtype) -> None:
         """All parameters in this dtype, also while training."""
@@ -112,6 +136,7 @@ class SelectionNetwork(nn.Module):
 
     def sample(self) -> SampledSelections:
         """Draw gates, and the budget term lambda |ln(T / budget)| of the same draw, both with gradients."""
+        self._is_new = False
         draw = ESTIMATORS[self.config.estimator]
         samples = [draw(z, self.temperature, self.config.gumbel_temperature) for z in self.logits()]
         counted = [sample.counted.sum() for sample in samples]

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from hf_qst.base_model.experts import enclosing_experts
-from hf_qst.calibration import CalibrationError, as_batches, collect_statistics, input_groups, plan_passes
+from hf_qst.calibration import (
+    CalibrationError,
+    CalibrationRun,
+    as_batches,
+    collect_statistics,
+    input_groups,
+    plan_passes,
+)
 from hf_qst.mixed_rank.expert_statistics import is_pool, of_expert, pool_of, with_pools
+
+# Rows for each input dimension that a second moment is taken from where only its spectrum is wanted.
+ROWS_PER_DIMENSION = 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,7 @@ class CalibrationSet:
     batches: list[Mapping]
     memory_limit: int | None = None
     progress: bool = True
+    _runs: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def read(cls, data: Iterable[Mapping], settings, model: nn.Module) -> CalibrationSet:
@@ -45,9 +57,24 @@ class CalibrationSet:
         held_out = max(1, int(part * len(self.batches)))
         return replace(self, batches=self.batches[:-held_out]), replace(self, batches=self.batches[-held_out:])
 
+    def run_of(self, model: nn.Module, names: Iterable[str]) -> CalibrationRun:
+        """A run of the model for the named modules, prepared; the same for the same model and modules."""
+        key = model, frozenset(names)
+        if key not in self._runs:
+            self._runs[key] = CalibrationRun(model, sorted(key[1]))
+            self._runs[key].prepare(self.batches)
+        return self._runs[key]
+
+    def spread(self) -> CalibrationSet:
+        """The same batches in an order in which the first few stand for all of them."""
+        order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(0)).tolist()
+        spread = replace(self, batches=[self.batches[i] for i in order])
+        spread._runs.update(self._runs)
+        return spread
+
     def input_groups(self, model: nn.Module, names: Sequence[str]) -> list[tuple[str, ...]]:
         """The named modules in the order in which they run, together when they are given one and the same tensor."""
-        return input_groups(model, names, self.batches)
+        return input_groups(model, names, self.batches, self.run_of(model, names))
 
     def in_one_pass(self, model: nn.Module, groups: Sequence[tuple[str, ...]], kind: str) -> bool:
         """Whether all statistics fit into memory at a time."""
@@ -57,12 +84,20 @@ class CalibrationSet:
         groups = with_pools(model, groups) if kind == "second_moment" else groups
         return plan_passes(model, groups, kind, self.memory_limit)
 
-    def statistics(self, model: nn.Module, groups: Sequence[tuple[str, ...]], kind: str) -> Iterator[tuple]:
-        """Groups of modules with the statistic of their inputs, in as many passes as memory allows."""
+    def statistics(
+        self, model: nn.Module, groups: Sequence[tuple[str, ...]], kind: str, rows_per_dimension: int | None = None
+    ) -> Iterator[tuple]:
+        """Groups of modules with the statistic of their inputs, in as many passes as memory allows.
+
+        With `rows_per_dimension` a pass ends with the batch that brings every module so many rows.
+        """
         plan, pools = self._plan(model, groups, kind), {}
+        run = self.run_of(model, (name for part in plan for group in part for name in group))
         for index, part in enumerate(plan):
             label = f"calibration {index + 1}/{len(plan)}"
-            statistics = collect_statistics(model, part, self.batches, kind, self.progress, label)
+            statistics = collect_statistics(
+                model, part, self.batches, kind, self.progress, label, run=run, rows_per_dimension=rows_per_dimension
+            )
             for group in part:
                 statistic = statistics.pop(group)
                 if is_pool(model, group):

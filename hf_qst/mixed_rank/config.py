@@ -80,7 +80,9 @@ class MixedRankConfig(MethodConfig):
         keep_base_weights (`bool`):
             Keep the dense weights as well, so that adapters can be added, switched, disabled, merged,
             unmerged, deleted and unloaded as those of PEFT's own methods. Residuals always do.
-        memory_limit (`int`, *optional*): bytes the input statistics may take at once; more passes are made instead.
+        memory_limit (`int`, *optional*):
+            Bytes that the input statistics may take at once, and the activations that the compensation keeps in each of the
+            two models; more passes are made instead.
         seed (`int`): of the random start of `"gradient"` and the order of batches in `"kd"`.
         modules_to_save (`list[str]`, *optional*): further modules to train in full and to save.
         progress (`bool`): whether to show progress bars.

@@ -62,7 +62,8 @@ class ExpertMoment(CrossMoment):
                 mean = getattr(own, name) / max(own.count, 1)
                 if pool is not None:
                     mean = torch.lerp(mean, getattr(pool, name) / pool.count, part)
-                setattr(self, name, self.count * mean)
+                setattr(self, "_products" if name == "products" else name, self.count * mean)
+        self.size, self._whole = own.size, True
 
     @property
     def rows(self) -> int:

@@ -120,14 +120,14 @@ def row_count(predictions: Mapping[str, Prediction]) -> int:
 
 @contextmanager
 def installed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """These modules in the place of the model's own, for a while."""
+    """These modules in the place of the model's own, for a while; one inside another comes before it."""
     own = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
             model.set_submodule(name, module)
         yield
     finally:
-        for name, module in own.items():
+        for name, module in reversed(own.items()):
             model.set_submodule(name, module)
 
 

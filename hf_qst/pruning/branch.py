@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.base_model.decoder_stack import Architecture, DecoderStack, UnsupportedArchitectureError, find_decoder_stack
+from hf_qst.base_model.architecture import Projections, host_of
+from hf_qst.base_model.block_calls import with_first_argument
+from hf_qst.base_model.decoder_stack import DecoderStack, UnsupportedArchitectureError, find_decoder_stack
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, is_linear, set_weights
 from hf_qst.base_model.packed_weights import drop_quantizer
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
@@ -23,7 +25,10 @@ KIND = "pruned_branch"
 def _resized(like: nn.Module, inputs: int, outputs: int) -> nn.Module:
     """A linear layer of this size, of the class, device and dtype of `like`, not initialised."""
     kind, has_bias = isinstance(like, Conv1D), like.bias is not None
-    return empty_linear(inputs, outputs, has_bias, kind, float_dtype(like), like.weight.device)
+    resized = empty_linear(inputs, outputs, has_bias, kind, float_dtype(like), like.weight.device)
+    if type(like).__module__.startswith("transformers.models."):
+        resized.__class__ = type(like)  # Falcon's has a product of its own
+    return resized
 
 
 def _for_rows(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -123,9 +128,10 @@ class PrunedBranch(nn.Module):
         module = copy.deepcopy(self.module)
         for name, entry in self.linear.items():
             narrow = self.module.get_submodule(name)
-            inputs, outputs = (_places(self.input_index if entry["role"] == READ else None, narrow, 0),
-                               _places(self.output_index if entry["role"] == WRITE else None, narrow, 1))  # fmt: skip
             dense = _resized(narrow, *self.full[name])
+            inputs = _places(self.input_index if entry["role"] == READ else None, narrow, dense, 0)
+            stacked = entry.get("stacked", 1)
+            outputs = _places(self.output_index if entry["role"] == WRITE else None, narrow, dense, 1, stacked)
             weight = dense_weight(narrow).new_zeros(self.full[name])
             weight[inputs[:, None], outputs] = dense_weight(narrow)
             bias = None if narrow.bias is None else narrow.bias.new_zeros(self.full[name][1])
@@ -136,11 +142,18 @@ class PrunedBranch(nn.Module):
         return module
 
 
-def _places(index: torch.Tensor | None, narrow: nn.Module, side: int) -> torch.Tensor:
-    """Where the input (side 0) or output (1) channels of a narrow layer lie in the full one."""
+def _places(
+    index: torch.Tensor | None, narrow: nn.Module, dense: nn.Module, side: int, stacked: int = 1
+) -> torch.Tensor:
+    """Where the input (side 0) or output (1) channels of a narrow layer lie in the dense one.
+
+    Without an index those of each of the `stacked` matrices come first in it.
+    """
     if index is not None:
         return index
-    return torch.arange(dense_shape(narrow)[side], device=narrow.weight.device)
+    width, size = dense_shape(narrow)[side] // stacked, dense_shape(dense)[side] // stacked
+    first = torch.arange(width, device=narrow.weight.device)
+    return torch.cat([first + part * size for part in range(stacked)])
 
 
 def exchanged(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
@@ -151,13 +164,6 @@ def exchanged(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return module
 
 
-def with_first_argument(args: tuple, kwargs: dict, change: Callable) -> tuple[tuple, dict]:
-    """The arguments of a call with the first, or the one named `hidden_states`, replaced by `change` of it."""
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-
 @dataclass(frozen=True)
 class _Branch:
     """One module of a block that will become a `PrunedBranch`: its path in the block, its masks, its linear layers."""
@@ -166,20 +172,25 @@ class _Branch:
     read: torch.Tensor | None
     written: torch.Tensor | None
     linear: dict[str, tuple[str, torch.Tensor | None, torch.Tensor | None]]  # role, masks of inputs and outputs
+    stacked: int = 1  # matrices that a layer which reads holds, one behind the other
 
 
-def _branches(architecture: Architecture, masks: Mapping[str, torch.Tensor]) -> list[_Branch]:
-    names, every = architecture.projections, None
-    parts = dict.fromkeys(names.attention_in, (READ, masks["attention_in"], every))
-    parts[names.attention_out] = (WRITE, every, masks["attention_out"])
-    parts |= dict.fromkeys(names.mlp_in, (READ, masks["mlp_in"], masks["mlp_middle"]))
-    parts[names.mlp_out] = (WRITE, masks["mlp_middle"], masks["mlp_out"])
+def _branches(names: Projections, masks: Mapping[str, torch.Tensor]) -> list[_Branch]:
+    parts, every = {}, None
+    if names.attention_out:
+        parts |= dict.fromkeys(names.attention_in, (READ, masks["attention_in"], every))
+        parts[names.attention_out] = (WRITE, every, masks["attention_out"])
+    if names.mlp_out:
+        middle = masks["mlp_middle"]
+        parts |= dict.fromkeys(names.mlp_in, (READ, masks["mlp_in"], torch.cat([middle] * names.mlp_stacked)))
+        parts[names.mlp_out] = (WRITE, middle, masks["mlp_out"])
     branches = []
-    for host in (architecture.attention, *architecture.mlp):
+    for host in names.hosts:
         linear = {n[len(host) :].lstrip("."): p for n, p in parts.items() if n == host or n.startswith(f"{host}.")}
         read = next((inputs for role, inputs, _ in linear.values() if role == READ), None)
         written = next((outputs for role, _, outputs in linear.values() if role == WRITE), None)
-        branches.append(_Branch(host, read, written, linear))
+        stacked = names.mlp_stacked if host in names.mlp_hosts else 1
+        branches.append(_Branch(host, read, written, linear, stacked))
     return branches
 
 
@@ -202,6 +213,7 @@ def _pruned(module: nn.Module, branch: _Branch, hidden_size: int) -> nn.Module:
     description = {
         "linear": {
             name: {"role": role, "shape": [_width(i, shapes[name][0]), _width(o, shapes[name][1])]}
+            | ({"stacked": branch.stacked} if role == READ and branch.stacked > 1 else {})
             for name, (role, i, o) in branch.linear.items()
         },
         "input_width": None if read is None else len(read),
@@ -245,7 +257,7 @@ def prune_blocks(model: PreTrainedModel, masks: Sequence[Mapping[str, torch.Tens
     stack = find_prunable_stack(model)
     _check_masks(stack, masks)
     for block, chosen in zip(stack.blocks, masks, strict=True):
-        for branch in _branches(stack.architecture, chosen):
+        for branch in _branches(stack.projections(block), chosen):
             module = block.get_submodule(branch.path)
             block.set_submodule(branch.path, _pruned(module, branch, stack.spec.hidden_size))
     if not any(isinstance(module, PrunedBranch) for module in model.modules()):
@@ -262,20 +274,41 @@ def find_prunable_stack(model: nn.Module) -> DecoderStack:
         ValueError: its blocks were pruned or compressed before.
     """
     stack = find_decoder_stack(model)
+    if reason := stack.architecture.pruning_refused:
+        raise UnsupportedArchitectureError(f"{type(model).__name__} cannot be pruned: {reason}")
     if not stack.spec.pre_norm:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} with this config is a post-norm decoder: a norm after the addition mixes pruned and "
             "kept channels. Pruning supports pre-norm decoders."
         )
+    architecture = stack.architecture
+    if sum(len(list(block.parameters())) for block in stack.blocks) != len(list(stack.blocks.parameters())):
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} shares parameters between its blocks, which pruning would cut twice"
+        )
+    candidates = [path for names in (architecture.projections, *architecture.alternatives) for path in names.paths]
     for i, block in enumerate(stack.blocks):
         known = dict(block.named_modules())
-        for name in stack.architecture.projections.paths:
-            if not is_linear(known.get(name)):
+        for name in candidates:
+            if _was_changed(known, name):
                 raise ValueError(
                     f"block {i} of {type(model).__name__} has no plain linear layer {name!r}: it was pruned, compressed "
                     "or wrapped before"
                 )
+    if not any(stack.projections(block).paths for block in stack.blocks):
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} has no block whose attention or MLP pruning knows: a row of its type would name "
+            "the linear layers that read from the residual and those that add to it"
+        )
     return stack
+
+
+def _was_changed(known: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether the linear layer at this path, or the module it lies in, was replaced by something of another library."""
+    if path in known:
+        return not is_linear(known[path])
+    host = known.get(host_of(path))
+    return host is not None and not type(host).__module__.startswith("transformers.")
 
 
 def _check_masks(stack: DecoderStack, masks: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -285,8 +318,9 @@ def _check_masks(stack: DecoderStack, masks: Sequence[Mapping[str, torch.Tensor]
     for i, chosen in enumerate(masks):
         for name in SELECTIONS:
             mask = chosen.get(name)
-            if mask is None or mask.dtype != torch.bool or mask.shape != (layout.size(name),):
+            size = layout.size(name, i)
+            if mask is None or mask.dtype != torch.bool or mask.shape != (size,):
                 got = None if mask is None else (mask.dtype, list(mask.shape))
-                raise ValueError(f"masks[{i}][{name!r}] must be bool [{layout.size(name)}], got {got}")
+                raise ValueError(f"masks[{i}][{name!r}] must be bool [{size}], got {got}")
             if not mask.any():
                 raise ValueError(f"masks[{i}][{name!r}] must keep at least one channel, it keeps none")

@@ -13,11 +13,9 @@ from hf_qst.calibration import as_batches
 from hf_qst.pruning.branch import find_prunable_stack, prune_blocks
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from hf_qst.pruning.options import PruningOptions, parameter_budget
-from hf_qst.pruning.scores import PRUNING_METHODS, PruningTask, Scores
+from hf_qst.pruning.scores import PRUNING_METHODS, PruningTask, Scores, require_allocation
 from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, widths_on_budget
 from hf_qst.tuner.config import is_count
-
-ALLOCATIONS = ("uniform", "global")
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:
@@ -34,9 +32,23 @@ def _standardized(scores: torch.Tensor) -> torch.Tensor:
     return centred / centred.square().mean().sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def _by_owner(name: str, scores: Scores, plan: SelectionMap) -> list[torch.Tensor]:
-    """Scores of the owners, float64 on the CPU; those of selections that are chosen together are added up."""
+def comparable_scores(
+    method: str, scores: Scores, plan: SelectionMap, allocation: str | None = None
+) -> list[torch.Tensor]:
+    """A method's scores of each owner's channels, float64 [size] on the CPU, comparable between the owners.
+
+    Scores of selections that are chosen together are added up.
+
+    Args:
+        method (`str`): a name in `PRUNING_METHODS`, which gave the scores.
+        allocation (`str`, *optional*): one of `ALLOCATIONS`, by default the method's.
+
+    Raises:
+        ValueError: the method gives no finite scores of the right sizes.
+    """
+    allocation = allocation or PRUNING_METHODS[method].allocation
     owned = [torch.zeros(size, dtype=torch.float64) for size in plan.sizes]
+    weights = [0] * len(owned)
     flat = [(i, selection) for i in range(plan.layout.num_layers) for selection in SELECTIONS]
     for owner, (i, selection) in zip(plan.owners, flat, strict=True):
         if owner is None:
@@ -44,11 +56,15 @@ def _by_owner(name: str, scores: Scores, plan: SelectionMap) -> list[torch.Tenso
         score = scores[i][selection].detach().double().cpu()
         if score.shape != owned[owner].shape or not score.isfinite().all():
             raise ValueError(
-                f"pruning method {name!r} must give finite scores [{len(owned[owner])}] for {selection!r} of block {i}, "
+                f"pruning method {method!r} must give finite scores [{len(owned[owner])}] for {selection!r} of block {i}, "
                 f"got shape {list(score.shape)}{'' if score.isfinite().all() else ' with NaN or infinity'}"
             )
         owned[owner] += score
-    return owned
+        weights[owner] += plan.layout.weights_of_channel(selection, i)
+    if allocation == "per_weight":
+        # In logarithms, which order alike and spread evenly.
+        return [(s / w).clamp(min=1e-300).log() for s, w in zip(owned, weights, strict=True)]
+    return [(_ranks if allocation == "uniform" else _standardized)(score) for score in owned]
 
 
 @torch.no_grad()
@@ -62,7 +78,7 @@ def prune_model(
     constraint: str = "none",
     width_multiple: int = 1,
     min_width: int = 1,
-    allocation: str = "uniform",
+    allocation: str | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Prune a model in place by scores, without training; the result has the form and size of DISP's.
@@ -73,9 +89,9 @@ def prune_model(
         keep_ratio, budget_scope, selections, constraint, width_multiple, min_width: see [`PruningOptions`].
         calibration_data (iterable of mappings, *optional*):
             Batches of model inputs, for methods that need them; padding by `attention_mask` is left out.
-        allocation (`str`):
+        allocation (`str`, *optional*):
             `"uniform"`: the same part of every selection stays; `"global"`: selections compete by their standardised
-            scores, so that widths differ.
+            scores, so that widths differ; `"per_weight"`: they compete by score for each weight. By default the method's.
         seed (`int`): for methods that draw.
 
     Returns:
@@ -90,8 +106,7 @@ def prune_model(
     """
     if method not in PRUNING_METHODS:
         raise ValueError(f"method must be one of {', '.join(PRUNING_METHODS)}, got {method!r}")
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
+    require_allocation(PRUNING_METHODS[method].allocation if allocation is None else allocation)
     options = PruningOptions(keep_ratio, budget_scope, selections, constraint, width_multiple, min_width)
     if not is_count(seed, 0):
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
@@ -106,10 +121,8 @@ def prune_model(
     batches = as_batches(calibration_data, model=model) if chosen.needs_data else None
     task = PruningTask(model, stack, PruningLayout.of(stack), batches, seed)
     with unpacked(model):
-        scores = chosen.score(task)
         plan = SelectionMap.of(task.layout, options.selections, constraint)
-        comparable = _ranks if allocation == "uniform" else _standardized
-        owned = [comparable(score) for score in _by_owner(method, scores, plan)]
+        owned = comparable_scores(method, chosen.score(task), plan, allocation)
         widths = widths_on_budget(owned, plan, budget, width_multiple, min_width)
         masks = masks_by_layer(plan, best_channels(owned, widths))
         if chosen.keeps_means:
@@ -119,9 +132,10 @@ def prune_model(
 
 def _add_means_to_biases(task: PruningTask, masks: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """b + mean(x) W over the removed inputs, where a layer has a bias: what they gave on average stays."""
-    names = task.stack.architecture.projections
-    readers = {"attention_in": names.attention_in, "mlp_in": names.mlp_in, "mlp_middle": (names.mlp_out,)}
     for block, statistics, mask in zip(task.stack.blocks, task.statistics, masks, strict=True):
+        names = task.stack.projections(block)
+        readers = {"attention_in": names.attention_in, "mlp_in": names.mlp_in}
+        readers["mlp_middle"] = (names.mlp_out,) if names.mlp_out else ()
         for selection, paths in readers.items():
             for path in paths:
                 bias, mean = block.get_submodule(path).bias, statistics[path].mean

@@ -154,7 +154,7 @@ def _halves(block: nn.Module, row: Architecture, hidden: torch.Tensor) -> tuple[
     # Here and below the dictionaries of modules and not their attributes, which take ten times as long to find: while a
     # model decodes, this runs for each block and token.
     inside, projections = block._modules, row.projections
-    attention, mlp = row.attention, row.mlp[0]
+    attention, mlp = row.attention, projections.mlp_hosts[0]
     first, second = (inside[name] for name in row.sequential.norms)
     return (
         _half(

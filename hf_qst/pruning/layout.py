@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from hf_qst.base_model.architecture import Projections
 from hf_qst.base_model.decoder_stack import DecoderStack
+from hf_qst.base_model.linear_layers import dense_shape, weight_count
 
 SELECTIONS = ("attention_in", "attention_out", "mlp_in", "mlp_middle", "mlp_out")
 """The five selections of a block, S1 to S5 of the paper, in their order everywhere."""
@@ -15,52 +18,123 @@ ON_RESIDUAL = tuple(name for name in SELECTIONS if name != "mlp_middle")
 
 
 @dataclass(frozen=True)
-class PruningLayout:
-    """Sizes of a decoder as far as pruning needs them; `query_size` and `key_size` are those of all heads together."""
+class BlockLayout:
+    """Sizes of one block as far as pruning needs them.
 
-    num_layers: int
-    hidden_size: int
+    Parameters that a channel of a selection takes along: `read_width` of one that the attention reads, `written_width` of
+    one that it writes, both without the other half; an MLP has `mlp_inputs` matrices that read its input and
+    `middle_biases` biases of a middle channel, and `mlp_out_bias` is 1 if the layer that writes has a bias. `fixed`
+    counts what stays whatever is chosen: norms, biases of queries, keys and values, a recurrence, a router and experts.
+    A half that is not pruned counts as `fixed`, and its selections keep everything.
+    """
+
     intermediate_size: int
-    query_size: int
-    key_size: int
-    mlp_inputs: int  # matrices that read the MLP's input: 2 in a gated one, else 1
+    read_width: int
+    written_width: int
+    mlp_inputs: int
+    middle_biases: int = 0
+    mlp_out_bias: int = 0
+    fixed: int = 0
+
+    @classmethod
+    def of(cls, block: nn.Module, names: Projections, hidden_size: int) -> BlockLayout:
+        known = dict(block.named_modules())
+        shapes = {path: dense_shape(known[path]) for path in names.paths}
+        biased = {path: int(known[path].bias is not None) for path in names.paths}
+        sizes = {"intermediate_size": 0, "read_width": 0, "written_width": 0, "mlp_inputs": 0}
+        if names.attention_out:
+            sizes["read_width"] = sum(shapes[path][1] for path in names.attention_in)
+            sizes["written_width"] = shapes[names.attention_out][0] + biased[names.attention_out]
+        if names.mlp_out:
+            sizes["intermediate_size"] = shapes[names.mlp_out][0]
+            sizes["mlp_inputs"] = len(names.mlp_in) * names.mlp_stacked
+            sizes["middle_biases"] = sum(biased[path] for path in names.mlp_in) * names.mlp_stacked
+            sizes["mlp_out_bias"] = biased[names.mlp_out]
+        full = torch.tensor([[hidden_size] * 3 + [sizes["intermediate_size"], hidden_size]])
+        pruned = int(cls(**sizes).parameters(full[0].unbind()))
+        return cls(**sizes, fixed=weight_count(block) - pruned)
+
+    @property
+    def prunable(self) -> tuple[str, ...]:
+        """The selections of this block that choose from something."""
+        attention = SELECTIONS[:2] if self.written_width else ()
+        return (*attention, *(SELECTIONS[2:] if self.mlp_inputs else ()))
+
+    def parameters(self, widths) -> torch.Tensor:
+        """Parameters left at these five widths: w1 r + w2 s + w4 (g w3 + b + w5) + c w5 + fixed."""
+        w1, w2, w3, w4, w5 = widths
+        attention = w1 * self.read_width + w2 * self.written_width
+        mlp = w4 * (self.mlp_inputs * w3 + self.middle_biases + w5) + self.mlp_out_bias * w5 if self.mlp_inputs else 0
+        return attention + mlp + self.fixed
+
+
+@dataclass(frozen=True)
+class PruningLayout:
+    """Sizes of a decoder as far as pruning needs them: of its residual, and of each block."""
+
+    hidden_size: int
+    blocks: tuple[BlockLayout, ...]
 
     @classmethod
     def of(cls, stack: DecoderStack) -> PruningLayout:
-        spec = stack.spec
-        return cls(
-            num_layers=len(stack.blocks),
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            query_size=spec.num_heads * spec.head_dim,
-            key_size=spec.num_kv_heads * spec.head_dim,
-            mlp_inputs=2 if spec.gated_mlp else 1,
-        )
+        hidden = stack.spec.hidden_size
+        return cls(hidden, tuple(BlockLayout.of(block, stack.projections(block), hidden) for block in stack.blocks))
 
-    def size(self, selection: str) -> int:
-        """How many channels a selection chooses from."""
-        return self.intermediate_size if selection == "mlp_middle" else self.hidden_size
+    @classmethod
+    def uniform(
+        cls, num_layers: int, hidden_size: int, intermediate_size: int, query_size: int, key_size: int, mlp_inputs: int
+    ) -> PruningLayout:
+        """Of equal blocks without biases and norms; `query_size` and `key_size` are those of all heads together."""
+        block = BlockLayout(intermediate_size, query_size + 2 * key_size, query_size, mlp_inputs)
+        return cls(hidden_size, (block,) * num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    def size(self, selection: str, layer: int = 0) -> int:
+        """How many channels a selection of this layer chooses from; 1 for the middle of an MLP that is not pruned."""
+        return max(1, self.blocks[layer].intermediate_size) if selection == "mlp_middle" else self.hidden_size
+
+    def weights_of_channel(self, selection: str, layer: int = 0) -> int:
+        """How many weights of the unpruned model's block go with one channel of a selection."""
+        block = self.blocks[layer]
+        return {
+            "attention_in": block.read_width,
+            "attention_out": block.written_width,
+            "mlp_in": block.mlp_inputs * block.intermediate_size,
+            "mlp_middle": (block.mlp_inputs + 1) * self.hidden_size,
+            "mlp_out": block.intermediate_size,
+        }[selection]
 
     @property
     def full_widths(self) -> list[list[int]]:
         """Widths [layers, 5] of the unpruned model."""
-        return [[self.size(name) for name in SELECTIONS]] * self.num_layers
+        return [[self.size(name, layer) for name in SELECTIONS] for layer in range(self.num_layers)]
 
     def parameters(self, widths: torch.Tensor) -> torch.Tensor:
-        """Weights of all blocks' linear layers at these widths [layers, 5], without biases.
+        """Parameters of all blocks at these widths [layers, 5].
 
-        T = sum over layers of w1 (q + 2k) + q w2 + w4 (g w3 + w5), in the dtype of `widths`: a float one carries
-        gradients, an integer one is exact.
+        In the dtype of `widths`: a float one carries gradients, an integer one is exact.
         """
         w1, w2, w3, w4, w5 = widths.unbind(-1)
-        attention = w1 * (self.query_size + 2 * self.key_size) + w2 * self.query_size
-        return (attention + w4 * (self.mlp_inputs * w3 + w5)).sum()
+        read, written, inputs, middle, last, fixed = self._coefficients(widths)
+        has_mlp = (inputs > 0).to(widths.dtype)
+        attention = w1 * read + w2 * written
+        return (attention + w4 * (inputs * w3 + middle + has_mlp * w5) + last * w5 + fixed).sum()
+
+    def _coefficients(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """Of `BlockLayout`, each [layers]."""
+        rows = [
+            (b.read_width, b.written_width, b.mlp_inputs, b.middle_biases, b.mlp_out_bias, b.fixed) for b in self.blocks
+        ]
+        return torch.tensor(rows, dtype=like.dtype, device=like.device).unbind(-1)
 
     def count(self, widths: list[list[int]]) -> int:
         """`parameters` of integer widths."""
-        return int(self.parameters(torch.tensor(widths, dtype=torch.int64)))
+        return sum(int(block.parameters(row)) for block, row in zip(self.blocks, widths, strict=True))
 
     @property
     def total(self) -> int:
-        """Weights of all blocks' linear layers of the unpruned model."""
+        """Parameters of all blocks of the unpruned model."""
         return self.count(self.full_widths)

@@ -22,7 +22,7 @@ class PruningOptions:
 
     Args:
         keep_ratio (`float`): the part of the parameters to keep, in (0, 1].
-        budget_scope (`str`): what it is a part of: `"targets"` (the blocks' matrices) or `"model"` (all parameters).
+        budget_scope (`str`): what it is a part of: `"targets"` (the blocks' parameters) or `"model"` (all parameters).
         selections (`Sequence[str]`): which of the five selections of a block are pruned; the others keep everything.
         constraint (`str`):
             `"none"`; `"layer"`: the selections on the residual are one and the same within a layer; `"model"`: in all
@@ -69,16 +69,14 @@ def check_options(options, owner: str = "") -> None:
 
 
 def other_parameters(model: nn.Module, stack: DecoderStack) -> int:
-    """Parameters that pruning does not change: the base's without the weights of its blocks' matrices; tied ones once."""
-    paths = stack.architecture.projections.paths
-    pruned = [block.get_submodule(path).weight for block in stack.blocks for path in paths]
+    """Parameters outside the blocks, which pruning does not change; tied ones once."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     adapters = [p for m in layers for name in m.adapter_layer_names for p in getattr(m, name).parameters()]
-    return weight_count(model, without=[*pruned, *adapters])
+    return weight_count(model, without=[*stack.blocks.parameters(), *adapters])
 
 
 def parameter_budget(model: nn.Module, stack: DecoderStack, options, owner: str = "") -> int:
-    """Weights of the blocks' matrices to keep. Args as of `check_options`.
+    """Parameters of the blocks to keep. Args as of `check_options`.
 
     Raises:
         BudgetError: even the least widths are more than `keep_ratio`; the message names the smallest ratio.

@@ -8,26 +8,41 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.linear_layers import dense_weight
-from hf_qst.calibration import collect_statistics, plan_passes
+from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode, first_input, hooks
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 
-# Statistics of 4 GiB at a time; what does not fit waits for another pass over the data.
-_STATISTICS_BYTES = 4 * 2**30
 
-
-@dataclass(frozen=True)
 class InputStatistics:
-    """Of each input channel [d_in] of a linear layer, over all tokens; float32."""
+    """First and second moment of each input channel [d_in] of a linear layer, over all tokens; sums are float64."""
 
-    mean: torch.Tensor
-    second_moment: torch.Tensor
+    def __init__(self):
+        self.count = 0
+        self._sum = self._squares = 0.0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """rows: [n, d_in]."""
+        rows = rows.double()
+        self.count += len(rows)
+        self._sum, self._squares = self._sum + rows.sum(0), self._squares + rows.square().sum(0)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """float32 [d_in]."""
+        return (self._sum / self.count).float()
+
+    @property
+    def second_moment(self) -> torch.Tensor:
+        """float32 [d_in], uncentred."""
+        return (self._squares / self.count).float()
 
     @property
     def variance(self) -> torch.Tensor:
-        return (self.second_moment - self.mean.square()).clamp(min=0)
+        """float32 [d_in]."""
+        return (self._squares / self.count - (self._sum / self.count).square()).clamp(min=0).float()
 
 
 @dataclass
@@ -59,20 +74,28 @@ class PruningTask:
         Raises:
             CalibrationError: the data do not reach a layer, or make it see NaN.
         """
-        names = self.stack.architecture.projections
-        readers = [names.attention_in, (names.attention_out,), names.mlp_in, (names.mlp_out,)]
         prefix = f"{self.stack.path}.{self.stack.architecture.blocks}"
-        groups = [
-            tuple(f"{prefix}.{i}.{path}" for path in paths) for i in range(self.layout.num_layers) for paths in readers
-        ]
         found: list[dict[str, InputStatistics]] = [{} for _ in range(self.layout.num_layers)]
-        for part in plan_passes(self.model, groups, memory_limit=_STATISTICS_BYTES):
-            for group, moments in collect_statistics(self.model, part, self.calibration_data).items():
-                second = moments.products.diagonal() / moments.count
-                one = InputStatistics((moments.sum / moments.count).float(), second.float())
-                for name in group:
-                    index, path = name.removeprefix(f"{prefix}.").split(".", 1)
-                    found[int(index)][path] = one
+        firsts = {}
+        for i, block in enumerate(found):
+            for paths in self.stack.projections(self.stack.blocks[i]).of_one_input:
+                one = firsts[f"{prefix}.{i}.{paths[0]}"] = InputStatistics()
+                block.update(dict.fromkeys(paths, one))
+        run = CalibrationRun(self.model, list(firsts))
+        run.prepare(self.calibration_data)
+
+        def collect(name: str) -> Callable:
+            return lambda module, args, kwargs: firsts[name].add(run.rows(name, first_input(args, kwargs))[0])
+
+        handles = [self.model.get_submodule(n).register_forward_pre_hook(collect(n), with_kwargs=True) for n in firsts]
+        with hooks(handles), calibration_mode(self.model):
+            for batch in tqdm(self.calibration_data, desc="calibration", unit="batch", leave=False):
+                run(batch)
+        for name, one in firsts.items():
+            if one.count == 0:
+                raise CalibrationError(f"module {name!r} sees no rows of calibration_data")
+            if not one.second_moment.isfinite().all():
+                raise CalibrationError(f"the inputs of module {name!r} hold NaN or infinite values")
         return found
 
 
@@ -90,11 +113,27 @@ class PruningMethod:
         keeps_means (`bool`):
             Whether what a removed input channel gave on average goes to the biases of the layers that read it; a layer
             without a bias gets none.
+        allocation (`str`): how its scores become widths if nothing else is said, one of `ALLOCATIONS`.
     """
 
     score: Callable[[PruningTask], Scores]
     needs_data: bool = False
     keeps_means: bool = False
+    allocation: str = "uniform"
+
+
+ALLOCATIONS = ("uniform", "global", "per_weight")
+"""How scores become widths.
+
+- `"uniform"`: the same part of every selection stays;
+- `"global"`: selections compete by their standardised scores, so that widths differ;
+- `"per_weight"`: by score for each weight that goes with a channel, for scores that are losses.
+"""
+
+
+def require_allocation(allocation: str) -> None:
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
 
 
 PRUNING_METHODS: dict[str, PruningMethod] = {}
@@ -102,59 +141,63 @@ PRUNING_METHODS: dict[str, PruningMethod] = {}
 
 
 def register_pruning_method(
-    name: str, function: Callable[[PruningTask], Scores], needs_data: bool = False, keeps_means: bool = False
+    name: str,
+    function: Callable[[PruningTask], Scores],
+    needs_data: bool = False,
+    keeps_means: bool = False,
+    allocation: str = "uniform",
 ) -> None:
     """Make a pruning method known to `prune_model` by a name.
 
     Args:
         name (`str`): new, or that of a method to replace.
         function: gives `Scores` for a [`PruningTask`].
-        needs_data, keeps_means (`bool`): see [`PruningMethod`]; means need data.
+        needs_data, keeps_means (`bool`), allocation (`str`): see [`PruningMethod`]; means need data.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must be a non-empty string, got {name!r}")
     if not callable(function):
         raise ValueError(f"function of pruning method {name!r} must be callable, got {function!r}")
-    PRUNING_METHODS[name] = PruningMethod(function, needs_data or keeps_means, keeps_means)
+    require_allocation(allocation)
+    PRUNING_METHODS[name] = PruningMethod(function, needs_data or keeps_means, keeps_means, allocation)
 
 
 def random_scores(task: PruningTask) -> Scores:
     """Uniform random numbers: the same for the same seed."""
     generator = torch.Generator().manual_seed(task.seed)
-    draw = lambda name: torch.rand(task.layout.size(name), generator=generator)
-    return [{name: draw(name) for name in SELECTIONS} for _ in range(task.layout.num_layers)]
+    draw = lambda name, layer: torch.rand(task.layout.size(name, layer), generator=generator)
+    return [{name: draw(name, layer) for name in SELECTIONS} for layer in range(task.layout.num_layers)]
 
 
-def _summed(task: PruningTask, importance: Callable, middle_by_readers: bool = False) -> Scores:
+def summed_over_weights(
+    task: PruningTask, importance: Callable[[torch.Tensor, int, str], torch.Tensor], middle_by_readers: bool = False
+) -> Scores:
     """Sums of the weights' importance over the weights that go when a channel goes.
 
     Args:
-        importance: (W [d_in, d_out], its `InputStatistics` or None) -> the importance of its entries [d_in, d_out].
+        importance: (W [d_in, d_out], the block's index, the layer's path in it) -> importance of its entries.
         middle_by_readers: whether a middle channel of an MLP is judged by the weights that read it alone.
     """
-    names = task.stack.architecture.projections
     scores = []
     for i, block in enumerate(task.stack.blocks):
-        statistics = {} if task.calibration_data is None else task.statistics[i]
-        of = lambda path, block=block, known=statistics: importance(task.weight(block, path), known.get(path))
-        mlp_in = [of(path) for path in names.mlp_in]
-        mlp_out = of(names.mlp_out)
-        writers = 0 if middle_by_readers else sum(part.sum(0) for part in mlp_in)
-        scores.append(
-            {
-                "attention_in": sum(of(path).sum(1) for path in names.attention_in),
-                "attention_out": of(names.attention_out).sum(0),
-                "mlp_in": sum(part.sum(1) for part in mlp_in),
-                "mlp_middle": mlp_out.sum(1) + writers,
-                "mlp_out": mlp_out.sum(0),
-            }
-        )
+        names, of_block = task.stack.projections(block), {}
+        of = lambda path, i=i, block=block: importance(task.weight(block, path), i, path)
+        if names.attention_out:
+            of_block["attention_in"] = sum(of(path).sum(1) for path in names.attention_in)
+            of_block["attention_out"] = of(names.attention_out).sum(0)
+        if names.mlp_out:
+            mlp_in, mlp_out = [of(path) for path in names.mlp_in], of(names.mlp_out)
+            written = sum(part.sum(0).unflatten(0, (names.mlp_stacked, -1)).sum(0) for part in mlp_in)
+            of_block["mlp_in"] = sum(part.sum(1) for part in mlp_in)
+            of_block["mlp_middle"] = mlp_out.sum(1) + (0 if middle_by_readers else written)
+            of_block["mlp_out"] = mlp_out.sum(0)
+        scores.append(of_block)
     return scores
 
 
 def magnitude_scores(task: PruningTask) -> Scores:
     """L2 norm of the weights that go with a channel."""
-    squares = _summed(task, lambda weight, statistics: weight.square())
+    squares = summed_over_weights(task, lambda weight, i, path: weight.square())
     return [{name: total.sqrt() for name, total in block.items()} for block in squares]
 
 
@@ -164,7 +207,8 @@ def wanda_scores(task: PruningTask) -> Scores:
     Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, equation 1, which ranks
     single weights; the sum over a structure is how it is used for structures.
     """
-    return _summed(task, lambda weight, statistics: weight.abs() * statistics.second_moment.sqrt()[:, None])
+    root = lambda i, path: task.statistics[i][path].second_moment.sqrt()[:, None]
+    return summed_over_weights(task, lambda weight, i, path: weight.abs() * root(i, path))
 
 
 def flap_scores(task: PruningTask) -> Scores:
@@ -174,7 +218,8 @@ def flap_scores(task: PruningTask) -> Scores:
     lost when a channel is replaced by its mean. The paper scores what a layer reads; channels that a layer writes are
     given the sum over the weights that write them.
     """
-    return _summed(task, lambda weight, statistics: weight.square() * statistics.variance[:, None], True)
+    variance = lambda i, path: task.statistics[i][path].variance[:, None]
+    return summed_over_weights(task, lambda weight, i, path: weight.square() * variance(i, path), True)
 
 
 register_pruning_method("random", random_scores)

@@ -34,14 +34,14 @@ class SelectionMap:
         owners, sizes, known = [], [], {}
         for layer in range(layout.num_layers):
             for name in SELECTIONS:
-                if name not in selections:
+                if name not in selections or name not in layout.blocks[layer].prunable:
                     owners.append(None)
                     continue
                 shared = constraint != "none" and name in ON_RESIDUAL
                 key = (layer if constraint == "layer" else None, "residual") if shared else (layer, name)
                 if key not in known:
                     known[key] = len(sizes)
-                    sizes.append(layout.size(name))
+                    sizes.append(layout.size(name, layer))
                 owners.append(known[key])
         return cls(layout, tuple(owners), tuple(sizes))
 
@@ -52,7 +52,7 @@ class SelectionMap:
     def widths(self, owned: Sequence) -> list[list]:
         """Widths [layers, 5] from one width for each owner; ints, or scalar tensors."""
         flat = [
-            self.layout.size(SELECTIONS[i % len(SELECTIONS)]) if width is None else width
+            self.layout.size(SELECTIONS[i % len(SELECTIONS)], i // len(SELECTIONS)) if width is None else width
             for i, width in enumerate(self.expand(owned))
         ]
         return [flat[i : i + len(SELECTIONS)] for i in range(0, len(flat), len(SELECTIONS))]
@@ -145,9 +145,9 @@ def best_channels(scores: Sequence[torch.Tensor], widths: Sequence[int]) -> list
 
 def masks_by_layer(plan: SelectionMap, owned: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """For each layer its five masks by name, bool [size]."""
+    count = len(SELECTIONS)
     flat = [
-        torch.ones(plan.layout.size(SELECTIONS[i % len(SELECTIONS)]), dtype=torch.bool) if mask is None else mask
+        torch.ones(plan.layout.size(SELECTIONS[i % count], i // count), dtype=torch.bool) if mask is None else mask
         for i, mask in enumerate(plan.expand(owned))
     ]
-    count = len(SELECTIONS)
     return [dict(zip(SELECTIONS, flat[i : i + count], strict=True)) for i in range(0, len(flat), count)]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -39,17 +40,17 @@ def _like(layer):
 
 
 def _is_filled(layer) -> bool:
-    return bool(layer.is_initialized) and bool(layer.get_seq_length() > 0)
+    return isinstance(layer, CacheLayerMixin) and bool(layer.is_initialized) and bool(layer.get_seq_length() > 0)
 
 
-def with_side_layers(cache: Cache | None, config, num_layers: int, places: Sequence[int]) -> Cache:
+def with_side_layers(cache: Cache | None, config, num_layers: int, sources: Sequence[int]) -> Cache:
     """The cache to give to the base: `num_layers` of its own, then one for each side block.
 
     Args:
         cache: the caller's cache, or None for a new dynamic one.
         config: the base's config.
         num_layers: number of the base's blocks.
-        places: the base blocks that have a side block.
+        sources: for each side block the base block whose attention mask it uses.
 
     Raises:
         NotImplementedError: a kind of cache whose layers cannot be mirrored.
@@ -64,13 +65,13 @@ def with_side_layers(cache: Cache | None, config, num_layers: int, places: Seque
             "cache_implementation='dynamic' or 'static'"
         )
     without_side = len(cache.layers) <= num_layers
-    filled = not torch.compiler.is_compiling() and len(cache.layers) > 0 and _is_filled(cache.layers[0])
-    if filled and (len(cache.layers) != num_layers + len(places) or not _is_filled(cache.layers[num_layers])):
+    filled = not torch.compiler.is_compiling() and any(map(_is_filled, cache.layers[:num_layers]))
+    if filled and (len(cache.layers) != num_layers + len(sources) or not _is_filled(cache.layers[num_layers])):
         raise ValueError(
             "past_key_values was filled while this QST adapter was disabled or by another model: it holds no keys and "
             "values of the side network. Start from an empty cache."
         )
     # A DynamicCache made without a config has no layers yet and adds them on demand, also the side network's.
     if without_side and cache.layers:
-        cache.layers.extend(_like(cache.layers[i]) for i in places)
+        cache.layers.extend(_like(cache.layers[source]) for source in sources)
     return cache

@@ -18,7 +18,7 @@ class QSTConfig(MethodConfig):
     """Configuration of quantized side tuning (QST).
 
     A frozen base runs forward only. A side network, `r` times narrower, reads its hidden states and is the only part that
-    is trained. Zhang et al., "Quantized Side Tuning", ACL 2024, arXiv 2401.07159. The defaults learn faster and need less
+    is trained, unless `tail_layers` adds LoRA in the base's last blocks. Zhang et al., "Quantized Side Tuning", ACL 2024, arXiv 2401.07159. The defaults learn faster and need less
     memory than the paper's (fewer and wider side blocks, the readout, `mix`, `tap_storage`, `side_heads`).
     `QSTConfig.paper()` has the paper's settings, `QSTConfig.reference()` those of the authors' code.
 
@@ -33,6 +33,12 @@ class QSTConfig(MethodConfig):
             at zero. 0 leaves it out.
         readout_every (`int`):
             Every how many base blocks their output is read by it, counted from the last.
+        tail_layers (`int`):
+            How many of the last base blocks learn too, by low-rank updates of their linear layers (LoRA). The backward
+            pass runs through these blocks and no further; the side network and the readout read the blocks below them. 0
+            differentiates nothing in the base; the number of blocks, less one, is nearly LoRA in all of it.
+        tail_rank (`int`):
+            Rank of these updates.
         downsample (`str`):
             Map of a hidden state `[batch, seq, hidden]` to `[batch, seq, hidden // r]`: `"linear"`, `"lora"` (two
             factors), `"adapter"` (two factors with SiLU in between), `"maxpool"` or `"avgpool"` (over `r` channels, no
@@ -85,6 +91,8 @@ class QSTConfig(MethodConfig):
     side_every: int = field(default=5, metadata={"help": "Every how many base blocks there is a side block."})
     readout_rank: int = field(default=16, metadata={"help": "Rank of the readout of the base's states; 0: none."})
     readout_every: int = field(default=3, metadata={"help": "Every how many base blocks the readout reads."})
+    tail_layers: int = field(default=0, metadata={"help": "How many of the last base blocks learn by LoRA."})
+    tail_rank: int = field(default=16, metadata={"help": "Rank of LoRA in these blocks."})
     downsample: str = field(default="adapter", metadata={"help": f"One of {', '.join(DOWNSAMPLE_KINDS)}."})
     downsample_rank: int = field(default=16, metadata={"help": "Rank of the lora and adapter downsamplers."})
     downsample_input_norm: bool = field(default=True, metadata={"help": "RMS norm before the downsampling."})
@@ -123,7 +131,9 @@ class QSTConfig(MethodConfig):
         self._require("r", self.r is None or is_count(self.r), "an integer >= 1 or None")
         for name in ("side_every", "readout_every"):
             self._require(name, is_count(getattr(self, name)), "an integer >= 1")
-        self._require("readout_rank", is_count(self.readout_rank, 0), "an integer >= 0")
+        for name in ("readout_rank", "tail_layers"):
+            self._require(name, is_count(getattr(self, name), 0), "an integer >= 0")
+        self._require("tail_rank", is_count(self.tail_rank), "an integer >= 1")
         self._require("downsample", self.downsample in DOWNSAMPLE_KINDS, f"one of {', '.join(DOWNSAMPLE_KINDS)}")
         self._require("downsample_rank", is_count(self.downsample_rank), "an integer >= 1")
         dropout = self.downsample_dropout

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_qst_kernels
+from hf_qst.base_model.decoder_stack import ARCHITECTURES, find_decoder_stack, text_config
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing, nf4_weight
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,13 @@ _TOLERANCE = 5e-3
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
 
 
+class LogitTransform(NamedTuple):
+    """What a model does to the logits of its head: a multiplier, then a cap (None: no cap)."""
+
+    multiplier: float
+    softcap: float | None
+
+
 class LossRequest:
     """The loss arguments of one call, and the output of its decoder stack [batch, seq, d_out].
 
@@ -37,17 +46,21 @@ class LossRequest:
 
     def __init__(self, labels, shift_labels=None, num_items_in_batch=None, ignore_index: int = -100, hidden=None):
         self.hidden: torch.Tensor | None = hidden
+        self.arrived = False  # whether the model has passed it on to its stack
         self.labels = labels
         self.shift_labels = shift_labels
         self.num_items_in_batch = num_items_in_batch
         self.ignore_index = ignore_index
 
-    def loss(self, head: nn.Linear, softcap: float | None) -> torch.Tensor:
-        """The value of `ForCausalLMLoss` for the head's logits."""
+    def loss(self, head: nn.Linear, transform: LogitTransform) -> torch.Tensor:
+        """The value of `ForCausalLMLoss` for the head's logits after their transform."""
         labels = self.shift_labels
         if labels is None:
             labels = nn.functional.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:]
         hidden = self.hidden.to(head.weight.device)
+        if transform.multiplier != 1.0:
+            # A head with a bias is not multiplied: the comparison with the model's own loss would refuse it.
+            hidden = hidden * transform.multiplier
         if getattr(head, "compute_dtype", None) is not None:
             hidden = hidden.to(head.compute_dtype)  # as a 4-bit head does
         total = hf_qst_kernels.linear_cross_entropy(
@@ -56,7 +69,7 @@ class LossRequest:
             labels.to(head.weight.device),
             head.bias,
             ignore_index=self.ignore_index,
-            logit_softcap=softcap,
+            logit_softcap=transform.softcap,
             reduction="mean" if self.num_items_in_batch is None else "sum",
         )
         if self.num_items_in_batch is None:
@@ -161,10 +174,17 @@ class FrozenHeadLoss:
             and "logits_to_keep" not in kwargs
             # TRL's fused head computes its own loss from the decoder stack's output.
             and not kwargs.get("fused_lm_head", False)
+            # A mixture of experts adds a term of its routers to its loss.
+            and not kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
             and kwargs.get("return_dict", getattr(model.config, "return_dict", True)) is not False
             and self.network().chunked_loss
             and self._can_chunk()
         )
+
+    @property
+    def config(self):
+        """Of the language model."""
+        return text_config(self.model.config)
 
     # A compiler takes the result as a constant and does not trace this function.
     @torch.compiler.assume_constant_result
@@ -173,11 +193,13 @@ class FrozenHeadLoss:
         model, head = self.model, self.model.get_output_embeddings()
         if head_weight(head) is None:
             return self._say_once("the head is trained, offloaded, or quantised otherwise than in NF4")
-        path = (model.__dict__.get("forward"), type(model).forward, logit_softcap(model), head)
+        path = (model.__dict__.get("forward"), type(model).forward, logit_transform(model), head)
         if self._tried is None or any(new != old for new, old in zip(path, self._tried, strict=True)):
             self._tried, self._is_plain = path, is_of_transformers(model) and computes_plain_loss(model)
         if not self._is_plain:
-            return self._say_once(f"{type(model).__name__} does more to its hidden states than its head and a softcap")
+            return self._say_once(
+                f"{type(model).__name__} does more to its hidden states than its head, a multiplier and a cap"
+            )
         return True
 
     def _say_once(self, reason: str) -> bool:
@@ -195,9 +217,11 @@ def is_of_transformers(model: nn.Module) -> bool:
     )
 
 
-def logit_softcap(model: nn.Module) -> float | None:
-    """The cap of the model's logits (Gemma 2), or None."""
-    return getattr(model.config, "final_logit_softcapping", None)
+def logit_transform(model: nn.Module) -> LogitTransform:
+    """What its row of the table says of the model's logits."""
+    config = text_config(model.config)
+    row = ARCHITECTURES[config.model_type]
+    return LogitTransform(row.logit_multiplier(config), getattr(config, row.softcap, None))
 
 
 @torch.no_grad()
@@ -205,25 +229,33 @@ def computes_plain_loss(model: nn.Module) -> bool:
     """Whether the model's loss for a few hidden states equals that of `LossRequest`.
 
     Scales, caps and biases of the logits, and anything else that a model does after its decoder stack, change the loss.
+    One token is masked out, since some models leave such tokens out of their loss.
     The hidden states are random and scaled to logits of about `_LARGEST_LOGIT`, where a cap has an effect.
     """
     head = model.get_output_embeddings()
+    if head.in_features != find_decoder_stack(model).output_size:
+        return False
     weight = next(p for p in head.parameters())
     dtype = getattr(head, "compute_dtype", None) or (weight.dtype if weight.is_floating_point() else torch.float32)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 16, head.in_features, generator=generator).to(weight.device, dtype)
     hidden *= _LARGEST_LOGIT / head(hidden).abs().max().clamp_min(1e-6)
     tokens = (torch.arange(16, device=weight.device) % head.out_features)[None]
+    mask = (tokens != 3).long()
     targets = {"labels": tokens, "num_items_in_batch": 15}
     request = LossRequest(**targets, hidden=hidden)
-    expected = request.loss(head, logit_softcap(model))
+    expected = request.loss(head, logit_transform(model))
     try:
-        loss = model.forward(input_ids=tokens, use_cache=False, **targets, **{LOSS_REQUEST: request}).loss
+        loss = model.forward(
+            input_ids=tokens, attention_mask=mask, use_cache=False, **targets, **{LOSS_REQUEST: request}
+        ).loss
     except (AttributeError, TypeError) as error:
         # It reads more of its stack's output, or needs more arguments, than a plain language model.
         logger.info("%s cannot be tried on hidden states alone: %s", type(model).__name__, error)
         return False
-    return loss is not None and bool((loss.float() - expected.float()).abs() <= _TOLERANCE * expected.abs())
+    if loss is None or not request.arrived:
+        return False
+    return bool((loss.float() - expected.float()).abs() <= _TOLERANCE * expected.abs())
 
 
 class _Before:
@@ -252,6 +284,6 @@ class _After:
         request = kwargs.get(LOSS_REQUEST)
         if request is None:
             return None
-        loss = request.loss(model.get_output_embeddings(), logit_softcap(model))
+        loss = request.loss(model.get_output_embeddings(), logit_transform(model))
         values = {name: value for name, value in output.items() if name != "logits"}
         return type(output)(**{**values, "loss": loss})

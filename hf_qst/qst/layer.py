@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from hf_qst.base_model.block_calls import with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack
+from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.qst import continuous_batching
 from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.frozen_head import LOSS_REQUEST
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork, Taps
+from hf_qst.qst.tail import key, linear_layers
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
-# Arguments of a base block that its side block does not get: the hidden state, and arguments for unused caches.
-_NOT_FORWARDED = {
-    "hidden_states",
-    "attention_mask",
-    "position_embeddings",
-    "past_key_values",
-    "layer_past",
-    "use_cache",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "output_attentions",
-    "output_hidden_states",
-}
+# Arguments of a base block that its side block's attention gets too: of packed sequences. Others are the base's own, such
+# as biases for its heads.
+_FORWARDED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options")
 
 
 class SideNetworkMergeError(NotImplementedError):
@@ -42,24 +37,43 @@ class SideNetworkMergeError(NotImplementedError):
         )
 
 
-class _Recorder:
-    """Taps of one forward pass of the base."""
+class _GivenHidden(BaseModelOutputWithPastAndCrossAttentions):
+    """The output of a stack that did not run."""
 
-    def __init__(self, network: SideNetwork, grad: bool):
-        self.network, self.grad = network, grad
+    router_logits = None  # of a mixture of experts
+    shared_kv_states = None  # of Gemma 4
+
+
+class _Recorder:
+    """One forward pass of the base: its taps, and what the side network makes of them."""
+
+    def __init__(self, network: SideNetwork, grad: bool, cache, num_layers: int):
+        self.network, self.grad, self.tail = network, grad, network.tail
+        self.cache, self.num_layers = cache, num_layers
         self.taps = Taps()
 
+    def mixed(self, frozen: torch.Tensor) -> torch.Tensor:
+        """The last state of the base's frozen part [batch, seq, d] mixed with the side network's output."""
+        side = self.network(self.taps, self.cache, self.num_layers)
+        return self.network.mix(frozen.detach(), side.to(frozen.device))
+
+    def reads(self, index: int) -> bool:
+        """Whether anything of base block `index` is kept."""
+        return index in self.network.read_blocks
+
     def record(self, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext) -> None:
+        if not self.grad:
+            return self.network.record(self.taps, index, entering, leaving, context)
         # The base runs without gradients, but a trainable downsampler needs them for its weight.
-        with torch.set_grad_enabled(self.grad):
+        with torch.enable_grad():
             self.network.record(self.taps, index, entering.detach(), leaving.detach(), context)
 
 
 class _BlockHook:
     """Forward hook of base block `index`. A class, not a closure, so that models can be pickled and copied."""
 
-    def __init__(self, index: int, block: nn.Module, tape: RunningForward):
-        self.index = index
+    def __init__(self, index: int, block: nn.Module, tape: RunningForward, state: Callable):
+        self.index, self.state = index, state
         self.tape = tape
         self.parameters = [
             p.name
@@ -69,23 +83,55 @@ class _BlockHook:
 
     def __call__(self, block, args, kwargs, output):
         recorder = self.tape.current
-        if recorder is None:
+        if recorder is None or not recorder.reads(self.index):
             return
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        entering = arguments["hidden_states"]
+        entering = arguments.pop(self.parameters[0])
         context = BlockContext(
             attention_mask=arguments.get("attention_mask"),
             position_embeddings=arguments.get("position_embeddings"),
-            attention_kwargs={k: v for k, v in arguments.items() if k not in _NOT_FORWARDED},
+            attention_kwargs={k: arguments[k] for k in _FORWARDED if k in arguments},
             hidden_dtype=entering.dtype,
         )
-        recorder.record(self.index, entering, output[0] if isinstance(output, tuple) else output, context)
+        leaving = output[0] if isinstance(output, (tuple, list)) else output
+        recorder.record(self.index, self.state(entering), self.state(leaving), context)
+
+
+class _TailStart:
+    """Forward pre-hook of base block `index`: the tail's first block reads the mix, and with it the gradients start.
+
+    `QSTLayer` runs the base without gradients and restores the caller's mode after it.
+    """
+
+    def __init__(self, index: int, tape: RunningForward):
+        self.index, self.tape = index, tape
+
+    def __call__(self, block, args, kwargs):
+        recorder = self.tape.current
+        if recorder is None or recorder.tail is None or recorder.tail.first != self.index:
+            return None
+        torch.set_grad_enabled(recorder.grad)
+        return with_first_argument(args, kwargs, recorder.mixed)
+
+
+class _TailUpdate:
+    """Forward hook of a linear layer in a tail: adds its low-rank update."""
+
+    def __init__(self, name: str, tape: RunningForward):
+        self.name, self.tape = name, tape
+
+    def __call__(self, linear, args, output):
+        recorder = self.tape.current
+        if recorder is None or recorder.tail is None:
+            return None
+        update = recorder.tail.update(self.name, args[0])
+        return None if update is None else output + update.to(output.device, output.dtype)
 
 
 class QSTLayer(StackLayer):
-    """Wraps a decoder stack and mixes its output with that of a side network.
+    """Wraps a decoder stack and mixes its output, or the state that enters its tail, with that of a side network.
 
-    The stack runs in evaluation mode and without gradients.
+    The stack runs in evaluation mode, and without gradients but for the blocks of a tail.
     """
 
     adapter_layer_names = ("qst_net",)
@@ -94,17 +140,38 @@ class QSTLayer(StackLayer):
 
     def __init__(self, base_layer: nn.Module, stack: DecoderStack):
         super().__init__(base_layer)
-        self.num_layers = len(stack.blocks)
+        self.block_path = stack.architecture.blocks
+        self.hooked_from = len(stack.blocks)  # the first block with the hooks of a tail
+        # Of a cache for the base alone; a block may have two of them.
+        self.num_layers = max(len(stack.blocks), len(DynamicCache(config=stack.module.config).layers))
         self.tape = RunningForward()
         self.hook_handles = [
-            block.register_forward_hook(_BlockHook(i, block, self.tape), with_kwargs=True)
+            block.register_forward_hook(_BlockHook(i, block, self.tape, stack.architecture.state), with_kwargs=True)
             for i, block in enumerate(stack.blocks)
         ]
 
+    def update_layer(self, adapter_name: str, network: SideNetwork, inference_mode: bool) -> None:
+        super().update_layer(adapter_name, network, inference_mode)
+        if network.tail is not None:
+            self._hook_tail(network.tail.first)
+
+    def _hook_tail(self, first: int) -> None:
+        blocks = getattr(self.base_layer, self.block_path)
+        for i in range(first, self.hooked_from):
+            start = _TailStart(i, self.tape)
+            self.hook_handles.append(blocks[i].register_forward_pre_hook(start, with_kwargs=True))
+            for path, linear in linear_layers(blocks[i]):
+                self.hook_handles.append(linear.register_forward_hook(_TailUpdate(key(i, path), self.tape)))
+            # bitsandbytes' packed layout on a CPU has no backward pass.
+            self.hook_handles.append(forbid_packing(blocks[i]))
+        self.hooked_from = min(first, self.hooked_from)
+
     def forward(self, *args, **kwargs):
         request = kwargs.pop(LOSS_REQUEST, None)
+        if request is not None:
+            request.arrived = True
         if request is not None and request.hidden is not None:
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=request.hidden)
+            return _GivenHidden(last_hidden_state=request.hidden)
         network = self.active_network()
         if network is None:
             output = self.base_layer(*args, **kwargs)
@@ -119,17 +186,16 @@ class QSTLayer(StackLayer):
             # The paged cache of continuous batching, which transformers passes through to each attention.
             raise NotImplementedError(continuous_batching.MESSAGE)
         config = self.base_layer.config
+        kwargs.pop("logits_to_keep", None)  # Gemma 4 leaves the other tokens out of its last blocks
         cache = kwargs.get("past_key_values")
         if kwargs["use_cache"] or cache is not None:
-            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.places)
+            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.sources)
 
-        recorder = _Recorder(network, torch.is_grad_enabled())
+        recorder = _Recorder(network, torch.is_grad_enabled(), cache, self.num_layers)
         with self.tape.using(recorder), torch.no_grad():
             output = self.base_layer(**kwargs)
 
-        base = output[0].detach()
-        side = network(recorder.taps, cache, self.num_layers)
-        return with_last_hidden_state(output, network.mix(base, side.to(base.device)))
+        return output if recorder.tail is not None else with_last_hidden_state(output, recorder.mixed(output[0]))
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from hf_qst.base_model.architecture import one_stream
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
-from hf_qst.base_model.packed_weights import keep_packed_weights
+from hf_qst.base_model.packed_weights import find_packed, keep_packed_weights
 from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
 from hf_qst.qst.layer import QSTLayer
@@ -32,6 +33,23 @@ class QSTModel(StackTuner):
         return peft_config
 
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
+        if peft_config.tail_layers >= len(stack.blocks):
+            raise ValueError(
+                f"QSTConfig.tail_layers must be less than the number of blocks of the base, {len(stack.blocks)}, got "
+                f"{peft_config.tail_layers}: the side network reads those below. For LoRA in all blocks use PEFT's LoraConfig."
+            )
+        if peft_config.tail_layers and stack.architecture.state is not one_stream:
+            raise ValueError(
+                f"QSTConfig.tail_layers must be 0 for {stack.model_type}, got {peft_config.tail_layers}: its blocks have several "
+                "residual streams, and the side network's output is mixed into one"
+            )
+        tail = stack.blocks[len(stack.blocks) - peft_config.tail_layers :]
+        if not peft_config.inference_mode and (packed := find_packed(tail)) is not None:
+            raise ValueError(
+                f"QSTConfig.tail_layers={peft_config.tail_layers}: bitsandbytes has packed the 4-bit weights of the tail "
+                f"({packed!r}) for a kernel without backward, as it does at a model's first forward in evaluation mode on "
+                "this processor: load the base again and wrap it before it runs"
+            )
         inside = [name for name, _ in stack.module.named_modules()]
         for wanted in peft_config.modules_to_save or ():
             if any(name == wanted or name.endswith(f".{wanted}") for name in inside):

@@ -34,12 +34,16 @@ class BlockContext:
     # Rotary tables at the side network's size, shared by the blocks of one forward pass.
     side_tables: dict = field(default_factory=dict)
 
-    def rotary(self, rotary_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [batch, seq, 1, rotary_dim]."""
+    def rotary(
+        self, spec: BlockSpec, device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin [batch, seq, 1, rotary_dim] for a side block; None for one without positions."""
+        if not spec.rotary_dim or self.position_embeddings is None:
+            return None
         key = id(self.position_embeddings), device, dtype
         if torch.compiler.is_compiling() or key not in self.side_tables:
-            tables = side_rotary(self.position_embeddings, rotary_dim)
-            tables = tuple(table.to(device, dtype).unsqueeze(2) for table in tables)
+            tables = side_rotary(self.position_embeddings, spec)
+            tables = tuple(table.to(device, dtype).unsqueeze(-2) for table in tables)
             if torch.compiler.is_compiling():
                 return tables
             self.side_tables[key] = tables
@@ -113,17 +117,28 @@ def _can_rotate(base: BlockSpec, head_dim: int) -> bool:
     return head_dim % 2 == 0 and base.rotary_dim % (2 * part) == 0
 
 
-def side_rotary(tables: tuple[torch.Tensor, torch.Tensor], rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary tables of a smaller head from the base's [batch, seq, base rotary_dim].
+def side_rotary(tables, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary tables [batch, seq, spec.rotary_dim] of a smaller head, from the base's in the layout `spec.rotary`.
 
     Frequency j of a head of n channels is theta ** (-2j / n). So a head of n / k channels has every k-th frequency of the
-    base; scaled variants are sub-sampled in the same way.
+    base; scaled variants are sub-sampled in the same way. The side network rotates halves, whatever its base does: its
+    queries and keys are its own.
     """
-    if tables[0].shape[-1] == rotary_dim:
+    wanted = spec.rotary_dim // 2
+    frequencies = _frequencies(tables, spec)
+    part = max(1, frequencies[0].shape[-1] // wanted)
+    return tuple(torch.cat((t[..., ::part][..., :wanted],) * 2, dim=-1) for t in frequencies)
+
+
+def _frequencies(tables, spec: BlockSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [batch, seq, n / 2] of a base head's n rotated channels, each frequency once."""
+    if spec.rotary == "complex":
+        return tables.real, tables.imag
+    if spec.rotary == "half":
         return tables
-    half = tables[0].shape[-1] // 2
-    part = half // (rotary_dim // 2)
-    return tuple(torch.cat((t[..., :half:part],) * 2, dim=-1) for t in tables)
+    if spec.rotary == "interleaved":
+        return tuple(t[..., ::2] for t in tables)
+    return tuple(t[..., : t.shape[-1] // 2] for t in tables)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -172,8 +187,8 @@ class SideAttention(nn.Module):
         )
         if self.q_norm is not None:
             query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
-        if self.spec.rotary_dim:
-            tables = context.rotary(self.spec.rotary_dim, query.device, query.dtype)
+        tables = context.rotary(self.spec, query.device, query.dtype)
+        if tables is not None:
             query, key = _rotate(query, *tables), _rotate(key, *tables)
         return self.o_proj(self.attend(query, key, value, context, cache, layer_idx))
 
@@ -186,6 +201,8 @@ class SideAttention(nn.Module):
 
         mask, kind = context.attention_mask, self.config._attn_implementation
         if isinstance(mask, torch.Tensor):
+            # Some bases give one mask for each of their heads; the side network has other heads.
+            mask = mask[:, :1] if mask.dim() == 4 else mask
             mask = mask.to(query.device, query.dtype if mask.is_floating_point() else mask.dtype)
         result_dtype = query.dtype
         if kind in ("eager", "sdpa"):
@@ -295,10 +312,9 @@ class SideBlock(nn.Module):
 
     def _fused(self, hidden, context: BlockContext, cache, layer_idx: int, recompute_mlp: bool) -> torch.Tensor:
         """The same function in three autograd nodes and the attention."""
-        a, spec, tables = self.attention, self.attention.spec, None
+        a, spec = self.attention, self.attention.spec
         layers = [a.q_proj, a.k_proj, a.v_proj]
-        if spec.rotary_dim:
-            tables = context.rotary(spec.rotary_dim, hidden.device, fused_block.product_dtype(hidden))
+        tables = context.rotary(spec, hidden.device, fused_block.product_dtype(hidden))
         # A norm per head lies between projection and rotation.
         inside = None if spec.qk_norm else tables
         query, key, value = fused_block.heads(hidden, self.attention_norm, layers, spec.head_dim, inside)

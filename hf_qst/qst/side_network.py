@@ -5,6 +5,8 @@
     g_i = B_i(u_i)                                                            i in S
     h_out = mix(N_f(h_L), U(N_g(g_L)) + R concat_i(A_i rms(h_i)))             i in T
 
+With a tail of k blocks (`hf_qst.qst.tail`), S and T are among the L - k blocks below it, and the mix is of h_{L-k}, the state
+that enters it, in place of N_f(h_L).
 h_0 is the input of the base's first block, h_i the output of its block i, and N_f its final norm (paper, section 3 and
 figure 2). h_0 shares the first downsampler. In the paper S is every block and T is empty. By default S is every fifth
 block, with wider side blocks in turn. The readout (A, R) adds a low-rank function of every third state to the output: it
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.qst.downsample import make_downsample, rms
 from hf_qst.qst.side_block import BlockContext, SideBlock, make_norm, side_spec
+from hf_qst.qst.tail import Tail
 from hf_qst_kernels import decisions, dispatch, tap_linear
 
 
@@ -62,12 +65,12 @@ class Taps:
     """What a side network keeps of one base forward.
 
     `embedding` and `side` are for the downsamplers, of the state entering the first block and of the outputs of the
-    blocks with a side block; `readout` is for the readout; `contexts` are what the base gave the former blocks.
+    blocks with a side block; `readout` is for the readout; `contexts` are, by base block, what the base gave it.
     """
 
     embedding: torch.Tensor | None = None
     side: list[torch.Tensor] = field(default_factory=list)
-    contexts: list[BlockContext] = field(default_factory=list)
+    contexts: dict[int, BlockContext] = field(default_factory=dict)
     readout: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -170,25 +173,35 @@ class SideNetwork(nn.Module):
         self.checkpointing = config.side_checkpointing
         self.chunked_loss = config.chunked_loss
         gate_size = 1 if config.gate_shape == "scalar" else spec.hidden_size
-        mix_size = 1 if config.mix_shape == "scalar" else stack.output_size
+        output_size = base.hidden_size if config.tail_layers else stack.output_size
+        mix_size = 1 if config.mix_shape == "scalar" else output_size
 
-        self.places = every(config.side_every, len(stack.blocks))
+        read = len(stack.blocks) - config.tail_layers
+        self.places = every(config.side_every, read)
         self.downsample = nn.ModuleList()
         self.gates = nn.ModuleList()
         self.blocks = nn.ModuleList()
-        for i in self.places:
-            attention = getattr(stack.blocks[i], stack.architecture.attention)
+        sources = stack.attention_sources()
+        # The base block whose mask and positions each side block uses: its own, if that attends.
+        self.sources = [sources[i] for i in self.places]
+        for source in self.sources:
+            attention = dict(stack.blocks[source].named_modules()).get(stack.architecture.attention)
             window = getattr(attention, "sliding_window", None)
             self.downsample.append(make_downsample(config, base.hidden_size, spec.hidden_size))
             self.gates.append(Float32Parameter(gate_size, config.gate_init))
             self.blocks.append(SideBlock(spec, stack.module.config, window))
         self.readout = None
         if config.readout_rank:
-            read = every(config.readout_every, len(stack.blocks))
-            sizes = base.hidden_size, stack.output_size, config.readout_rank
-            self.readout = Readout(read, *sizes, config.tap_storage, zero=config.init_weights)
+            sizes = base.hidden_size, output_size, config.readout_rank
+            places = every(config.readout_every, read)
+            self.readout = Readout(places, *sizes, config.tap_storage, zero=config.init_weights)
+        # The input of the first block is read too.
+        self.read_blocks = {0, *self.places, *([] if self.readout is None else map(int, self.readout.down))}
+        self.tail = None
+        if config.tail_layers:
+            self.tail = Tail(stack.blocks, read, config.tail_rank, zero=config.init_weights)
         self.norm = make_norm(spec.norm, spec.hidden_size, spec.norm_eps)
-        self.upsample = nn.Linear(spec.hidden_size, stack.output_size, bias=True)
+        self.upsample = nn.Linear(spec.hidden_size, output_size, bias=True)
         self.mix = OutputMix(config.mix, mix_size, config.mix_lr_scale)
         if not config.init_weights:
             nn.init.normal_(self.mix.alpha.value, std=0.1)  # mix="paper" starts where the side network has no weight
@@ -200,17 +213,21 @@ class SideNetwork(nn.Module):
         self.place(stack)
 
     def place(self, stack: DecoderStack) -> None:
-        """Put the parts for base block i on that block's device, the rest with the last block."""
+        """Put the parts for base block i on that block's device, the rest with the last block that is read."""
         devices = [next(block.parameters()).device for block in stack.blocks]
         for j, i in enumerate(self.places):
             for part in (self.downsample[j], self.gates[j], self.blocks[j]):
                 _move(part, devices[i])
+        last = devices[self.places[-1]]
         for part in (self.norm, self.upsample, self.mix):
-            _move(part, devices[-1])
+            _move(part, last)
         if self.readout is not None:
             for i, down in self.readout.down.items():
                 _move(down, devices[int(i)])
-            _move(self.readout.up, devices[-1])
+            _move(self.readout.up, last)
+        if self.tail is not None:
+            for name, update in self.tail.updates.items():
+                _move(update, devices[int(name.partition("_")[0])])
 
     def cast(self, dtype: torch.dtype) -> None:
         """Cast all parameters, also those that otherwise stay float32."""
@@ -225,9 +242,10 @@ class SideNetwork(nn.Module):
             # Under a device map the first state may still be on the device before the block's.
             taps.embedding = self.downsample[0].tap(entering.to(self.gates[0].value.device))
         reads = None if self.readout is None else self.readout.weight(index)
+        if index in self.sources:
+            taps.contexts[index] = context
         if index in self.places:
             downsample = self.downsample[self.places.index(index)]
-            taps.contexts.append(context)
             if reads is None:
                 taps.side.append(downsample.tap(leaving))
             else:
@@ -250,9 +268,10 @@ class SideNetwork(nn.Module):
         recompute = self.checkpointing if cache is None and torch.is_grad_enabled() else False
         side = self.downsample[0].finish(taps.embedding)
         tables = {}
-        for context in taps.contexts:
+        contexts = [taps.contexts[source] for source in self.sources]
+        for context in contexts:
             context.side_tables = tables
-        for i, (tapped, context) in enumerate(zip(taps.side, taps.contexts, strict=True)):
+        for i, (tapped, context) in enumerate(zip(taps.side, contexts, strict=True)):
             # Decided here, because a recomputed step must save the same tensors as the first time.
             fused = self._fuses(i, side)
             if recompute is True:

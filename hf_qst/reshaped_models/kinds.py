@@ -112,7 +112,8 @@ def _checked_description(path: str, module: nn.Module) -> dict:
             f"module {path!r} ({type(module).__name__}) is itself an nn.Linear or Conv1D; a kind must hold one instead"
         )
     for name, part in module.named_modules(prefix=path):
-        if part._non_persistent_buffers_set:
+        # An architecture's own module makes such a buffer anew, from its configuration.
+        if part._non_persistent_buffers_set and not type(part).__module__.startswith("transformers.models."):
             raise ReshapedModelError(
                 f"buffer {name}.{min(part._non_persistent_buffers_set)} of kind {description['kind']!r} would not be "
                 "saved; register it with persistent=True"

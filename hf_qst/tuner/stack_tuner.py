@@ -173,8 +173,8 @@ class StackTuner(ManifestTuner):
 
     def _prepare_adapter_config(self, peft_config, model_config):
         stack = find_decoder_stack(self.model)
-        self._check_stack(peft_config, stack)
         self._check_base(peft_config)
+        self._check_stack(peft_config, stack)
         peft_config.target_modules = {stack.path}
         dropout = _dropout_rates(stack.module.config)
         if dropout and not peft_config.inference_mode:

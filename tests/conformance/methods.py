@@ -95,6 +95,12 @@ LINES = {
         refuses=dict.fromkeys(["merge_and_unload", "merge_adapter"], SideNetworkMergeError),
         edit=lambda values: values.update(r=2),
     ),
+    "qst_tail": Line(
+        QSTConfig,
+        lambda: {"r": 4, "downsample_rank": 4, "tail_layers": 1, "tail_rank": 4},
+        refuses=dict.fromkeys(["merge_and_unload", "merge_adapter"], SideNetworkMergeError),
+        edit=lambda values: values.update(tail_rank=2),
+    ),
     "disp": Line(
         DISPConfig, identity={"keep_ratio": 1.0}, edit=lambda values: values.update(hypernetwork_input_size=16)
     ),

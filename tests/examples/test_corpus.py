@@ -170,3 +170,21 @@ def test_n_gram_loss_counts_the_tokens_of_the_blocks():
     assert model.loss(held, 10, np.array([2])) == pytest.approx(each[21:30].mean())
     with pytest.raises(ValueError, match="outside 0 to vocab - 1 = 3"):
         KneserNey(ids, 4)
+
+
+def test_a_kept_model_is_made_once_and_whole(cache):
+    calls = []
+
+    def save(folder):
+        folder.mkdir()
+        (folder / "weights").write_text("half")
+        calls.append(folder)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        corpus.kept_model("some", save)
+    assert list((cache / "models").iterdir()) == []
+    for _ in range(2):
+        assert corpus.kept_model("some", save) == cache / "models" / "some"
+    assert len(calls) == 2 and [path.name for path in (cache / "models").iterdir()] == ["some"]

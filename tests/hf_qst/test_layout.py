@@ -111,6 +111,7 @@ def test_folders_import_one_way():
         "errors.py",
         "version.py",
         "decoder_stack.py",
+        "supported.py",
     }
     for name, path in files.items():
         package, *inside = name.split(".")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,28 +63,93 @@ class _Call:
 
 
 def _record(
-    run: CalibrationRun, blocks: Sequence[nn.Module], batches: Sequence[Mapping]
+    run: CalibrationRun, blocks: str, batches: Sequence[Mapping]
 ) -> tuple[list[list[_Call]], list[torch.Tensor]]:
-    """The calls of every block by batch, and the hidden state that enters the first."""
-    calls: list[list[_Call]] = []
+    """The calls of every block by batch, and the hidden state that enters the first.
+
+    The blocks themselves run only where their calls depend on what they compute.
+    """
+    layers = list(run.model.get_submodule(blocks))
+    trial = run.first_sample(run.enter(batches[0]))
+    real, _, outputs = _calls(run, layers, trial)
+    made = enumerate(zip(layers, outputs, strict=False))
+    stand_ins = {f"{blocks}.{i}": _PassedOn(layer, type(output)) for i, (layer, output) in made}
+    skipped = all(_is_state(output) for output in outputs) and len(outputs) == len(layers)
+    if skipped:
+        with installed(run.model, stand_ins):
+            passed, _, _ = _calls(run, list(stand_ins.values()), trial)
+        skipped = _same(real, passed)
+    found = []
+    with installed(run.model, stand_ins) if skipped else nullcontext():
+        for batch in batches:
+            found.append(_calls(run, list(stand_ins.values()) if skipped else layers, run.enter(batch)))
+    return [calls for calls, _, _ in found], [state for _, state, _ in found]
+
+
+class _StandIn(nn.Module):
+    """Stands in the place of a module and has its attributes."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+class _PassedOn(_StandIn):
+    """Gives the hidden state of a block as it is, in the form of the block's output."""
+
+    def __init__(self, block: nn.Module, form: type):
+        super().__init__(block)
+        self.form = form
+
+    def forward(self, *args, **kwargs):
+        state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return (state,) if self.form is tuple else state
+
+
+def _is_state(output) -> bool:
+    """Whether a block gave a hidden state and nothing else."""
+    return torch.is_tensor(output) or (isinstance(output, tuple) and len(output) == 1)
+
+
+def _same(one, other) -> bool:
+    """Whether two calls, or lists and mappings of their arguments, are equal; tensors by their values."""
+    if torch.is_tensor(one):
+        return torch.is_tensor(other) and torch.equal(one, other)
+    if isinstance(one, _Call):
+        return _same((one.args, one.kwargs), (other.args, other.kwargs))
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return one is other or one == other
+
+
+def _calls(run: CalibrationRun, blocks: Sequence[nn.Module], inputs: dict) -> tuple[list[_Call], torch.Tensor, list]:
+    """Each block's call in one run, the hidden state that enters the first, and the blocks' outputs."""
+    calls: list[_Call] = []
     states: list[torch.Tensor] = []
+    outputs: list = []
 
     def record(block, args, kwargs):
-        if block is blocks[0]:
-            states.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        states.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
         kept = {**kwargs, "hidden_states": None} if "hidden_states" in kwargs else kwargs
-        calls[-1].append(_Call((None, *args[1:]) if args else args, kept))
+        calls.append(_Call((None, *args[1:]) if args else args, kept))
+
+    def keep(block, args, output):
+        outputs.append(output)
         if block is blocks[-1]:
             raise _Reached
 
-    with hooks(block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks):
-        for batch in batches:
-            calls.append([])
-            try:
-                run(batch)
-            except _Reached:
-                continue
-    return calls, states
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    with hooks([*handles, *(block.register_forward_hook(keep) for block in blocks)]), suppress(_Reached):
+        run.run_inputs(inputs)
+    return calls, states[0], outputs
 
 
 def replace_in_order(
@@ -95,38 +161,40 @@ def replace_in_order(
 ) -> dict[str, nn.Module]:
     """Fit the replacement of each group of layers to what it is given when those before it are already replaced.
 
-    Hidden states of both streams are kept between blocks, [tokens, hidden] each, and one block runs at a time. The
-    model itself is as before at the end, also after an error.
+    Hidden states of both streams are kept between blocks, [tokens, hidden] each, and one block runs at a time. Within a
+    block the dense stream runs once, and its inputs of the groups are kept; the compressed stream runs once for each
+    group and does not compute again what modules gave whose layers are all replaced. The model itself is as before at the
+    end, also after an error.
 
     Args:
         weights: with the model whose layers are replaced, and the dense model.
         blocks (`str`, *optional*):
             Path of the list of blocks that holds all the groups; without it, the models run whole for each group.
         groups: names of layers with one input, in the order in which they run.
-        calibration: model inputs.
+        calibration: model inputs. What of a block's inputs and outputs does not fit its `memory_limit` is computed again.
         fitting: makes the replacements.
     """
-    model, reference, batches = weights.model, weights.reference, calibration.batches
-    sides = [_Side(one, blocks, groups, batches) for one in (reference, model)]
-    dense, compressed = sides
+    model, reference = weights.model, weights.reference
+    whole = blocks is None
+    dense = (_Stream if whole else _DenseBlocks)(reference, blocks, groups, weights.names, calibration)
+    compressed = (_Stream if whole else _CompressedBlocks)(model, blocks, groups, weights.names, calibration)
     built: dict[str, nn.Module] = {}
     last = max(i for i, own in enumerate(dense.groups) if own)
     limit = calibration.memory_limit or _EXPERTS_BYTES
 
-    def collect(stage: Sequence[Group], segment: int, replaced: Mapping[str, nn.Module]) -> dict[str, Inputs]:
+    def collect(stage: Sequence[Group], segment: int) -> dict[str, Inputs]:
         pool = pool_of(model, stage[0][0])
         names = [group[0] for group in stage] + ([] if pool is None else [pool])
         found = {name: fitting.inputs(name) for name in names}
         experts = enclosing_experts(model, stage[0][0])
-        for number in range(len(batches)):
+        for number in range(len(calibration.batches)):
             others = dense.inputs(names, segment, number)
             if not others:
                 continue  # a batch without images has nothing for a vision layer
-            routing = None if experts is None else reference.get_submodule(experts[0]).last_routing
-            with installed(model, replaced), _routed(experts, routing):
-                rows = compressed.inputs(names, segment, number)
-            for name, other in others.items():
-                found[name].add_pair(rows[name], other.to(rows[name].device))
+            with _routed(experts, None if experts is None else dense.routing(experts[0], number)):
+                rows = compressed.inputs(list(others), segment, number)
+            for name, seen in rows.items():
+                found[name].add_pair(seen, others[name].to(seen.device))
         return found
 
     with (
@@ -134,21 +202,20 @@ def replace_in_order(
         calibration_mode(model),
         tqdm(total=len(groups), desc="compression", unit="group", disable=not calibration.progress) as bar,
     ):
-        for side in sides:
-            side.begin()
+        dense.begin()
+        compressed.begin(dense if reference is model else None)
         for i, own in enumerate(dense.groups[: last + 1]):
-            replaced: dict[str, nn.Module] = {}
             for stage in _stages(model, own, limit):
-                found = collect(stage, i, dict(replaced))
-                pool = found.get(pool_of(model, stage[0][0]))
+                found = collect(stage, i)
+                pool, replaced = found.get(pool_of(model, stage[0][0])), {}
                 for group in stage:
-                    replaced.update(fitting.fit(group, found.pop(group[0]), pool))
+                    replaced |= fitting.fit(group, found.pop(group[0]), pool)
+                compressed.replace(i, replaced)
+                built |= replaced
                 bar.update(len(stage))
             if i < last:
                 dense.advance(i)
-                with installed(model, replaced):
-                    compressed.advance(i)
-            built.update(replaced)
+                compressed.advance(i)
     return built
 
 
@@ -182,28 +249,43 @@ def _stages(model: nn.Module, groups: Sequence[Group], limit: int) -> Iterator[l
             yield stage[start : start + count]
 
 
-class _Side:
-    """One of the two streams: a model, the block it has come to, and the hidden state of each batch there."""
+class _Stream:
+    """One of the two streams: a model, the block it has come to, and the hidden state of each batch there.
 
-    def __init__(self, model: nn.Module, blocks: str | None, groups: Sequence[Group], batches: Sequence[Mapping]):
-        self.model, self.batches = model, batches
-        names = [name for group in groups for name in group]
-        pools = {pool_of(model, group[0]) for group in groups} - {None}
-        self.run = CalibrationRun(model, [*names, *sorted(pools)])
-        self.run.prepare(batches)
+    Without blocks there is one segment, the model, and no hidden state on the way.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: str | None,
+        groups: Sequence[Group],
+        targets: Sequence[str],
+        calibration: CalibrationSet,
+    ):
+        self.model, self.blocks, self.batches = model, blocks, calibration.batches
+        # What all experts of a layer read is asked for too.
+        pools = {pool_of(model, name) for name in targets} - {None}
+        self.targets, self.run = targets, calibration.run_of(model, {*targets, *pools})
+        self.replaced: dict[str, nn.Module] = {}
+        # Bytes that may still be kept in this segment.
+        self.limit = self.room = math.inf if calibration.memory_limit is None else calibration.memory_limit
         if blocks is None:
             self.segments, self.groups = [model], [list(groups)]
-        else:
-            self.segments = list(model.get_submodule(blocks))
-            self.groups = [[g for g in groups if g[0].startswith(f"{blocks}.{i}.")] for i in range(len(self.segments))]
+            return
+        self.segments = list(model.get_submodule(blocks))
+        self.paths = [f"{blocks}.{i}." for i in range(len(self.segments))]
+        self.groups = [[group for group in groups if group[0].startswith(path)] for path in self.paths]
 
-    def begin(self) -> None:
-        if self.segments == [self.model]:
-            # Without blocks there is one segment, the model, and no hidden state on the way.
+    def begin(self, like: _Stream | None = None) -> None:
+        """Go to the first segment; `like` is another stream of the same model that is there."""
+        if like is not None:
+            self.calls, self.states = like.calls, list(like.states)
+        elif self.blocks is None:
             self.calls = [[lambda model, hidden, batch=batch: self.run(batch)] for batch in self.batches]
             self.states = [None] * len(self.batches)
         else:
-            self.calls, self.states = _record(self.run, self.segments, self.batches)
+            self.calls, self.states = _record(self.run, self.blocks, self.batches)
 
     def inputs(self, names: Sequence[str], segment: int, number: int) -> dict[str, torch.Tensor]:
         """Rows [n, d] that these modules of a segment see of this batch, by name; of those that the batch reaches."""
@@ -219,13 +301,197 @@ class _Side:
 
         self.run.enter(self.batches[number])
         modules = [(name, self.model.get_submodule(name)) for name in names]
-        with hooks(module.register_forward_pre_hook(capture(name), with_kwargs=True) for name, module in modules):
-            try:
-                self.calls[number][segment](self.segments[segment], self.states[number])
-            except _Reached:
-                return captured
+        watch = [module.register_forward_pre_hook(capture(name), with_kwargs=True) for name, module in modules]
+        with self.in_place(number), hooks(watch), suppress(_Reached):
+            self._call(segment, number)
         return captured
 
+    def routing(self, experts: str, number: int) -> torch.Tensor:
+        """The experts [tokens, k] that the layer at this path chose for the batch that `inputs` was asked for last."""
+        return self.model.get_submodule(experts).last_routing
+
+    def _call(self, segment: int, number: int) -> torch.Tensor:
+        return self.calls[number][segment](self.segments[segment], self.states[number])
+
+    def in_place(self, number: int):
+        """The modules that stand in the place of the model's own when this batch runs."""
+        return installed(self.model, self.replaced)
+
+    def replace(self, segment: int, modules: Mapping[str, nn.Module]) -> None:
+        self.replaced.update(modules)
+
     def advance(self, segment: int) -> None:
-        block = self.segments[segment]
-        self.states = [call[segment](block, state) for call, state in zip(self.calls, self.states, strict=True)]
+        """Take the hidden states to the next block."""
+        for number in range(len(self.batches)):
+            with self.in_place(number):
+                self.states[number] = self._call(segment, number)
+        self.replaced, self.room = {}, self.limit
+
+    def take(self, size: int) -> bool:
+        """Whether there is room to keep so many bytes, which is then theirs."""
+        if size > self.room:
+            return False
+        self.room -= size
+        return True
+
+
+def _tensors(values) -> list[torch.Tensor]:
+    return [each for each in (values if isinstance(values, (tuple, list)) else (values,)) if torch.is_tensor(each)]
+
+
+def _versions(values) -> list[int]:
+    """How often each tensor was changed in place; not known of those made in inference mode."""
+    return [0 if each.is_inference() else each._version for each in _tensors(values)]
+
+
+class _DenseBlocks(_Stream):
+    """The dense stream: each block runs once, and the inputs of all its groups are kept until they are asked for."""
+
+    def begin(self, like: _Stream | None = None) -> None:
+        super().begin(like)
+        self.seen: dict[tuple[str, int], torch.Tensor | None] = {}
+        self.following: list[torch.Tensor | None] = [None] * len(self.batches)
+        self.chosen: dict[tuple[str, int], torch.Tensor] = {}
+
+    def inputs(self, names: Sequence[str], segment: int, number: int) -> dict[str, torch.Tensor]:
+        if self.following[number] is None:
+            self._watch(segment, number)
+        found = {name: self.seen.pop((name, number)) for name in names if (name, number) in self.seen}
+        if again := [name for name in names if name not in found]:
+            found |= super().inputs(again, segment, number)
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+    def routing(self, experts: str, number: int) -> torch.Tensor:
+        return self.chosen[experts, number]
+
+    def _watch(self, segment: int, number: int) -> None:
+        """Run the block, and keep the inputs for which there is room."""
+        self.run.enter(self.batches[number])
+        unreached = {group[0] for group in self.groups[segment]}
+        unreached |= {pool_of(self.model, name) for name in unreached} - {None}
+
+        def keep(name: str):
+            def hook(module, args, kwargs):
+                if name in unreached:
+                    unreached.remove(name)
+                    rows = self.run.rows(name, first_input(args, kwargs))[0]
+                    if self.take(rows.numel() * rows.element_size()):
+                        self.seen[name, number] = rows
+
+            return hook
+
+        watched = [(self.model.get_submodule(name), keep(name)) for name in unreached]
+        with hooks(module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in watched):
+            self.following[number] = self._call(segment, number)
+        self.seen.update({(name, number): None for name in unreached})
+        for path, module in self.segments[segment].named_modules():
+            if isinstance(module, SplitExperts):
+                self.chosen[f"{self.paths[segment]}{path}", number] = module.last_routing
+
+    def advance(self, segment: int) -> None:
+        if not self.groups[segment]:
+            super().advance(segment)
+            return
+        self.states, self.following = self.following, [None] * len(self.batches)
+        self.seen, self.chosen, self.room = {}, {}, self.limit
+
+
+class _CompressedBlocks(_Stream):
+    """The compressed stream: what a module gave whose layers are all final is kept until the block is done.
+
+    A run ends where the first layer is that is not final, so that everything before it is.
+    """
+
+    def begin(self, like: _Stream | None = None) -> None:
+        super().begin(like)
+        self.kept: dict[str, _Kept] = {}
+        self._keep_final(0)
+
+    def inputs(self, names: Sequence[str], segment: int, number: int) -> dict[str, torch.Tensor]:
+        rows = super().inputs(names, segment, number)
+        if len(rows) < len(names):
+            # The run went on behind layers that are still to be replaced.
+            for each in self.kept.values():
+                each.forget(number)
+        return rows
+
+    @contextmanager
+    def in_place(self, number: int) -> Iterator[None]:
+        with installed(self.model, {**self.replaced, **self.kept}):
+            for each in self.kept.values():
+                each.begin(number)
+            yield
+
+    def replace(self, segment: int, modules: Mapping[str, nn.Module]) -> None:
+        super().replace(segment, modules)
+        self._keep_final(segment)
+
+    def _keep_final(self, segment: int) -> None:
+        path, groups = self.paths[segment], self.groups[segment]
+        left = [name for group in groups for name in group if name not in self.replaced]
+        if not left:
+            return  # what is kept already serves the last run
+        # What an expert gives is not kept: in the last run the model's own router chooses its tokens.
+        experts = [name for name in self.targets if name.startswith(path) and enclosing_experts(self.model, name)]
+        left = [*left, *experts]
+        final = [name for name in self.targets if name.startswith(path) and name not in left]
+        parts = {_largest_part(self.model, name, path, left) for name in final}
+        # A larger part has nothing yet to give, and runs once with what those inside it gave.
+        inside = {n for n in self.kept if any(n.startswith(f"{part}.") for part in parts - self.kept.keys())}
+        for name in self.kept.keys() - parts - inside:
+            self.room += self.kept[name].size
+        # The outer ones are put in place last, around the inner ones.
+        names = sorted(parts | inside, key=lambda name: -name.count("."))
+        self.kept = {name: self.kept.get(name) or _Kept(self._module(name), self) for name in names}
+
+    def _module(self, name: str) -> nn.Module:
+        return self.replaced[name] if name in self.replaced else self.model.get_submodule(name)
+
+    def advance(self, segment: int) -> None:
+        super().advance(segment)
+        self.kept = {}
+        self._keep_final(segment + 1)
+
+
+def _largest_part(model: nn.Module, name: str, path: str, left: Sequence[str]) -> str:
+    """The largest module inside the block at `path` that holds the module `name` and none of those that are left."""
+    parts = name.removeprefix(path).split(".")
+    for count in range(1, len(parts)):
+        part = path + ".".join(parts[:count])
+        is_called = type(model.get_submodule(part)).forward is not nn.Module.forward  # a list of modules is not
+        if is_called and not any(one.startswith(f"{part}.") for one in left):
+            return part
+    return name
+
+
+class _Kept(_StandIn):
+    """Gives for a batch what the module gave for it before, call by call."""
+
+    def __init__(self, module: nn.Module, stream: _Stream):
+        super().__init__(module)
+        self.stream = stream
+        self.size = 0
+        self._outputs: dict[int, list] = {}
+
+    def begin(self, number: int) -> None:
+        self._batch, self._call = self._outputs.setdefault(number, []), 0
+
+    def forget(self, number: int) -> None:
+        self._outputs.pop(number, None)
+
+    def forward(self, *args, **kwargs):
+        at, self._call = self._call, self._call + 1
+        if at < len(self._batch) and self._batch[at] is not None:
+            output, versions = self._batch[at]
+            # Something that changed the output in place will do it again.
+            if _versions(output) == versions:
+                return output
+        output = self.module(*args, **kwargs)
+        size = sum(each.numel() * each.element_size() for each in _tensors(output))
+        entry = (output, _versions(output)) if self.stream.take(size) else None
+        self.size += size if entry else 0
+        if at < len(self._batch):
+            self._batch[at] = entry
+        else:
+            self._batch.append(entry)
+        return output

@@ -36,9 +36,9 @@ class _Problem:
         """[m], descending."""
         return torch.linalg.eigvalsh(self.matrix).flip(0).clamp(min=0) * self.unit
 
-    def directions(self) -> torch.Tensor:
-        """Orthonormal output directions [d_out, m], by descending energy."""
-        vectors = torch.linalg.eigh(self.matrix).eigenvectors.flip(1)
+    def directions(self, rank: int) -> torch.Tensor:
+        """Orthonormal output directions [d_out, rank], by descending energy."""
+        vectors = torch.linalg.eigh(self.matrix).eigenvectors.flip(1)[:, :rank]
         if self.scaled is None:
             return vectors
         return torch.linalg.qr(_unit_rows(vectors.T @ self.scaled).T).Q
@@ -95,16 +95,24 @@ def factorize(
         raise ValueError(f"weight [{weight.shape[0]}, {weight.shape[1]}] holds NaN or infinite values")
     weight = weight.double()
     if _is_plain(moment):
-        directions = torch.linalg.svd(weight, full_matrices=False).Vh.T
+        right = torch.linalg.svd(weight, full_matrices=False).Vh[:rank]
     else:
-        directions = _Problem(weight, moment).directions()
-    right = directions[:, :rank].T
+        right = _Problem(weight, moment).directions(rank).T
     left = weight @ right.T
-    if not balance:
-        return left, right
-    basis, values, rotation = torch.linalg.svd(left, full_matrices=False)
-    root = values.sqrt()
-    return basis * root, root[:, None] * (rotation @ right)
+    return _balanced(left, right) if balance else (left, right)
+
+
+def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors with the same product and the same scale: with left = P S Z', P sqrt(S) and sqrt(S) Z' right.
+
+    Z and S^2 are of the eigenproblem of left'left [rank, rank]. Singular values below the root of the precision come out
+    inexact, and with them the balance of their directions, but not the product: Z is orthogonal all the same.
+    """
+    energies, rotation = torch.linalg.eigh(left.T @ left)
+    energies, rotation = energies.flip(0), rotation.flip(1)
+    least = torch.finfo(energies.dtype).eps * energies[0] + torch.finfo(energies.dtype).tiny
+    root = energies.clamp(min=least) ** 0.25
+    return left @ rotation / root, root[:, None] * (rotation.T @ right)
 
 
 def output_error(difference: torch.Tensor, moment: torch.Tensor | None) -> float:

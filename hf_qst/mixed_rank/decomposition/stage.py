@@ -9,16 +9,13 @@ import torch
 from torch import nn
 
 from hf_qst.base_model.linear_layers import dense_shape
-from hf_qst.mixed_rank.calibration_set import CalibrationSet
+from hf_qst.mixed_rank.calibration_set import ROWS_PER_DIMENSION, CalibrationSet
 from hf_qst.mixed_rank.decomposition.factors import output_energies, output_error
 from hf_qst.mixed_rank.decomposition.metrics import metric_matrix, shrinkage_intensity
 from hf_qst.mixed_rank.decomposition.spectrum import LayerSpectrum
 from hf_qst.mixed_rank.target_weights import TargetWeights
 
 logger = logging.getLogger(__name__)
-
-# Below this many rows for each input dimension more calibration data helps.
-_ROWS_PER_DIMENSION = 4
 
 
 class Decomposition:
@@ -45,7 +42,7 @@ class Decomposition:
         names, model = weights.names, weights.reference
         plain = self.config.metric == "plain"
         self.groups = [(name,) for name in names] if plain else calibration.input_groups(model, names)
-        # Without compensation the factors need the metrics a second time.
+        # Without compensation the factors need the metrics a second time, and from all rows.
         self._kept: list | None = None
         self._keep = settings.compensation.method == "none"
         spectra = {name: self._spectrum(name, moment) for name, moment in self.metrics()}
@@ -70,9 +67,12 @@ class Decomposition:
         statistics = self._kept
         if statistics is None:
             source = self.weights.reference, self.groups, kind
-            statistics = self.calibration.statistics(*source)
-            if self._keep and self.calibration.in_one_pass(*source):
-                statistics = self._kept = list(statistics)
+            if not self._keep:
+                statistics = self.calibration.spread().statistics(*source, ROWS_PER_DIMENSION)
+            elif self.calibration.in_one_pass(*source):
+                statistics = self._kept = list(self.calibration.statistics(*source))
+            else:
+                statistics = self.calibration.statistics(*source)
         for group, statistic in statistics:
             yield from self._of_group(group, statistic)
 
@@ -96,11 +96,11 @@ class Decomposition:
 def _warn_about_rows(model: nn.Module, facts: Mapping[str, dict]) -> None:
     sizes = {name: dense_shape(model.get_submodule(name))[0] for name, known in facts.items() if "rows" in known}
     rows = {name: facts[name]["rows"] for name in sizes}
-    short = [name for name, size in sizes.items() if rows[name] < _ROWS_PER_DIMENSION * size]
+    short = [name for name, size in sizes.items() if rows[name] < ROWS_PER_DIMENSION * size]
     if short:
         name = min(short, key=lambda one: rows[one] / sizes[one])
         logger.warning(
             "calibration_data gives %s for %d layers: %r sees %d rows of %d dimensions; at least %d are recommended",
             "fewer rows than dimensions" if rows[name] < sizes[name] else "few rows",
-            len(short), name, rows[name], sizes[name], _ROWS_PER_DIMENSION * sizes[name],
+            len(short), name, rows[name], sizes[name], ROWS_PER_DIMENSION * sizes[name],
         )  # fmt: skip

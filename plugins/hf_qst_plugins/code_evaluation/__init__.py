@@ -4,6 +4,7 @@
 which tokens of code are hard to predict. The guide is `docs/code_evaluation.md`.
 
 - `runner`: `evaluate`, which draws completions, executes them and reports.
+- `together`: `evaluate_together`, the same for several settings in one batch, several times as fast on a CPU.
 - `report`, `pass_at_k`: the figures of an evaluation, and the comparison of two.
 - `samples_file`, `run_settings`: the file of samples, which a run can resume.
 - `problems`: problem files, and the project's own generated problems.
@@ -21,6 +22,7 @@ from .samples_file import SamplesFile, SamplesFileError, read_samples
 from .sampling.completion import truncate
 from .sampling.sampler import GENERATE_DEFAULTS, Sampler
 from .sandbox import OUTCOMES, ExecutionNotAllowedError, Limits, Outcome, Sandbox, SandboxError
+from .together import evaluate_together
 
 __all__ = [
     "GENERATE_DEFAULTS",
@@ -39,6 +41,7 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "evaluate",
+    "evaluate_together",
     "paired_bootstrap",
     "pass_at_k",
     "read_problems",

@@ -31,10 +31,57 @@ MOST_WAITING = 256
 """The most samples whose programs have not run yet; beyond that, generation waits."""
 
 
-def _seed(seed: int, task_id: str, batch: int) -> int:
-    """The seed of one batch of samples. It does not depend on earlier batches."""
+def sample_seed(seed: int, task_id: str, batch: int) -> int:
+    """The seed of one batch, or of one sample. It does not depend on earlier ones."""
     hashed = hashlib.sha256(json.dumps([seed, task_id, batch]).encode()).digest()
     return int.from_bytes(hashed[:7], "big")
+
+
+def require_problems(problems: Sequence[Problem]) -> None:
+    """Refuse an empty list of problems, and one in which a `task_id` is there twice."""
+    if not problems:
+        raise ValueError("problems is empty; give at least one")
+    counts = Counter(str(problem.task_id) for problem in problems)
+    if repeated := [task for task, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"problems holds the task_id {repeated[0]!r} {counts[repeated[0]]} times, and {len(repeated) - 1} others more "
+            "than once; samples are counted by it, so give each problem its own"
+        )
+
+
+def settings_of(
+    sampler: Sampler,
+    problems: Sequence[Problem],
+    samples: int,
+    seed: int,
+    sandbox: Sandbox,
+    label: str,
+    batch_size: int | None,
+) -> dict:
+    """The header of a samples file. `batch_size` None: each sample has random numbers of its own.
+
+    Raises:
+        ValueError: a prompt that does not fit the model.
+    """
+    prompts = [sampler.encode(problem)["input_ids"].tolist() for problem in problems]
+    return {
+        "format": 2,
+        "model": model_settings(sampler.model),
+        "problems": digest(canonical([asdict(problem) for problem in problems])),
+        "prompt_tokens": digest(canonical(prompts)),
+        "tasks": len(problems),
+        "samples": samples,
+        "batch_size": batch_size,
+        "seed": seed,
+        "label": label,
+        "generate_kwargs": described(sampler.generate_kwargs),
+        "pad_and_end_tokens": [sampler.pad, sampler.ends],
+        "stop_strings": sampler.stop_strings,
+        "strip_prompt": sampler.strip_prompt,
+        "prefix": sampler.prefix,
+        "limits": asdict(sandbox.limits),
+        "isolation": sandbox.isolation,
+    }
 
 
 def evaluate(
@@ -87,35 +134,10 @@ def evaluate(
     for name, value in (("samples", samples), ("batch_size", batch_size), ("workers", workers)):
         if not is_count(value) and (name == "samples" or value is not None):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    if not problems:
-        raise ValueError("problems is empty; give at least one")
-    counts = Counter(str(problem.task_id) for problem in problems)
-    if repeated := [task for task, count in counts.items() if count > 1]:
-        raise ValueError(
-            f"problems holds the task_id {repeated[0]!r} {counts[repeated[0]]} times, and {len(repeated) - 1} others more "
-            "than once; samples are counted by it, so give each problem its own"
-        )
+    require_problems(problems)
     batch_size = batch_size or samples
     sampler = Sampler(model, tokenizer, generate_kwargs, stop_strings, strip_prompt, prefix)
-    prompts = [sampler.encode(problem)["input_ids"].tolist() for problem in problems]
-    settings = {
-        "format": 2,
-        "model": model_settings(model),
-        "problems": digest(canonical([asdict(problem) for problem in problems])),
-        "prompt_tokens": digest(canonical(prompts)),
-        "tasks": len(problems),
-        "samples": samples,
-        "batch_size": batch_size,
-        "seed": seed,
-        "label": label,
-        "generate_kwargs": described(sampler.generate_kwargs),
-        "pad_and_end_tokens": [sampler.pad, sampler.ends],
-        "stop_strings": sampler.stop_strings,
-        "strip_prompt": strip_prompt,
-        "prefix": prefix,
-        "limits": asdict(sandbox.limits),
-        "isolation": sandbox.isolation,
-    }
+    settings = settings_of(sampler, problems, samples, seed, sandbox, label, batch_size)
     training = model.training
     model.eval()
     try:
@@ -163,7 +185,7 @@ def _run(sampler, sandbox, pool, problems, settings, file, progress) -> list[dic
                 if all((problem.task_id, number) in done for number in numbers):
                     continue
                 started = time.perf_counter()
-                drawn = sampler.draw(problem, len(numbers), _seed(settings["seed"], problem.task_id, start))
+                drawn = sampler.draw(problem, len(numbers), sample_seed(settings["seed"], problem.task_id, start))
                 seconds = (time.perf_counter() - started) / len(numbers)
                 for number, (completion, tokens) in zip(numbers, drawn, strict=True):
                     if (problem.task_id, number) in done:

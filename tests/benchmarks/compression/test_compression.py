@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from benchmarks.compression import llama_7b as compression_7b
 from benchmarks.compression import methods as compression_methods
 from benchmarks.compression import report as compression_report
 from benchmarks.compression.speed import break_even, random_factors, with_ranks
-from benchmarks.compression.vit import summary
+from benchmarks.compression.vit import Dense, compare, facts_of, fashion_variants, summary
 from benchmarks.side_tuning.bases import SHAPES
+from examples import fashion_mnist
 from examples.demo import BASE
 from hf_qst.mixed_rank import LowRankLinear
 
@@ -117,7 +119,12 @@ def test_costs_are_counted_for_every_method(quick):
 
 
 def test_impossible_arguments_are_refused(capsys):
-    for wrong in (["--keep", "1.5"], ["--seeds", "0"]):
+    for wrong in (
+        ["--keep", "1.5"],
+        ["--vit-keep", "0"],
+        ["--seeds", "0"],
+        ["--data", "fashion-mnist", "--parts", "llm"],
+    ):
         with pytest.raises(SystemExit):
             compression.arguments(wrong)
         assert wrong[0] in capsys.readouterr().err
@@ -161,6 +168,41 @@ def testbreak_even_lies_on_the_line_between_measured_parts():
     assert paired_ratio({"a": [2.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2.0
 
 
+def test_variants_of_a_vision_transformer_are_measured_and_made_once():
+    torch.manual_seed(0)
+    images, labels = torch.rand(256, 1, 28, 28), torch.arange(256) % 10
+    model = fashion_mnist.new_vit().eval()
+    dense = Dense(model, (images, labels), (images[:64], labels[:64]), {})
+    dense.facts = facts_of(model, dense.training, dense.test)
+    saved = []
+    run = lambda done: compare(
+        lambda seed: dense, ["svd", "mix-lstsq"], [0.4], 2, 64, done, saved.append, fashion_variants
+    )
+    result = run({})
+    assert len(saved) == 4
+    for one in result["seeds"]:
+        plain, ours = one["rows"]
+        assert "int8" not in plain and {"int8", "tuned"} <= set(ours)
+        assert ours["int8"]["bytes"] < 0.4 * ours["int8"]["float_bytes"]
+        for row in (plain, ours, ours["int8"], ours["tuned"]):
+            assert row["drop"] == dense.facts["accuracy"] - row["accuracy"]
+    assert [(row["method"], row["variant"]) for row in summary(result)] == [
+        ("svd", None), ("mix-lstsq", None), ("mix-lstsq", "int8"), ("mix-lstsq", "tuned")
+    ]  # fmt: skip
+    # The images are no seed's own here, the plain SVD knows none, and nothing is made again.
+    assert len({row["accuracy"] for one in result["seeds"] for row in one["rows"] if row["method"] == "svd"}) == 1
+    assert run(json.loads(json.dumps(result))) == result and len(saved) == 4
+
+
+def test_a_vision_benchmark_without_its_images_says_so_and_skips(tmp_path, monkeypatch, capsys):
+    if (Path("/") / fashion_mnist.PLACE).exists():
+        pytest.skip("the images are installed")
+    monkeypatch.setenv("HF_QST_CACHE", str(tmp_path))
+    compression.main(["--parts", "vit", "--data", "fashion-mnist", "--output", str(tmp_path)])
+    assert "skipped: Fashion-MNIST is not on this machine. Get it with" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_intervals_are_students():
     middle, width = interval([1.0, 2.0, 3.0])
     assert middle == 2.0 and width == pytest.approx(4.303 / math.sqrt(3))
@@ -179,4 +221,5 @@ def test_arithmetic_of_the_large_model_is_that_of_its_shapes():
     assert counted["eigenproblems"] == len(linear)
     assert counted["weights_bytes_bf16"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=1e-4)
     # One product a weight and token: what a forward pass costs but for attention itself.
-    assert counted["forward_operations"] == counted["forward_passes"] * 2 * counted["target_weights"] * 1000
+    expected = counted["forward_passes"] * 2 * counted["target_weights"] * 1000
+    assert counted["forward_operations"] == pytest.approx(expected)

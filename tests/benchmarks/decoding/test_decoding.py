@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.decoding import __main__ as decoding
+from benchmarks.decoding import decoders
 from hf_qst_plugins.adaptive_temperature import (
     DifficultyProbe,
     Observations,
@@ -39,7 +40,7 @@ def report(passed: dict[str, int], samples: int = 4, **changes) -> Report:
 def test_top_n_sigma_keeps_what_the_definition_keeps():
     torch.manual_seed(0)
     scores = torch.randn(5, 100) * 3
-    kept = decoding.TopNSigma(1.5)(None, scores)
+    kept = decoders.TopNSigma(1.5)(None, scores)
     for row, cut in zip(scores, kept, strict=True):
         expected = {i for i, z in enumerate(row.tolist()) if z >= row.max() - 1.5 * row.std()}
         assert {i for i, z in enumerate(cut.tolist()) if z > -float("inf")} == expected
@@ -80,7 +81,7 @@ def probe() -> DifficultyProbe:
 
 
 def test_every_setting_has_a_name_of_its_own(probe):
-    for family, settings in decoding.families(probe).items():
+    for family, settings in decoders.families(probe).items():
         labels = [decoder.label for decoder in settings]
         assert len(set(labels)) == len(labels) > 0, family
 

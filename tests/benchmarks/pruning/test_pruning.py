@@ -13,8 +13,11 @@ from benchmarks.pruning import __main__ as pruning
 from benchmarks.pruning import cost as pruning_cost
 from benchmarks.pruning import methods as pruning_methods
 from benchmarks.pruning import report as pruning_report
+from benchmarks.pruning import shortening as pruning_shortening
 from benchmarks.pruning import slicing as pruning_slicing
+from benchmarks.pruning.text import TEXTS
 from examples.demo import BASE
+from examples.prose import PLACES, handbook_files
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.pruning.layout import PruningLayout
 
@@ -68,12 +71,12 @@ def test_every_part_is_written_with_its_machine_and_arguments(quick):
 def test_all_models_have_the_parameters_of_the_budget_and_no_more(quick):
     result = quick[0]["quality"]["result"]
     rows = {(row["method"], row["seed"]): row for row in result["rows"]}
-    first = {(method, 0) for method in ("random", "flap", "slicegpt", "disp", "disp-64")}
+    first = {(method, 0) for method in ("random", "flap", "slicegpt", "shortgpt", "disp", "disp-64")}
     assert set(rows) == first | {("random", 1), ("disp", 1)}
     for (method, _), row in rows.items():
         assert row["parameters"] < result["dense"]["parameters"]
         # A channel of the residual of all layers, or 64 of one selection, is much of so small a model.
-        assert 0 <= row["below_budget"] < {"slicegpt": 0.02, "disp-64": 0.2}.get(method, 0.002), method
+        assert 0 <= row["below_budget"] < {"slicegpt": 0.02, "disp-64": 0.2, "shortgpt": 0.2}.get(method, 0.002), method
         assert ("recovered" in row) == (method != "disp-64")
         for one in (row, row.get("recovered", row)):
             assert all(math.isfinite(value) for value in one["perplexity"].values())
@@ -109,12 +112,23 @@ def test_speed_is_measured_at_the_learned_widths(quick):
     assert list(methods) == ["floor", "disp", "full"] and methods["floor"]["trainable"] == 0
 
 
+def test_draws_cost_more_the_less_sure_they_are(quick):
+    found = quick[0]["draws"]["result"]
+    assert [row["start"] for row in found["rows"]] == [None, [3, 3], [5, 3], [6, 6]]
+    # At the paper's start everything is above the threshold; the surer the draws, the nearer it comes to the budget.
+    kept = [row["threshold_ratio"] for row in found["rows"]]
+    assert kept[0] == 1 and kept[1] > kept[2] > kept[3] > found["keep"] - 0.02
+    assert all(row["ratio"] == pytest.approx(found["keep"], abs=0.02) for row in found["rows"][1:])
+    assert "Fisher scores, largest logit 6, slope 6, drawn" in quick[1]
+
+
 def test_floors_count_operations_and_weights():
     model = tiny_llama()
     layout = PruningLayout.of(find_decoder_stack(model))
     half = [[width // 2 for width in row] for row in layout.full_widths]
-    # By hand: 2 layers of 64 x (64 + 32 + 32 + 64) and 3 x 64 x 128; middle and residual both halved leave a quarter.
-    full, small = 2 * (64 * 192 + 3 * 64 * 128), 2 * (32 * 192 + 3 * 32 * 64)
+    # By hand: 2 layers of 64 x (64 + 32 + 32 + 64) and 3 x 64 x 128 and two norms of 64; middle and residual both halved
+    # leave a quarter.
+    full, small = 2 * (64 * 192 + 3 * 64 * 128 + 128), 2 * (32 * 192 + 3 * 32 * 64 + 128)
     assert layout.total == full and layout.count(half) == small
     head, attention = 96 * 64, 2 * 2 * 64 * 10 * 10 // 2
     found = pruning_cost.floors(layout, half, 96, 10)
@@ -166,6 +180,58 @@ def test_slicing_fills_the_budget_with_what_the_tensors_hold():
     with pytest.raises(ValueError, match="allowed must be at least"):
         pruning_slicing.width_on_budget(model, 100)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_block_influence_is_one_minus_the_cosine_of_the_states_around_a_block():
+    model, data = tiny_llama(num_hidden_layers=4), batches()
+    found = pruning_shortening.block_influences(model, data)
+    with torch.no_grad():
+        states = [model(**batch, output_hidden_states=True).hidden_states for batch in data]
+    # transformers' last state is behind the final norm, so that of the last block is not among them.
+    for i in range(3):
+        before, after = (torch.cat([one[i + j].flatten(0, 1) for one in states]).double() for j in (0, 1))
+        cosines = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+        assert found[i] == pytest.approx(1 - cosines.mean().item(), abs=1e-6)
+    assert len(found) == 4 and found[3] > 0
+
+
+def test_shortening_skips_the_blocks_of_least_influence():
+    model, ids = tiny_llama(num_hidden_layers=4), batches()[0]["input_ids"]
+    small = pruning_shortening.shortened(model, [0.4, 0.1, 0.3, 0.2], 0.5)
+    # The same model with blocks 1 and 3 made the identity: nothing is added to the residual.
+    silent = copy.deepcopy(model)
+    for i in (1, 3):
+        torch.nn.init.zeros_(silent.model.layers[i].self_attn.o_proj.weight)
+        torch.nn.init.zeros_(silent.model.layers[i].mlp.down_proj.weight)
+    torch.testing.assert_close(small(input_ids=ids).logits, silent(input_ids=ids).logits)
+    layout = PruningLayout.of(find_decoder_stack(model))
+    norms = 2 * 2 * 64
+    assert parameters(model) - parameters(small) == layout.total // 2 + norms
+    cached = small.generate(ids[:1, :4], max_new_tokens=3, do_sample=False)
+    assert torch.equal(cached, small.generate(ids[:1, :4], max_new_tokens=3, do_sample=False, use_cache=False))
+    assert len(model.model.layers) == model.config.num_hidden_layers == 4
+    # 24 of 30 and no block fewer, however a float rounds.
+    thirty = tiny_llama(num_hidden_layers=30)
+    for keep, count in ((0.9, 27), (0.8, 24), (0.7, 21), (0.5, 15)):
+        assert len(pruning_shortening.shortened(thirty, list(range(30)), keep).model.layers) == count
+    with pytest.raises(ValueError, match="at least one of 4 blocks"):
+        pruning_shortening.shortened(model, [1.0] * 4, 0.2)
+
+
+def test_code_and_prose_take_turns(tmp_path, monkeypatch):
+    page = "<html><body><p>" + "A paragraph of a hundred letters is what counts as prose here, not a heading. " * 40
+    folder = tmp_path / PLACES[1]
+    folder.mkdir(parents=True)
+    for i in range(60):
+        (folder / f"page{i}.html").write_text(f"{page} {i}</p></body></html>")
+    monkeypatch.setattr("benchmarks.pruning.text.handbook_files", lambda: handbook_files(tmp_path))
+    text, rows = TEXTS["python-and-prose"](BASE, 32, 40, 6, 3)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    prose = ["paragraph" in tokenizer.decode(row) for row in rows]
+    assert prose == [False, True] * 20
+    assert [len(batch["input_ids"]) for batch in text.calibration] == [2, 2, 2]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in text.calibration]), rows[:6])
+    assert {kind: tuple(part.shape) for kind, part in text.held.items()} == {"code": (3, 32), "handbook": (3, 32)}
 
 
 def test_impossible_arguments_are_refused(capsys):

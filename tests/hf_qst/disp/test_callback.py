@@ -100,7 +100,7 @@ def test_progress_ends_with_what_was_done(tmp_path, capsys):
 
 
 def test_unsettled_choice_is_told(tmp_path, caplog):
-    run = disp_trainer(with_disp(), tmp_path, max_steps=2)
+    run = disp_trainer(with_disp(start_scores="none"), tmp_path, max_steps=2)
     with caplog.at_level(logging.WARNING):
         run.train()
     assert "hardening moved that by -4" in caplog.text or "hardening moved that by -5" in caplog.text

@@ -7,8 +7,8 @@ from hf_qst.errors import BudgetError
 from hf_qst.pruning.layout import ON_RESIDUAL, SELECTIONS, PruningLayout
 from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, rounded_width, widths_on_budget
 
-WIDE = PruningLayout(4, 1024, 2816, 1024, 512, 2)
-SMALL = PruningLayout(3, 64, 128, 64, 32, 2)
+WIDE = PruningLayout.uniform(4, 1024, 2816, 1024, 512, 2)
+SMALL = PruningLayout.uniform(3, 64, 128, 64, 32, 2)
 
 
 def scores(plan, seed=0):
@@ -36,7 +36,9 @@ def test_widths_are_multiples_or_everything(multiple):
     widths = widths_on_budget(scores(plan), plan, budget, multiple=multiple)
     assert all(w % multiple == 0 or w == n for w, n in zip(widths, plan.sizes, strict=True))
     # What is left is less than one more step of the dearest selection.
-    assert 0 <= budget - plan.parameters(widths) <= multiple * (WIDE.query_size + 2 * WIDE.intermediate_size)
+    assert (
+        0 <= budget - plan.parameters(widths) <= multiple * (WIDE.blocks[0].written_width + 2 * WIDE.size("mlp_middle"))
+    )
 
 
 def test_least_width_holds():

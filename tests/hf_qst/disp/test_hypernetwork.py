@@ -8,9 +8,9 @@ from hf_qst.disp.hypernetwork import HyperNetwork, make_hypernetwork
 from hf_qst.disp.selection import SelectionNetwork
 from hf_qst.pruning.layout import PruningLayout
 
-LLAMA_7B = PruningLayout(32, 4096, 11008, 4096, 4096, 2)
-QWEN3_06B = PruningLayout(28, 1024, 3072, 2048, 1024, 2)
-OPT_125M = PruningLayout(12, 768, 3072, 768, 768, 1)
+LLAMA_7B = PruningLayout.uniform(32, 4096, 11008, 4096, 4096, 2)
+QWEN3_06B = PruningLayout.uniform(28, 1024, 3072, 2048, 1024, 2)
+OPT_125M = PruningLayout.uniform(12, 768, 3072, 768, 768, 1)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_llama_7b_has_the_papers_prunable_parameters():
 
 
 def test_start_depends_on_the_seed_alone():
-    layout = PruningLayout(2, 16, 24, 16, 8, 2)
+    layout = PruningLayout.uniform(2, 16, 24, 16, 8, 2)
 
     def start(seed, before):
         torch.manual_seed(before)

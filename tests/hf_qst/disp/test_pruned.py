@@ -13,7 +13,7 @@ from hf_qst import MixedRankConfig, QSTConfig, to_dense
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.disp.layer import DISPLayer
 from hf_qst.errors import UnsupportedArchitectureError
-from hf_qst.pruning import PrunedBranch, prune_blocks
+from hf_qst.pruning import prune_blocks
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from tests.architectures import CONFIGS, NF4, in_nf4, tiny, token_batch
 from tests.pruned_models import random_masks, with_disp
@@ -53,25 +53,14 @@ def test_parameters_are_counted_as_they_are(name):
     model = tiny(name)
     masks = random_masks(model)
     layout = PruningLayout.of(find_decoder_stack(model))
-    names = find_decoder_stack(model).architecture.projections
-    paths = [*names.attention_in, names.attention_out, *names.mlp_in, names.mlp_out]
 
-    def weights(model):
-        stack = find_decoder_stack(model)
-        found = {n: p for n, p in stack.blocks.named_parameters() if p.dim() == 2}
-        return sum(p.numel() for n, p in found.items() if any(path.split(".")[-1] in n for path in paths))
+    def parameters(model):
+        return sum(p.numel() for p in find_decoder_stack(model).blocks.parameters())
 
-    assert weights(model) == layout.total
-    small = prune_blocks(model, masks)
-    kept = sum(
-        p.numel()
-        for block in find_decoder_stack(small).blocks
-        for module in block.modules()
-        if isinstance(module, PrunedBranch)
-        for n, p in module.named_parameters()
-        if p.dim() == 2 and "norm" not in n
-    )
-    assert kept == layout.count([[int(chosen[name].sum()) for name in SELECTIONS] for chosen in masks])
+    assert parameters(model) == layout.total
+    widths = [[int(chosen[name].sum()) for name in SELECTIONS] for chosen in masks]
+    assert parameters(prune_blocks(model, masks)) == layout.count(widths)
+    assert layout.parameters(torch.tensor(widths)) == layout.count(widths)
 
 
 def test_statistics_over_the_kept_channels_would_be_another_function():

@@ -288,7 +288,7 @@ def test_two_processes_have_the_gradients_of_one_with_both_batches():
 @pytest.mark.parametrize("kind", ["float32", "nf4"])
 def test_budget_is_reached_the_base_stays_and_only_the_hypernetwork_trains(tmp_path, kind):
     base = in_nf4(tmp_path / "base") if kind == "nf4" else tiny("llama")
-    model = with_disp(model=base)
+    model = with_disp(model=base, start_scores="none")
     before = digest(base, skip="disp_net")
     embeddings = network(model).hypernetwork.embeddings.clone()
     callback = DISPCallback(progress=False)
@@ -310,7 +310,7 @@ def test_budget_is_reached_the_base_stays_and_only_the_hypernetwork_trains(tmp_p
 def test_stronger_regularisation_is_faster(tmp_path):
     kept = {}
     for weight in (1.0, 6.0):
-        run = disp_trainer(with_disp(regularization=weight), tmp_path, max_steps=15)
+        run = disp_trainer(with_disp(regularization=weight, start_scores="none"), tmp_path, max_steps=15)
         run.train()
         kept[weight] = [e["kept_ratio"] for e in run.state.log_history if "kept_ratio" in e][-1]
     assert kept[6.0] < kept[1.0] - 0.03

@@ -200,6 +200,7 @@ def test_conv1d_comes_back_as_conv1d():
 def test_experts_that_are_not_named_are_left_out_with_a_warning(caplog):
     model = tiny_mixture("mixtral")
     experts = {n: p.shape for n, p in model.named_parameters() if p.dim() == 3}
+    assert experts
     with caplog.at_level(logging.WARNING):
         compress_model(model, config("llama", target_modules=["q_proj", "o_proj"], keep_ratio=0.4))
     assert f"{len(experts)} three-dimensional weights" in caplog.text

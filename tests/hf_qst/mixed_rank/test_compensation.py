@@ -1,5 +1,7 @@
 """Stage 3: closed form against brute force, the walk through a model against whole forwards, and the gradient form."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,14 @@ import torch
 from hf_qst.base_model.linear_layers import dense_weight
 from hf_qst.calibration.moments import CrossMoment
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model, factorize
-from hf_qst.mixed_rank.compensation import ProxyRows, bias_shift, gradient_factors, least_squares_factors
+from hf_qst.mixed_rank.compensation import (
+    ProxyRows,
+    bias_shift,
+    gradient_factors,
+    least_squares_factors,
+    stage,
+    two_streams,
+)
 from tests.architectures import CONFIGS, digest, tiny, token_batch
 
 D_IN, D_OUT, RANK = 20, 32, 6
@@ -27,7 +36,7 @@ def weight():
 
 def moments(seen, rows):
     statistic = CrossMoment(D_IN, seen.device)
-    statistic.add_pair(seen, rows)
+    statistic.add_pair(seen.double(), rows.double())
     return statistic
 
 
@@ -248,3 +257,62 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
         compress(model, settings(compensation="lstsq"))
     assert digest(model) == before and str(model) == structure
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def calls_of_layers(model, monkeypatch, **changes):
+    """How often each linear layer and each attention of the model runs in the compensation of `compress`."""
+    counts = {}
+    original = stage.replace_in_order
+
+    def counted(*args):
+        named = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or n.endswith("self_attn")]
+        count = lambda n: lambda m, a, o: counts.update({n: counts.get(n, 0) + len(first_tensor(a, o))})
+        handles = [module.register_forward_hook(count(name)) for name, module in named]
+        try:
+            return original(*args)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    monkeypatch.setattr(stage, "replace_in_order", counted)
+    return compress(model, settings(compensation="lstsq", **changes)), counts
+
+
+def first_tensor(args, output):
+    return args[0] if args else output[0]
+
+
+def test_each_layer_runs_once_in_each_stream(monkeypatch):
+    """4 samples in each of 3 batches, and one sample to see how the blocks are called."""
+    found, counts = calls_of_layers(tiny("llama"), monkeypatch)
+    last = max(name.split(".")[2] for name in counts)
+    layers = {name: count for name, count in counts.items() if name.endswith("proj")}
+    assert set(found.dense) & set(layers) and set(found.factors) <= set(layers)
+    for name, count in layers.items():
+        in_both = [12 + 12 + 1] if name in found.dense else [12 + 1]
+        # In the last block the compressed stream ends before layers that stay dense.
+        assert count in in_both or (name.split(".")[2] == last and count == 12 + 1), name
+
+
+def test_without_room_everything_is_computed_again_and_the_same(monkeypatch):
+    """The limit is that of the statistics of one group, so that only little of a block's activations fits beside it."""
+    plenty, counts = calls_of_layers(tiny("llama"), monkeypatch)
+    widest = max(layer.weight.shape[1] for layer in plenty.factors.values())
+    scarce, more = calls_of_layers(tiny("llama"), monkeypatch, memory_limit=8 * widest * widest)
+    assert sum(more.values()) > 1.1 * sum(counts.values())
+    assert plenty.ranks == scarce.ranks
+    for name, layer in plenty.factors.items():
+        torch.testing.assert_close(layer.weight, scarce.factors[name].weight, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_changed_in_place_is_computed_again():
+    stream = types.SimpleNamespace(take=lambda output: True)
+    kept = two_streams._Kept(torch.nn.Linear(3, 3), stream)
+    rows = torch.ones(2, 3)
+    with torch.no_grad():
+        expected = kept.module(rows)
+        for _ in range(3):
+            kept.begin(0)
+            output = kept(rows)
+            torch.testing.assert_close(output, expected)
+            output.zero_()

@@ -25,7 +25,7 @@ def weight_of(shape, seed=1):
 
 def moment_of(rows):
     statistic = SecondMoment(rows.shape[1], rows.device)
-    statistic.add(rows)
+    statistic.add(rows.double())
     return statistic
 
 
@@ -196,3 +196,15 @@ def test_a_weight_with_nan_is_refused():
     weight[2, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         factorize(weight, 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_balance_leaves_the_product_as_it_is_however_far_the_singular_values_spread(shape):
+    basis, _, rotation = torch.linalg.svd(weight_of(shape).double(), full_matrices=False)
+    weight = basis * torch.logspace(0, -20, min(shape), dtype=torch.float64) @ rotation
+    balanced, loose = (factorize(weight, min(shape) - 2, balance=share) for share in (True, False))
+    assert all(torch.isfinite(factor).all() for factor in balanced)
+    torch.testing.assert_close(balanced[0] @ balanced[1], loose[0] @ loose[1], rtol=0, atol=1e-15)
+    sizes = [factor.norm(dim=dim) for factor, dim in zip(balanced, (0, 1), strict=True)]
+    assert (sizes[0] <= sizes[1] * (1 + 1e-6)).all()  # of directions too weak to be told apart the left is smaller
+    torch.testing.assert_close(*(size[: min(shape) // 3] for size in sizes))

@@ -8,7 +8,6 @@ from hf_qst import MixedRankConfig, compress_model, to_dense
 from hf_qst.base_model.encoder_blocks import MODELS, find_blocks, stays_out
 from hf_qst.mixed_rank import LowRankLinear, find_targets
 from tests.encoders import ENCODERS, auto_class, encoder_batch, tiny_encoder
-from tests.mixtures import CONFIGS as MIXTURES
 
 KINDS = [(name, bare) for name, one in ENCODERS.items() for bare in ((False, True) if one.head else (False,))]
 
@@ -37,7 +36,7 @@ def inputs_of(model, names, batch):
 
 
 def test_every_row_of_the_table_is_tested():
-    assert {*MODELS} == {*ENCODERS, *MIXTURES}
+    assert {*MODELS} == {*ENCODERS}
 
 
 @pytest.mark.parametrize("name, bare", KINDS)

@@ -162,15 +162,15 @@ def test_compensation_takes_the_tokens_that_the_dense_model_sends(monkeypatch):
     from hf_qst.mixed_rank.compensation import two_streams
 
     seen = {}
-    capture = two_streams._Side.inputs
+    for stream in (two_streams._DenseBlocks, two_streams._CompressedBlocks):
 
-    def inputs(self, names, segment, number):
-        found = capture(self, names, segment, number)
-        for name, rows in found.items():
-            seen.setdefault((name, number), []).append(rows)
-        return found
+        def inputs(self, names, segment, number, capture=stream.inputs):
+            found = capture(self, names, segment, number)
+            for name, rows in found.items():
+                seen.setdefault((name, number), []).append(rows)
+            return found
 
-    monkeypatch.setattr(two_streams._Side, "inputs", inputs)
+        monkeypatch.setattr(stream, "inputs", inputs)
     compress(tiny_mixture("mixtral"), settings(keep_ratio=0.3, compensation="lstsq"))
     second = [pair for (name, _), pair in seen.items() if "layers.1.mlp.experts.0.gate_up" in name]
     assert second

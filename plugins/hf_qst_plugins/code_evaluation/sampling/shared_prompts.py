@@ -1,0 +1,152 @@
+"""Decoding rows of several prompts in one batch. The rows of one prompt share its keys and values.
+
+`generate` repeats the prompt's keys and values for every row, and copies them all when it appends a token. For many rows
+of a small model that takes longer than the model itself. Here a prompt's keys and values exist once; each row has storage
+of its own only for what follows the prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+IMPLEMENTATION = "hf_qst_shared_prompts"
+"""The name of `attend` among transformers' attention functions."""
+
+
+class SharedPrompt:
+    """Keys and values of one prompt, and of the tokens that each of its rows has after it.
+
+    Args:
+        rows: continuations of the prompt. All have the same length at any time.
+        most: tokens of a row at most.
+    """
+
+    def __init__(self, rows: int, most: int):
+        self.rows, self.most = rows, most
+        self.length = 0
+        """Tokens after the prompt whose keys and values are kept."""
+        self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rows: dict[int, torch.Tensor] = {}
+
+    def read_prompt(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
+        """Attention within the prompt, whose keys and values are kept.
+
+        Args:
+            query: `[1, heads, prompt, head size]`; `key` and `value` the same with the key-value heads.
+
+        Returns:
+            `[1, heads, prompt, head size]`.
+
+        Raises:
+            ValueError: another attention layer of the same number was there, as a side network has.
+        """
+        if layer in self._prompt:
+            raise ValueError(
+                f"the model has several attention layers of number {layer}, so its prompts cannot be shared; use evaluate"
+            )
+        self._prompt[layer] = key[0].contiguous(), value[0].contiguous()
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+
+    def read_rows(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
+        """Attention of one new token in every row over the prompt, the row's earlier tokens and itself.
+
+        Args:
+            query: `[rows, heads, 1, head size]`; `key` and `value` the same with the key-value heads.
+
+        Returns:
+            `[rows, heads, 1, head size]`.
+        """
+        rows, heads, _, size = query.shape
+        shared = key.shape[1]  # each key-value head serves a group of query heads
+        if layer not in self._rows:
+            self._rows[layer] = key.new_empty(2, rows, shared, self.most, size)
+        keys, values = self._rows[layer]
+        keys[:, :, self.length], values[:, :, self.length] = key[:, :, 0], value[:, :, 0]
+        keys, values = keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+        prompt_keys, prompt_values = self._prompt[layer]
+
+        def of_prompt(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+            """`x` `[rows, shared, group, m]` times `matrix` `[shared, m, n]`, one product for all rows."""
+            product = x.transpose(0, 1).reshape(shared, -1, x.shape[-1]) @ matrix
+            return product.view(shared, rows, -1, matrix.shape[-1]).transpose(0, 1)
+
+        query = (query * scaling).view(rows, shared, heads // shared, size)
+        scores = torch.cat([of_prompt(query, prompt_keys.transpose(1, 2)), query @ keys.transpose(2, 3)], -1)
+        weights = scores.softmax(-1)
+        split = prompt_keys.shape[1]
+        read = of_prompt(weights[..., :split], prompt_values) + weights[..., split:] @ values
+        return read.reshape(rows, heads, 1, size)
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only; a row that is named more than once is copied."""
+        kept = torch.tensor(rows)
+        for layer, stored in self._rows.items():
+            smaller = stored.new_empty(2, len(rows), *stored.shape[2:])
+            smaller[..., : self.length, :] = stored[:, kept.to(stored.device), :, : self.length]
+            self._rows[layer] = smaller
+        self.rows = len(rows)
+
+
+def attend(module, query, key, value, attention_mask, scaling, shared_prompts: Sequence[SharedPrompt], **kwargs):
+    """An attention function of transformers: the prompt of one `SharedPrompt`, or one new token of every row of several.
+
+    Returns:
+        `[rows, tokens, heads, head size]`, and None for the weights.
+
+    Raises:
+        ValueError: attention other than that over all earlier tokens.
+    """
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention with {name} cannot share prompts; use evaluate")
+    if query.shape[2] > 1:
+        (prompt,) = shared_prompts
+        read = prompt.read_prompt(module.layer_idx, query, key, value, scaling)
+    else:
+        sizes = [prompt.rows for prompt in shared_prompts]
+        parts = zip(shared_prompts, *(tensor.split(sizes) for tensor in (query, key, value)), strict=True)
+        read = torch.cat([prompt.read_rows(module.layer_idx, q, k, v, scaling) for prompt, q, k, v in parts])
+    return read.transpose(1, 2), None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+@contextlib.contextmanager
+def sharing_prompts(model) -> Iterator[None]:
+    """Within it, the attention layers of `model` call `attend`, and its forward takes `shared_prompts`."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def read_prompt(model, ids: Sequence[int], most: int) -> tuple[SharedPrompt, torch.Tensor]:
+    """A prompt with one row, which can grow by `most` tokens, and the scores of its next token, `[1, vocabulary]`.
+
+    Raises:
+        ValueError: the model does not call transformers' attention functions.
+    """
+    prompt = SharedPrompt(1, most)
+    ids = torch.tensor([ids], device=model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1, shared_prompts=[prompt]).logits
+    if len(prompt._prompt) != model.config.get_text_config().num_hidden_layers:
+        raise ValueError(f"{type(model).__name__} has attention of its own, which cannot share prompts; use evaluate")
+    return prompt, logits[:, -1].float()
+
+
+def read_rows(model, prompts: Sequence[SharedPrompt], ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+    """Scores `[rows, vocabulary]` after one more token of every row, which has this id and position."""
+    ids, positions = (torch.tensor(values, device=model.device)[:, None] for values in (ids, positions))
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False, shared_prompts=prompts).logits
+    for prompt in prompts:
+        prompt.length += 1
+    return logits[:, -1].float()

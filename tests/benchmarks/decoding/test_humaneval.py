@@ -1,0 +1,104 @@
+"""The HumanEval benchmark: which problems count, how a family is tuned on the other half, and a small run of the whole."""
+
+import json
+
+import pytest
+
+from benchmarks.decoding import humaneval
+from benchmarks.decoding.halves import complete, setting_row, stage_report, tables, tuned_rows
+from examples.real_model import BASE
+from hf_qst_plugins.code_evaluation import Report, pass_at_k
+
+TASKS = ["a", "b", "c", "d"]
+
+
+def report(passed, drawn=10):
+    """A report in which `passed` of `drawn` samples of each task pass, and the others raise a NameError."""
+    samples = [
+        {
+            "task_id": task,
+            "sample": number,
+            "completion": str(number),
+            "program_parses": True,
+            "outcome": "passed" if number < count else "name",
+            "tokens": 7,
+            "seconds": 0.0,
+        }
+        for task, count in zip(TASKS, passed, strict=True)
+        for number in range(drawn)
+    ]
+    return Report.of(samples)
+
+
+def test_only_tasks_with_all_samples_of_every_setting_count():
+    samples = {
+        "one": [{"task_id": task} for task in "aabbc"],
+        "two": [{"task_id": task} for task in "abc"],
+    }
+    assert complete(samples, {"one": 2, "two": 1}, ["c", "b", "a", "d"]) == ["b", "a"]
+
+
+def test_a_setting_is_chosen_on_the_other_half():
+    """`left` is good on tasks a and c only, `right` on b and d only: what is chosen on one half fails on the other."""
+    reports = {"fixed temperature": {"left": report([9, 0, 9, 0]), "right": report([0, 8, 0, 8])}}
+    reports["other"] = {"middle": report([3, 3, 3, 3])}
+    first, other = (row for row in tuned_rows(reports) if row["k"] == 1)
+    assert first["chosen"] == ["right", "left"]
+    assert first["passed"] == [0, 0, 0, 0]
+    assert "difference" not in first
+    assert other["pass"]["mean"] == pytest.approx(0.3)
+    assert other["difference"]["mean"] == pytest.approx(0.3)
+    assert other["difference"]["low"] == pytest.approx(0.3)
+
+
+def test_figures_of_a_setting():
+    row = setting_row("f", "s", report([10, 0, 5, 0]))
+    assert row["pass@1"]["mean"] == pytest.approx(0.375)
+    assert row["pass@5"]["mean"] == pytest.approx(pass_at_k(10, [10, 0, 5, 0], 5))
+    assert row["pass@1"]["low"] < 0.375 < row["pass@1"]["high"]
+    assert "pass@15" not in row
+    assert (row["NameError"], row["wrong"], row["tokens"]) == (pytest.approx(0.625), 0, 7)
+
+
+def test_greedy_is_not_compared_with_many_samples():
+    reports = {"greedy": {"": report([1, 0, 1, 0], drawn=1)}, "fixed temperature": {"x": report([5, 0, 5, 0])}}
+    stage = stage_report(reports, TASKS, 164)
+    greedy = [row for row in stage["tuned"] if row["family"] == "greedy"]
+    assert [row["k"] for row in greedy] == [1]
+    assert "difference" not in greedy[0]
+    text = tables(stage)
+    assert "4 of 164 problems complete" in text
+    assert "| greedy |  | 50.0 [" in text
+
+
+def test_every_setting_has_a_file_of_its_own():
+    names = [
+        humaneval.file_name(family, decoder)
+        for stage in humaneval.stages(None)
+        for family, decoders in stage.items()
+        for decoder in decoders
+    ]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.slow
+def test_a_small_run_is_reported_and_resumed(tmp_path, capsys):
+    command = ["--model", str(BASE), "--limit", "3", "--samples", "2", "--new-tokens", "4"]
+    command += ["--difficulty", "--every", "63", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    humaneval.main(command)
+    result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
+    assert [stage["problems"] for stage in result["stages"]] == [3, 3, 3]
+    assert [len(stage["settings"]) for stage in result["stages"]] == [1, 6, 18]
+    assert {row["drawn"] for row in result["stages"][1]["settings"]} == {1, 2}
+    assert "3 of 3 problems complete" in capsys.readouterr().out
+    assert set(result["difficulty"]) == {"HumanEval's prompts and solutions", "standard library"}
+    files = sorted((tmp_path / "work").iterdir())
+    before = [file.read_bytes() for file in files]
+    humaneval.main([*command, "--report-only"])
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_bad_arguments_are_named(capsys):
+    with pytest.raises(SystemExit):
+        humaneval.arguments(["--model", str(BASE), "--minutes", "0"])
+    assert "--minutes" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Training on stored states computes what training in the model computes."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from benchmarks.side_tuning.real_model import table
+from benchmarks.side_tuning.stored_states import StoredBase, hidden
+from benchmarks.side_tuning.tasks import IGNORED, Batch, Task, accuracy
+from hf_qst import QSTConfig
+from tests.architectures import tiny, token_batch
+
+
+@pytest.mark.parametrize("tail", [0, 1])
+def test_loss_and_gradients_are_those_of_the_model(tail):
+    base = tiny("llama", num_hidden_layers=3)
+    ids = token_batch(2, 12)
+    labels = ids.clone()
+    labels[0, :7] = IGNORED
+    batch = Batch(ids, labels)
+    stored = StoredBase(base)
+    step = stored.step(batch)
+    stored.check(step)
+    settings = {"r": 4, "side_every": 1, "tail_layers": tail, "tail_rank": 4, "tap_storage": "full"}
+    config = QSTConfig(task_type="CAUSAL_LM", init_weights=False, **settings)
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(base), config).train()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    losses, gradients = [], []
+    for loss in (
+        lambda: model(input_ids=ids, labels=labels).loss,
+        lambda: stored.loss(hidden(model.base_model.model.model, step), batch),
+    ):
+        losses.append(loss())
+        gradients.append(torch.autograd.grad(losses[-1], list(parameters.values())))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
+    for name, a, b in zip(parameters, *gradients, strict=True):
+        assert (a - b).norm() <= 0.01 * a.norm() + 1e-6, name  # the states are rounded to float16
+
+
+def test_accuracy_is_the_part_of_rows_whose_class_scores_higher():
+    ids = torch.tensor([[1, 5, 0], [1, 2, 6]])
+    labels = torch.tensor([[IGNORED, 5, IGNORED], [IGNORED, IGNORED, 6]])
+    scores = torch.zeros(2, 3, 2)
+    scores[0, 0] = torch.tensor([2.0, 1.0])  # row 0 answers at place 1: class 5, right
+    scores[1, 1] = torch.tensor([3.0, 1.0])  # row 1 answers at place 2: class 5, wrong
+    task = Task([], [Batch(ids, labels)], [], [5, 6])
+    assert accuracy(task, [scores]) == 50.0
+
+
+def test_the_table_lists_each_method_at_its_best_rate():
+    def run(method, rate, seed, loss):
+        return {"method": method, "rate": rate, "seed": seed, "loss": loss, "old_loss": 1.0, "parameters": 2e6}
+
+    runs = [run("default", 1e-3, 0, 3.0), run("default", 2e-3, 0, 2.6), run("default", 2e-3, 1, 2.4)]
+    runs += [run("QLoRA", 1e-3, 0, 2.0)]
+    task = {"base": {"loss": 3.0, "old_loss": 1.0}, "runs": runs}
+    text = table({"tasks": {"prose, 40": task}, "cost": {"default": {"seconds": 1.5, "kept_bytes": 2**21}}})
+    assert "| default | 0.002 | 2 | 2.500 (0.200) | 50 % | 1.000 | 2.00 |" in text
+    assert "| default | 1.50 | 2 |" in text
