@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_qst import quantize_experts
+from hf_qst import QSTConfig, quantize_experts
 from hf_qst.base_model.experts import fused_experts
 from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.base_model.quantized_layers import stored_bytes
@@ -69,6 +70,18 @@ def test_a_folder_of_split_experts_loads_in_four_bits(tmp_path):
     layers = [m for n, m in loaded.named_modules() if "experts." in n and n.endswith(("gate_up", "down"))]
     assert layers and all(type(layer).__name__ == "Linear4bit" for layer in layers)
     assert logits(loaded).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_a_side_network_trains_on_experts_in_four_bits(name):
+    model = quantize_experts(tiny_mixture(name))
+    expected = logits(model)
+    tuned = get_peft_model(model, QSTConfig(task_type="CAUSAL_LM"))
+    assert torch.equal(logits(tuned), expected)
+    ids = token_batch(3, 17)
+    tuned.train()(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
 
 def test_what_cannot_be_done_is_refused():
