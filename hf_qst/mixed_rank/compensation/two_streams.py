@@ -130,8 +130,8 @@ def _same(one, other) -> bool:
     return one is other or one == other
 
 
-def _calls(run: CalibrationRun, blocks: Sequence[nn.Module], inputs: dict) -> tuple[list[_Call], torch.Tensor, list]:
-    """Each block's call in one run, the hidden state that enters the first, and the blocks' outputs."""
+def _calls(run: CalibrationRun, blocks: Sequence[nn.Module], inputs: dict) -> tuple[list, torch.Tensor | None, list]:
+    """Each block's call in one run, the state that enters the first (None: it is not reached), and all outputs."""
     calls: list[_Call] = []
     states: list[torch.Tensor] = []
     outputs: list = []
@@ -149,7 +149,7 @@ def _calls(run: CalibrationRun, blocks: Sequence[nn.Module], inputs: dict) -> tu
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     with hooks([*handles, *(block.register_forward_hook(keep) for block in blocks)]), suppress(_Reached):
         run.run_inputs(inputs)
-    return calls, states[0], outputs
+    return calls, states[0] if states else None, outputs
 
 
 def replace_in_order(
@@ -188,7 +188,7 @@ def replace_in_order(
         found = {name: fitting.inputs(name) for name in names}
         experts = enclosing_experts(model, stage[0][0])
         for number in range(len(calibration.batches)):
-            others = dense.inputs(names, segment, number)
+            others = dense.inputs(names, segment, number) if dense.calls[number] else {}
             if not others:
                 continue  # a batch without images has nothing for a vision layer
             with _routed(experts, None if experts is None else dense.routing(experts[0], number)):
@@ -323,8 +323,9 @@ class _Stream:
     def advance(self, segment: int) -> None:
         """Take the hidden states to the next block."""
         for number in range(len(self.batches)):
-            with self.in_place(number):
-                self.states[number] = self._call(segment, number)
+            if self.calls[number]:
+                with self.in_place(number):
+                    self.states[number] = self._call(segment, number)
         self.replaced, self.room = {}, self.limit
 
     def take(self, size: int) -> bool:
