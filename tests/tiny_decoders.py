@@ -88,10 +88,6 @@ CHANGES: dict[str, dict] = {
         "n_layers": 4, "n_heads": 4, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "qwen4_exp_text": {
-        **_LINEAR, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
-        "indexer_compress_ratio": 4, "hc_lowrank": 16, "ple_layer_ids": [],
-    },
     **_each("bert bert-generation megatron-bert camembert roberta xlm-roberta xlm-roberta-xl data2vec-text", _DECODER),
     **_each("ernie roberta-prelayernorm roformer", _DECODER),
     "big_bird": {**_DECODER, "attention_type": "original_full"},
@@ -104,7 +100,7 @@ CHANGES: dict[str, dict] = {
     "xmod": {**_DECODER, "default_language": "en_XX", "languages": ["en_XX"]},
     **_each(
         "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart whisper",
-        {**_DECODER, "is_encoder_decoder": False},
+        {**_DECODER, "is_encoder_decoder": False, "forced_eos_token_id": None},
     ),
 }  # fmt: skip
 
@@ -134,4 +130,7 @@ def spread(model):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module._fill_padding_idx_with_zero()  # as loading does
     return model.float().eval()

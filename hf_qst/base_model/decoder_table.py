@@ -46,7 +46,7 @@ _CONV = Projections(("conv.in_proj",), "conv.out_proj")
 
 _EXPERTS = "the experts and their router"
 _POST_NORM = "a norm after the addition mixes pruned and kept channels"
-_ADDS_INSIDE = "its attention adds to the residual itself, where pruned channels have no place"
+_ADDS_INSIDE = "its layers add to the residual themselves, where pruned channels have no place"
 
 
 def _qwen2(config, **changes) -> BlockSpec:
@@ -150,18 +150,18 @@ def _bert_row(stack: str, **changes) -> Architecture:
     projections = Projections(heads, "attention.output.dense", ("intermediate.dense",), "output.dense")
     names = {
         "stack": stack, "blocks": "encoder.layer", "final_norm": "none", "embeddings": "embeddings.word_embeddings",
-        "projections": projections, "decoder_flag": True, "pruning_refused": _POST_NORM,
+        "projections": projections, "decoder_flag": True, "pruning_refused": _ADDS_INSIDE,
     }  # fmt: skip
     return _row(_bert, "attention", **{**names, **changes})
 
 
-def _bart_row(**changes) -> Architecture:
+def _bart_row(pre_norm: bool, **changes) -> Architecture:
     """The decoder of an encoder-decoder, alone."""
     names = {
-        "stack": "model.decoder", "final_norm": "layer_norm", "pruning_refused": _POST_NORM,
+        "stack": "model.decoder", "final_norm": "layer_norm", "unreached": "encoder_attn",
         "projections": Projections(_QKV, "self_attn.out_proj", ("fc1",), "fc2"),
     }  # fmt: skip
-    return _row(lambda c: _learned_positions(c, pre_norm=False), **{**names, **changes})
+    return _row(lambda c: _learned_positions(c, pre_norm=pre_norm), **{**names, **changes})
 
 
 def _rows(names: str, row: Architecture) -> dict[str, Architecture]:
@@ -188,7 +188,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _row(),
     ),
     "bitnet": _row(
-        projections=Projections(_QKV, "self_attn.o_proj"), unpruned="the MLP, which has a norm over its middle channels"
+        projections=Projections(_QKV, "self_attn.o_proj"), unpruned="the MLP with its norm over the middle channels"
     ),
     "arcee": _row(_plain_mlp, projections=_PLAIN_MLP),
     "apertus": _row(_plain_mlp, projections=_PLAIN_MLP),
@@ -249,18 +249,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "llama4_text": _moe(_complex, projections=_FEED_FORWARD),
     "dbrx": _moe(
-        _no_positions, attention="norm_attn_norm", pruning_refused="its attention holds the norms of a block", stack="transformer", blocks="blocks", final_norm="norm_f",
+        lambda c: block_spec(c, norm="layer"), attention="norm_attn_norm", pruning_refused="its attention holds the norms of a block", stack="transformer", blocks="blocks", final_norm="norm_f",
         embeddings="wte", projections=Projections(),
     ),
     "jetmoe": _moe(
-        _no_positions, attention="self_attention", projections=Projections(),
+        lambda c: block_spec(c, head_dim=c.kv_channels), attention="self_attention", projections=Projections(),
         pruning_refused="its attention is a mixture of experts",
     ),
     # language models of models of text and images
     **_rows("qwen2_vl_text qwen2_5_vl_text", _row(_qwen2)),
     "qwen3_vl_text": _row(_qk_norm),
     # hybrids of attention and something else
-    **_rows("qwen3_5_text qwen3_5_moe_text qwen3_next qwen4_exp_text", _moe(_qk_norm, **_DELTA)),
+    **_rows("qwen3_5_moe_text qwen3_next", _moe(_qk_norm, **_DELTA)),
     "qwen3_5_text": _row(_qk_norm, **_DELTA),
     "olmo_hybrid": _row(
         _qk_norm,
@@ -302,7 +302,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         alternatives=(_MAMBA,),
         logit_multiplier=_LOGITS_SCALING,
     ),
-    **_rows("bailing_hybrid kimi_linear", _moe(_no_positions, projections=Projections((), None, _GATED, "mlp.down_proj"))),
+    "bailing_hybrid": _moe(_latent, projections=Projections((), None, _GATED, "mlp.down_proj")),
+    "kimi_linear": _moe(_no_positions, projections=Projections((), None, _GATED, "mlp.down_proj")),
     "nemotron_h": _moe(
         _no_positions, attention="mixer", embeddings="embeddings", final_norm="norm_f",
         pruning_refused="transformers saves it under other names than it has in memory",
@@ -356,7 +357,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpt": _gpt(
         lambda c: _learned_positions(c, qkv_bias=False, out_bias=False, mlp_bias=False),
         "attn", ("Wqkv",), "out_proj", ("ffn.up_proj", "ffn.down_proj"), blocks="blocks", final_norm="norm_f",
-        pruning_refused="its MLP adds to the residual itself, where pruned channels have no place",
+        pruning_refused=_ADDS_INSIDE,
     ),
     "ctrl": _gpt(
         _learned_positions, "multi_head_attention", ("Wq", "Wk", "Wv"), "dense", ("ffn.0", "ffn.2"),
@@ -432,8 +433,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "roformer": "roformer",
         }.items()
     },
-    **_rows("bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart", _bart_row()),
-    **_rows("trocr whisper", _bart_row()),
+    **_rows("bart blenderbot-small marian mvp plbart trocr", _bart_row(False, pruning_refused=_POST_NORM)),
+    **_rows("bigbird_pegasus blenderbot mbart pegasus whisper", _bart_row(True, unpruned="the attention to an encoder")),
 }  # fmt: skip
 
 WRAPPERS: dict[str, str] = {

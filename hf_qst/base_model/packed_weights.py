@@ -78,7 +78,8 @@ def forbid_packing_of_odd_shapes(model: nn.Module) -> None:
     one of the block size (bitsandbytes 0.50).
     """
     for layer in _four_bit_layers(model):
-        if layer.out_features % 32 or layer.in_features % layer.weight.blocksize:
+        blocksize = getattr(layer.weight, "blocksize", 1)  # a layer that was left out of the quantisation has none
+        if layer.out_features % 32 or layer.in_features % blocksize:
             forbid_packing(layer)
 
 

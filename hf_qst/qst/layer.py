@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -72,8 +71,8 @@ class _Recorder:
 class _BlockHook:
     """Forward hook of base block `index`. A class, not a closure, so that models can be pickled and copied."""
 
-    def __init__(self, index: int, block: nn.Module, tape: RunningForward, state: Callable):
-        self.index, self.state = index, state
+    def __init__(self, index: int, block: nn.Module, tape: RunningForward, stack: DecoderStack):
+        self.index, self.state = index, stack.architecture.state
         self.tape = tape
         self.parameters = [
             p.name
@@ -146,7 +145,7 @@ class QSTLayer(StackLayer):
         self.num_layers = max(len(stack.blocks), len(DynamicCache(config=stack.module.config).layers))
         self.tape = RunningForward()
         self.hook_handles = [
-            block.register_forward_hook(_BlockHook(i, block, self.tape, stack.architecture.state), with_kwargs=True)
+            block.register_forward_hook(_BlockHook(i, block, self.tape, stack), with_kwargs=True)
             for i, block in enumerate(stack.blocks)
         ]
 

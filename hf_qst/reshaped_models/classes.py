@@ -326,9 +326,12 @@ def _require_loaded(model: PreTrainedModel, missing: set[str]) -> None:
 
 def _require_rebuilt(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
     """Compare `model` with `model_class(config)`, which takes no memory: what a saved folder would come back as."""
+    config = copy.deepcopy(config)
+    if isinstance(config.dtype, str):  # as a saved one has it; from_pretrained takes it by its name too
+        config.dtype = getattr(torch, config.dtype)
     try:
         with torch.device("meta"):
-            twin = model_class(copy.deepcopy(config))
+            twin = model_class(config)
     except TypeError as error:
         raise ReshapedModelError(
             f"{model_class.__name__.removeprefix(CLASS_PREFIX)} cannot be built from its config alone, as from_pretrained "

@@ -13,7 +13,7 @@ import hf_qst
 from hf_qst import DISPConfig, MixedRankConfig, to_dense
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, find_decoder_stack
 from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
-from hf_qst.errors import BudgetError, UnsupportedArchitectureError
+from hf_qst.errors import BudgetError, ReshapedModelError, UnsupportedArchitectureError
 from hf_qst.qst.layer import _BlockHook
 from hf_qst.supported import PAGE, page
 from hf_qst.tuner.running_forward import RunningForward
@@ -55,6 +55,8 @@ _INSIDE = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_te
 NAMES = sorted({*ARCHITECTURES, *WRAPPERS} - _INSIDE)
 EACH = [pytest.param(n, marks=() if n in POPULAR else pytest.mark.slow) for n in NAMES]
 each = pytest.mark.parametrize("name", EACH)
+# Heads of several layers, in which bitsandbytes has no gradient on a CPU; a router whose weight is read past its layer.
+NOT_IN_4_BITS = ["lm_head", "cls", "generator_predictions", "head", "router", "classifier"]
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": [2, IMAGE, *range(90, 95)]}
 
 
@@ -120,7 +122,9 @@ def test_side_tuning_starts_at_the_base_and_learns_from_its_loss(name):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in trained.items()}
     torch.optim.SGD(trained.values(), lr=10.0).step()
-    assert [n for n, p in trained.items() if torch.equal(p, start[n])] == []
+    # A bias of the keys adds the same to all scores of a query: where it is not rotated its gradient is zero.
+    moved = {n for n, p in trained.items() if not torch.equal(p, start[n])}
+    assert [n for n in trained if n not in moved and not n.endswith("k_proj.bias")] == []
     assert [n for n, p in model.named_parameters() if p.grad is not None and n not in trained] == []
 
 
@@ -148,7 +152,7 @@ def test_rotary_tables_are_laid_out_as_the_row_says(name):
 
     tape = RunningForward()
     for i, block in enumerate(stack.blocks):
-        block.register_forward_hook(_BlockHook(i, block, tape, stack.architecture.state), with_kwargs=True)
+        block.register_forward_hook(_BlockHook(i, block, tape, stack), with_kwargs=True)
     with tape.using(Recorder()):
         logits(model, batch(name, model))
     tables = [given[source] for source in set(stack.attention_sources()) if given[source] is not None]
@@ -171,7 +175,8 @@ def test_side_tuned_generation_with_and_without_a_cache_agrees(name, tmp_path):
 def test_side_tuning_of_a_base_in_nf4(name, tmp_path):
     make(name).save_pretrained(tmp_path)
     auto = AutoModelForImageTextToText if name in WRAPPED else AutoModelForCausalLM
-    base = auto.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**NF4), device_map={"": "cpu"}).eval()
+    settings = BitsAndBytesConfig(**NF4, llm_int8_skip_modules=NOT_IN_4_BITS)
+    base = auto.from_pretrained(tmp_path, quantization_config=settings, device_map={"": "cpu"}).eval()
     forbid_packing_of_odd_shapes(base)  # of these widths
     inputs = batch(name, base)
     before = logits(base, inputs)
@@ -220,11 +225,17 @@ def test_pruned_model_is_what_training_saw_and_keeps_what_was_asked_for(name, tm
 def test_compressed_model_is_saved_and_loaded(name, tmp_path):
     base = make(name)
     inputs = batch(name, base)
-    model = get_peft_model(base, MixedRankConfig(keep_ratio=0.8, calibration_data=[inputs], progress=False))
+    unreached = find_decoder_stack(base).architecture.unreached
+    settings = {"exclude_modules": f".*{unreached}.*"} if unreached else {}
+    model = get_peft_model(base, MixedRankConfig(keep_ratio=0.8, calibration_data=[inputs], progress=False, **settings))
     compressed = logits(model, inputs)
     small = model.merge_and_unload()
     assert_close(logits(small, inputs), compressed)
     assert torch.equal(logits(saved_and_loaded(name, small, tmp_path), inputs), logits(small, inputs))
+    if name == "falcon":  # whose linear layers are of a class of their own, which a product of factors does not know
+        with pytest.raises(ReshapedModelError, match="FalconLinear"):
+            to_dense(small)
+        return
     assert_close(logits(to_dense(small), inputs), compressed)
 
 
