@@ -37,7 +37,7 @@ def _columns(result: dict) -> list[str]:
 
 
 def _perplexities(row: dict) -> list[str]:
-    return [f"{value:.2f}" for value in row["perplexity"].values()]
+    return [f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" for value in row["perplexity"].values()]
 
 
 def _ordered(rows: Sequence[dict]) -> list[dict]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -47,6 +48,14 @@ def start_from_scores(model: nn.Module, network: SelectionNetwork, data: Iterabl
         scores = PRUNING_METHODS[config.starting_method].score(task)
     scores = comparable_scores(config.starting_method, scores, network.plan)
     network.start_at(start_logits(scores, network))
+
+
+@torch.no_grad()
+def share_start(network: SelectionNetwork) -> None:
+    """Give all processes of a training the first one's start: each may have seen other rows, and rounds as it likes."""
+    if dist.is_available() and dist.is_initialized():
+        for parameter in network.hypernetwork.parameters():
+            dist.broadcast(parameter.data, 0)
 
 
 def rows_of(dataloader: DataLoader, taken: Collection[str], seed: int) -> list[dict]:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from hf_qst.disp import DISPLayer, PruningReport
-from hf_qst.disp.start import rows_of, start_from_scores
+from hf_qst.disp.start import rows_of, share_start, start_from_scores
 from hf_qst.tuner.config import is_count, is_number
 from hf_qst.tuner.manifest_tuner import with_head
 from hf_qst_plugins.pruning.plots import plot_widths, require_matplotlib
@@ -93,6 +93,7 @@ class DISPCallback(TrainerCallback):
             base = with_head(model)
             data = rows_of(train_dataloader, inspect.signature(base.forward).parameters, network.config.seed)
             start_from_scores(base, network, data)
+            share_start(network)
         self._failed, self._start = False, time.monotonic()
         if self.progress and state.is_local_process_zero:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="DISP", unit="step")

@@ -1,16 +1,18 @@
 """Where learning starts: at a pruning method's choice, from the user's data or the trainer's, and never twice."""
 
 import logging
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 from hf_qst import DISPConfig
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.disp import layer as disp_layer
-from hf_qst.disp.start import rows_of
+from hf_qst.disp.start import rows_of, share_start
 from hf_qst.pruning import (
     PRUNING_METHODS,
     SELECTIONS,
@@ -202,6 +204,24 @@ def test_a_generator_of_data_serves_two_adapters_of_one_configuration():
     model.set_adapter("reference")
     for ours, theirs in zip(model.disp_masks(), first, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def _share(rank, directory):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    net = network(with_disp(keep_ratio=0.6, calibration_data=batches()[rank : rank + 1]))
+    before = torch.cat(net.logits())
+    share_start(net)
+    torch.save((before, torch.cat(net.logits())), os.path.join(directory, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_that_saw_other_rows_start_as_the_first(tmp_path):
+    torch.multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)
+    (first, ours), (other, theirs) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert not torch.equal(first, other)
+    assert torch.equal(ours, first) and torch.equal(theirs, first)
 
 
 def test_an_adapter_started_by_a_method_of_ones_own_loads_where_that_is_unknown(tmp_path):
