@@ -42,6 +42,7 @@ class SharedPrompt:
         """Attention within the prompt, whose keys and values are kept.
 
         Args:
+            layer: identifies the attention layer. Layers of a side network can have the numbers of the base's.
             query: `[1, heads, prompt, head size]`; `key` and `value` the same with the key-value heads.
 
         Returns:
@@ -104,11 +105,11 @@ def attend(module, query, key, value, attention_mask, scaling, shared_prompts: S
             raise ValueError(f"attention with {name} cannot share prompts; use evaluate")
     if query.shape[2] > 1:
         (prompt,) = shared_prompts
-        read = prompt.read_prompt(module.layer_idx, query, key, value, scaling)
+        read = prompt.read_prompt(id(module), query, key, value, scaling)
     else:
         sizes = [prompt.rows for prompt in shared_prompts]
         parts = zip(shared_prompts, *(tensor.split(sizes) for tensor in (query, key, value)), strict=True)
-        read = torch.cat([prompt.read_rows(module.layer_idx, q, k, v, scaling) for prompt, q, k, v in parts])
+        read = torch.cat([prompt.read_rows(id(module), q, k, v, scaling) for prompt, q, k, v in parts])
     return read.transpose(1, 2), None
 
 
@@ -148,7 +149,7 @@ def require_shareable(model, ids: Sequence[int]) -> None:
     """Refuse a model whose last step over a prompt of several tokens differs from the whole prompt at once.
 
     Raises:
-        ValueError: it reads earlier tokens elsewhere than in transformers' attention functions, as a side network does.
+        ValueError: it reads earlier tokens elsewhere than in transformers' attention functions, such as a state.
     """
     prompt, whole = read_prompt(model, ids, 1)
     if prompt.holds_layers:
