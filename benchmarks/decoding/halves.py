@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from benchmarks.common.tables import markdown
 from benchmarks.decoding.outcomes import ERRORS, KS, OBJECTIVES, OTHER, failures
@@ -18,11 +18,13 @@ def with_interval(drawn: int, passed: Sequence[int], k: int) -> dict:
     return paired_bootstrap(drawn, passed, [0] * len(passed), k)._asdict()
 
 
-def complete(samples: Mapping[str, Sequence[dict]], counts: Mapping[str, int], order: Sequence[str]) -> list[str]:
+def complete(
+    samples: Mapping[Hashable, Sequence[dict]], counts: Mapping[Hashable, int], order: Sequence[str]
+) -> list[str]:
     """The tasks of `order` of which every setting has all its samples.
 
     Args:
-        samples: samples of each setting by its name.
+        samples: samples of each setting.
         counts: number of samples that a task must have in each setting.
     """
     drawn = {name: {} for name in samples}
@@ -69,14 +71,12 @@ def tuned_rows(reports: Reports) -> list[dict]:
     return rows
 
 
-def stage_report(reports: Reports, tasks: Sequence[str], total: int) -> dict:
-    """Figures of a stage on its complete tasks."""
+def stage_report(reports: Reports, tasks: Sequence[str]) -> dict:
+    """Figures of the settings of a stage."""
     settings = [
         setting_row(family, label, report) for family, those in reports.items() for label, report in those.items()
     ]
     return {
-        "problems": len(tasks),
-        "of": total,
         "tasks": list(tasks),
         "settings": settings,
         "tuned": tuned_rows(reports),
@@ -102,7 +102,7 @@ def tables(stage: dict) -> str:
         + ([_percent(row["difference"], "+")] if "difference" in row else [])
         for row in stage["tuned"]
     ]
-    title = f"{stage['problems']} of {stage['of']} problems complete; percent, [95 % over problems]"
+    title = f"{len(stage['tasks'])} problems; percent, [95 % over problems]"
     return "\n\n".join(
         [
             title,

@@ -5,10 +5,10 @@
     python -m benchmarks.decoding.humaneval --model smollm2 --report-only     # tables of what is there
 
 The prompts are HumanEval's, without an adapter or a chat template. The settings are drawn in stages; a problem is drawn
-with all settings of its stage, in an order that is shuffled once. A stage is reported on the problems that all its settings
-have completed, and a problem that lacks samples is left out of the whole stage. Of each family, the setting that is best on
-one half of these problems is reported on the other half, and the other way round, so each problem counts once and with a
-setting that was not chosen on it. The samples stay in the user's cache; the figures are written to
+with all settings of its stage, in an order that is shuffled once. A stage is reported when all its settings have all
+samples of all problems, together with the settings of the stages before it. Of each family, the setting that is best on one
+half of the problems is reported on the other half, and the other way round, so each problem counts once and with a setting
+that was not chosen on it. The samples stay in the user's cache; the figures are written to
 `benchmarks/results/decoding_humaneval.json`.
 """
 
@@ -144,36 +144,25 @@ def sample(args: argparse.Namespace, problems: list[Problem]) -> None:
             return
 
 
-def report(args: argparse.Namespace, problems: list[Problem]) -> list[dict]:
-    """Figures of every stage that has problems in both halves, with the settings of the stages before it."""
-    order = [problem.task_id for problem in problems]
-    drawn: dict[str, dict[str, list[dict]]] = {}
-    counts: dict[str, int] = {}
-    found = []
+def report(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[dict], list[int]]:
+    """Figures of every complete stage with the settings of the stages before it, and each stage's complete problems."""
+    place = {problem.task_id: number for number, problem in enumerate(problems)}
+    reports: dict[str, dict[str, Report]] = {}
+    found, done = [], []
     for families in stages(None):
-        files = {(f, d.label): args.work / f"{file_name(f, d)}.jsonl" for f, those in families.items() for d in those}
-        if not all(path.exists() for path in files.values()):
+        paths = {(f, d.label): args.work / f"{file_name(f, d)}.jsonl" for f, those in families.items() for d in those}
+        if not all(path.exists() for path in paths.values()):
             break
-        for (family, label), path in files.items():
-            settings, samples = read_samples(path)
-            drawn.setdefault(family, {})[label] = samples
-            counts[f"{family} {label}"] = settings["samples"]
-        flat = {f"{family} {label}": samples for family, those in drawn.items() for label, samples in those.items()}
-        tasks = complete(flat, counts, order)
-        if len(tasks) < 2:
+        read = {key: read_samples(path) for key, path in paths.items()}
+        counts = {key: settings["samples"] for key, (settings, _) in read.items()}
+        done.append(len(complete({key: samples for key, (_, samples) in read.items()}, counts, list(place))))
+        if done[-1] < len(problems):
             break
-        place = {task: number for number, task in enumerate(tasks)}
-        reports = {
-            family: {
-                label: Report.of(
-                    sorted((s for s in samples if s["task_id"] in place), key=lambda s: place[s["task_id"]])
-                )
-                for label, samples in those.items()
-            }
-            for family, those in drawn.items()
-        }
-        found.append(stage_report(reports, tasks, len(problems)))
-    return found
+        for (family, label), (_, samples) in read.items():
+            in_order = sorted(samples, key=lambda sample: place[sample["task_id"]])
+            reports.setdefault(family, {})[label] = Report.of(in_order)
+        found.append(stage_report(reports, list(place)))
+    return found, done
 
 
 def measured_difficulty(args: argparse.Namespace, problems: list[Problem]) -> dict:
@@ -253,19 +242,22 @@ def main(argv: list[str] | None = None) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.report_only:
         sample(args, problems)
-    found = report(args, problems)
+    found, done = report(args, problems)
     difficulty = measured_difficulty(args, problems) if args.difficulty else {}
-    for stage in found:
+    for stage in found[-1:]:
         print(f"\n{tables(stage)}")
+    for number, count in enumerate(done):
+        print(f"\nstage {number}: {count} of {len(problems)} problems complete")
     if difficulty:
         print(f"\n{difficulty_table(difficulty)}")
     result = {
         **environment(torch.device(args.device)),
         "arguments": as_json(vars(args)),
         "stages": found,
+        "complete_problems": done,
         "difficulty": difficulty,
     }
-    if found:
+    if found or difficulty:
         write_json(args.out / "decoding_humaneval.json", result)
         print(f"\nwritten: {args.out / 'decoding_humaneval.json'}")
 

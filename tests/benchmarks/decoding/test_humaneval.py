@@ -62,12 +62,12 @@ def test_figures_of_a_setting():
 
 def test_greedy_is_not_compared_with_many_samples():
     reports = {"greedy": {"": report([1, 0, 1, 0], drawn=1)}, "fixed temperature": {"x": report([5, 0, 5, 0])}}
-    stage = stage_report(reports, TASKS, 164)
+    stage = stage_report(reports, TASKS)
     greedy = [row for row in stage["tuned"] if row["family"] == "greedy"]
     assert [row["k"] for row in greedy] == [1]
     assert "difference" not in greedy[0]
     text = tables(stage)
-    assert "4 of 164 problems complete" in text
+    assert "4 problems; percent" in text
     assert "| greedy |  | 50.0 [" in text
 
 
@@ -87,15 +87,22 @@ def test_a_small_run_is_reported_and_resumed(tmp_path, capsys):
     command += ["--difficulty", "--every", "63", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     humaneval.main(command)
     result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
-    assert [stage["problems"] for stage in result["stages"]] == [3, 3, 3]
+    assert result["complete_problems"] == [3, 3, 3]
     assert [len(stage["settings"]) for stage in result["stages"]] == [1, 6, 18]
     assert {row["drawn"] for row in result["stages"][1]["settings"]} == {1, 2}
-    assert "3 of 3 problems complete" in capsys.readouterr().out
+    assert "stage 2: 3 of 3 problems complete" in capsys.readouterr().out
     assert set(result["difficulty"]) == {"HumanEval's prompts and solutions", "standard library"}
     files = sorted((tmp_path / "work").iterdir())
     before = [file.read_bytes() for file in files]
     humaneval.main([*command, "--report-only"])
     assert [file.read_bytes() for file in files] == before
+    # A stage that lacks a sample is not reported, nor is one after it.
+    cut = tmp_path / "work" / "fixed_temperature_T0.2.jsonl"
+    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
+    humaneval.main([*command, "--report-only"])
+    result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
+    assert result["complete_problems"] == [3, 2]
+    assert [len(stage["settings"]) for stage in result["stages"]] == [1]
 
 
 def test_bad_arguments_are_named(capsys):

@@ -10,7 +10,7 @@ from transformers import TopPLogitsWarper
 
 from ..problems import Problem
 from .sampler import Sampler
-from .shared_prompts import SharedPrompt, read_prompt, read_rows, sharing_prompts
+from .shared_prompts import SharedPrompt, read_prompt, read_rows, require_shareable, sharing_prompts
 
 ALLOWED = {
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
@@ -119,7 +119,8 @@ class BatchedSampler:
         samplers: one for each setting by its name; they differ in their `generate_kwargs` only.
 
     Raises:
-        ValueError: an argument of `generate` that concerns more than the scores of a row.
+        ValueError: an argument of `generate` that concerns more than the scores of a row; when it draws, a model whose
+            prompts cannot be shared.
     """
 
     def __init__(self, samplers: Mapping[str, Sampler]):
@@ -138,6 +139,7 @@ class BatchedSampler:
         self.samplers = samplers
         self.one = next(iter(samplers.values()))
         self._processors: dict[str, tuple[list, float]] = {}
+        self._checked = False
 
     def _prepare(self, name: str, problem: Problem) -> None:
         """Keep what `generate` does to the scores: its processors, and the top_p of a final `TopPLogitsWarper`."""
@@ -186,6 +188,9 @@ class BatchedSampler:
         for name in {name for name, _ in seeds} - self._processors.keys():
             self._prepare(name, problem)
         ids = self.one.encode(problem)["input_ids"][0].tolist()
+        if not self._checked and len(ids) > 2:
+            require_shareable(self.one.model, ids)
+            self._checked = True
         uniforms = {}
         for one, seed in seeds.items():
             uniforms[one] = torch.rand(self.most, generator=torch.Generator().manual_seed(seed)).tolist()

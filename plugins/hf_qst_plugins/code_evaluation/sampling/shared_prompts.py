@@ -33,22 +33,21 @@ class SharedPrompt:
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._rows: dict[int, torch.Tensor] = {}
 
+    @property
+    def holds_layers(self) -> bool:
+        """Whether an attention layer has read the prompt."""
+        return bool(self._prompt)
+
     def read_prompt(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
         """Attention within the prompt, whose keys and values are kept.
 
         Args:
+            layer: identifies the attention layer. Layers of a side network can have the numbers of the base's.
             query: `[1, heads, prompt, head size]`; `key` and `value` the same with the key-value heads.
 
         Returns:
             `[1, heads, prompt, head size]`.
-
-        Raises:
-            ValueError: another attention layer of the same number was there, as a side network has.
         """
-        if layer in self._prompt:
-            raise ValueError(
-                f"the model has several attention layers of number {layer}, so its prompts cannot be shared; use evaluate"
-            )
         self._prompt[layer] = key[0].contiguous(), value[0].contiguous()
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
@@ -106,11 +105,11 @@ def attend(module, query, key, value, attention_mask, scaling, shared_prompts: S
             raise ValueError(f"attention with {name} cannot share prompts; use evaluate")
     if query.shape[2] > 1:
         (prompt,) = shared_prompts
-        read = prompt.read_prompt(module.layer_idx, query, key, value, scaling)
+        read = prompt.read_prompt(id(module), query, key, value, scaling)
     else:
         sizes = [prompt.rows for prompt in shared_prompts]
         parts = zip(shared_prompts, *(tensor.split(sizes) for tensor in (query, key, value)), strict=True)
-        read = torch.cat([prompt.read_rows(module.layer_idx, q, k, v, scaling) for prompt, q, k, v in parts])
+        read = torch.cat([prompt.read_rows(id(module), q, k, v, scaling) for prompt, q, k, v in parts])
     return read.transpose(1, 2), None
 
 
@@ -130,16 +129,10 @@ def sharing_prompts(model) -> Iterator[None]:
 
 
 def read_prompt(model, ids: Sequence[int], most: int) -> tuple[SharedPrompt, torch.Tensor]:
-    """A prompt with one row, which can grow by `most` tokens, and the scores of its next token, `[1, vocabulary]`.
-
-    Raises:
-        ValueError: the model does not call transformers' attention functions.
-    """
+    """A prompt with one row, which can grow by `most` tokens, and the scores of its next token, `[1, vocabulary]`."""
     prompt = SharedPrompt(1, most)
     ids = torch.tensor([ids], device=model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=1, shared_prompts=[prompt]).logits
-    if len(prompt._prompt) != model.config.get_text_config().num_hidden_layers:
-        raise ValueError(f"{type(model).__name__} has attention of its own, which cannot share prompts; use evaluate")
     return prompt, logits[:, -1].float()
 
 
@@ -150,3 +143,21 @@ def read_rows(model, prompts: Sequence[SharedPrompt], ids: Sequence[int], positi
     for prompt in prompts:
         prompt.length += 1
     return logits[:, -1].float()
+
+
+def require_shareable(model, ids: Sequence[int]) -> None:
+    """Refuse a model whose last step over a prompt of several tokens differs from the whole prompt at once.
+
+    Raises:
+        ValueError: it reads earlier tokens elsewhere than in transformers' attention functions, such as a state.
+    """
+    prompt, whole = read_prompt(model, ids, 1)
+    if prompt.holds_layers:
+        prompt, _ = read_prompt(model, ids[:-1], 1)
+        step = read_rows(model, [prompt], ids[-1:], [len(ids) - 1])
+        if (step - whole).abs().max() <= torch.finfo(model.dtype).eps ** 0.5 * whole.abs().max():
+            return
+    raise ValueError(
+        f"{type(model).__name__} does not read all earlier tokens by transformers' attention functions, so its prompts "
+        "cannot be shared; use evaluate"
+    )
