@@ -16,15 +16,19 @@ from benchmarks.compression import __main__ as compression
 from benchmarks.compression import layers as compression_layers
 from benchmarks.compression import llama_7b as compression_7b
 from benchmarks.compression import methods as compression_methods
+from benchmarks.compression import pretrained
 from benchmarks.compression import report as compression_report
 from benchmarks.compression.speed import break_even, random_factors, with_ranks
 from benchmarks.compression.vit import Dense, compare, facts_of, fashion_variants, summary
 from benchmarks.side_tuning.bases import SHAPES
 from examples import fashion_mnist
 from examples.demo import BASE
+from examples.prose import NoTextError, handbook_files
 from hf_qst.mixed_rank import LowRankLinear
 
 CPU = torch.device("cpu")
+# Without the part that needs text and a model of other packages.
+OWN_PARTS = tuple(part for part in compression.PARTS if part != "pretrained")
 
 
 def tiny_llama(vocabulary=512):
@@ -55,17 +59,17 @@ def quick(tmp_path_factory):
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
-        compression.main(["--quick", "--model", str(folder / "model"), "--output", str(folder)])
+        compression.main(["--quick", "--model", str(folder / "model"), "--output", str(folder), "--parts", *OWN_PARTS])
     return json.loads((folder / "compression.json").read_text()), "\n".join(printed), folder
 
 
 def test_every_part_is_written_with_its_machine_and_arguments(quick):
     found, printed, folder = quick
-    assert list(found) == list(compression.PARTS)
+    assert tuple(found) == OWN_PARTS
     for part in found.values():
         assert {"versions", "commit", "machine", "arguments", "result"} <= set(part)
     results = {part: found[part]["result"] for part in found}
-    assert compression_report.report(results, compression.PARTS) in printed
+    assert compression_report.report(results, OWN_PARTS) in printed
     for name in ("perplexity", "ranks", "errors_llm", "errors_vit"):
         assert (folder / f"compression_{name}.png").stat().st_size > 5000
 
@@ -116,6 +120,45 @@ def test_costs_are_counted_for_every_method(quick):
     result = quick[0]["cost"]["result"]
     assert [row["method"] for row in result["rows"]] == compression.QUICK["methods"]
     assert result["tokens"] == 4 * 512 and all(row["seconds"] > 0 for row in result["rows"])
+
+
+def test_a_pretrained_model_goes_through_all_methods_and_a_recovery(tmp_path):
+    try:
+        handbook_files()
+    except NoTextError as error:
+        pytest.skip(str(error))
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--quick", "--pretrained", str(tmp_path / "model"), "--output", str(tmp_path), "--parts", "pretrained"]
+    compression.main(options)
+    result = json.loads((tmp_path / "compression.json").read_text())["pretrained"]["result"]
+    assert {(row["method"], row["recovery"]) for row in result["rows"]} == {
+        (method, steps) for _, method, steps in compression.QUICK["pretrained_rows"]
+    }
+    dense_bytes = pretrained.block_bits(result["dense"]["shapes"], {}) / 8
+    for row in result["rows"]:
+        assert 0.59 < row["block_bytes"] / dense_bytes <= 0.6, row["method"]
+        assert all(math.isfinite(value) for value in row["perplexity"].values())
+        assert all(0 <= value <= 1 for value in row["cloze"].values())
+    table = compression_report.pretrained_table(result)
+    assert all(pretrained.LABELS[method] in table for method in (*pretrained.ROWS, "nf4"))
+    # An untrained model chooses at random.
+    assert 0.1 < result["dense"]["cloze"]["prose"] < 0.4
+
+
+def test_a_part_whose_model_is_missing_is_left_out_by_name(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(compression, "run_parts", lambda args, *rest: print(f"made {args.parts}"))
+    compression.main(["--pretrained", str(tmp_path / "none.gguf"), "--parts", "7b", "pretrained"])
+    printed = capsys.readouterr().out
+    assert "'pretrained' is left out" in printed and "made ['7b']" in printed
+
+
+def test_rows_are_named_by_part_method_and_steps():
+    assert pretrained.row("0.8:svd") == (0.8, "svd", 0) and pretrained.row("0.6:mix-lstsq:20") == (0.6, "mix-lstsq", 20)
+    for wrong in ("0.8", "0.8:none", "1.5:svd", "0.8:svd:-1"):
+        with pytest.raises(ValueError):
+            pretrained.row(wrong)
 
 
 def test_impossible_arguments_are_refused(capsys):
