@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.common.timing import processor_clock
-from hf_qst.calibration import CrossMoment, SecondMoment
-from hf_qst.calibration.moments import CHUNK_COLUMNS
-from hf_qst.mixed_rank import least_squares_factors, output_energies
-from hf_qst.mixed_rank.calibration_set import ROWS_PER_DIMENSION
+from hf_qst.calibration import CHUNK_COLUMNS, CrossMoment, SecondMoment
+from hf_qst.mixed_rank import ROWS_PER_DIMENSION, least_squares_factors, output_energies
 
 BLOCKS, HIDDEN, INNER, HEADS_OUT = 32, 4096, 11008, 32000
 # Layers that share an input, with the number of layers of each: what has one statistic.

@@ -25,17 +25,22 @@ from benchmarks.compression.methods import DEFAULT, METHODS, config, target_shap
 from examples.corpus import blocks, split, stdlib_files, tokens
 from examples.demo import nf4
 from examples.prose import handbook_files
-from hf_qst.base_model import dense_weight
-from hf_qst.base_model.encoder_blocks import find_blocks
+from hf_qst.base_model import dense_weight, find_blocks
 from hf_qst.calibration import SecondMoment, calibration_mode, collect_statistics, input_groups
-from hf_qst.mixed_rank import LayerSpectrum, LowRankLinear, allocate_ranks, factorize, metric_matrix
-from hf_qst.mixed_rank.calibration_set import CalibrationSet
-from hf_qst.mixed_rank.compensation.two_streams import replace_in_order
-from hf_qst.mixed_rank.decomposition.stage import Decomposition
-from hf_qst.mixed_rank.pipeline import Pipeline
-from hf_qst.mixed_rank.predictions import installed
-from hf_qst.mixed_rank.sensitivity import fisher_weights
-from hf_qst.mixed_rank.target_weights import TargetWeights
+from hf_qst.mixed_rank import (
+    CalibrationSet,
+    Decomposition,
+    LayerSpectrum,
+    LowRankLinear,
+    Pipeline,
+    TargetWeights,
+    allocate_ranks,
+    factorize,
+    fisher_weights,
+    installed,
+    metric_matrix,
+    replace_in_order,
+)
 
 LENGTH = 512
 BATCH = 4

@@ -1,7 +1,8 @@
 """What is known of other people's models: where their parts are, their linear layers, how their weights lie."""
 
 from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.base_model.encoder_blocks import find_blocks
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight
 from hf_qst.base_model.packed_weights import drop_quantizer, forbid_packing
 
-__all__ = ["dense_shape", "dense_weight", "drop_quantizer", "find_decoder_stack", "forbid_packing"]
+__all__ = ["dense_shape", "dense_weight", "drop_quantizer", "find_blocks", "find_decoder_stack", "forbid_packing"]

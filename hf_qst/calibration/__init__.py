@@ -7,7 +7,7 @@
 """
 
 from hf_qst.calibration.data import CalibrationError, as_batches
-from hf_qst.calibration.moments import CrossMoment, SecondMoment
+from hf_qst.calibration.moments import CHUNK_COLUMNS, CrossMoment, SecondMoment
 from hf_qst.calibration.passes import (
     CalibrationRun,
     calibration_mode,
@@ -19,6 +19,7 @@ from hf_qst.calibration.passes import (
 )
 
 __all__ = [
+    "CHUNK_COLUMNS",
     "CalibrationError",
     "CalibrationRun",
     "CrossMoment",
