@@ -4,7 +4,7 @@
 which tokens of code are hard to predict. The guide is `docs/code_evaluation.md`.
 
 - `runner`: `evaluate`, which draws completions, executes them and reports.
-- `together`: `evaluate_together`, the same for several settings in one batch, several times as fast on a CPU.
+- `together`: `evaluate_together`, the same for several settings in one batch, about three times as fast on a CPU.
 - `report`, `pass_at_k`: the figures of an evaluation, and the comparison of two.
 - `samples_file`, `run_settings`: the file of samples, which a run can resume.
 - `problems`: problem files, and the project's own generated problems.

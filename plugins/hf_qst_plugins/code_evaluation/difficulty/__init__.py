@@ -30,7 +30,7 @@ from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable
 
 from .source_classes import GROUP_OF_POSITION, GROUPS, POSITIONS, SYNTAX, SourceClasses
 
-__all__ = ["DifficultyTable", "HotSteps", "hot_steps", "measure_difficulty", "ranks", "token_losses"]
+__all__ = ["DifficultyTable", "HotSteps", "Row", "hot_steps", "measure_difficulty", "ranks", "token_losses"]
 
 logger = logging.getLogger(__name__)
 
