@@ -95,7 +95,7 @@ def test_progress_ends_with_what_was_done(tmp_path, capsys):
     run = disp_trainer(with_disp(), tmp_path, DISPCallback(), max_steps=2)
     run.train()
     output = capsys.readouterr()
-    assert "kept 55," in output.out and "of 110,592 weights" in output.out
+    assert "kept 55," in output.out and "of 110,976 weights" in output.out
     assert "kept=" in output.err and "budget=0.500" in output.err
 
 
