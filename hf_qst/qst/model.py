@@ -43,7 +43,13 @@ class QSTModel(StackTuner):
                 f"QSTConfig.tail_layers must be 0 for {stack.model_type}, got {peft_config.tail_layers}: its blocks have several "
                 "residual streams, and the side network's output is mixed into one"
             )
-        tail = stack.blocks[len(stack.blocks) - peft_config.tail_layers :]
+        below = len(stack.blocks) - peft_config.tail_layers
+        if (source := max(stack.attention_sources()[:below])) >= below:
+            raise ValueError(
+                f"QSTConfig.tail_layers must leave block {source} below the tail, whose attention the side network follows, got "
+                f"{peft_config.tail_layers} of {len(stack.blocks)} blocks"
+            )
+        tail = stack.blocks[below:]
         if not peft_config.inference_mode and (packed := find_packed(tail)) is not None:
             raise ValueError(
                 f"QSTConfig.tail_layers={peft_config.tail_layers}: bitsandbytes has packed the 4-bit weights of the tail "

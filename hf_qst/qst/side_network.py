@@ -196,7 +196,8 @@ class SideNetwork(nn.Module):
             places = every(config.readout_every, read)
             self.readout = Readout(places, *sizes, config.tap_storage, zero=config.init_weights)
         # The input of the first block is read too.
-        self.read_blocks = {0, *self.places, *([] if self.readout is None else map(int, self.readout.down))}
+        readout = [] if self.readout is None else map(int, self.readout.down)
+        self.read_blocks = {0, *self.places, *self.sources, *readout}
         self.tail = None
         if config.tail_layers:
             self.tail = Tail(stack.blocks, read, config.tail_rank, zero=config.init_weights)
