@@ -27,7 +27,7 @@ For a type that is not here, the error names what its blocks hold and a known ty
 
 
 def supported_models() -> dict[str, dict[str, str]]:
-    """For each type of model what holds for each method: `"yes"`, `"yes, with ..."`, `"partly, without ..."` or `"no: ..."`.
+    """For each type of model what holds for each method: `"yes"`, `"partly, without ..."` or `"no: ..."`.
 
     Of `"qst"`, `"disp"` (and `prune_model`) and `"mixed_rank"`, by `config.model_type`.
     """
@@ -36,7 +36,7 @@ def supported_models() -> dict[str, dict[str, str]]:
         disp = f"partly, without {row.unpruned}" if row.unpruned else "yes"
         if row.pruning_refused:
             disp = f"no: {row.pruning_refused}"
-        rank = f'yes, with `exclude_modules=".*{row.unreached}.*"`' if row.unreached else "yes"
+        rank = f"partly, without {row.unreached.replace(chr(92), '')}" if row.unreached else "yes"
         found[name] = {"qst": "yes", "disp": disp, "mixed_rank": rank}
     inside = "that of its language model"
     found |= {name: {"qst": inside, "disp": inside, "mixed_rank": "yes"} for name in WRAPPERS}

@@ -137,7 +137,7 @@ class Architecture:
         decoder_flag (`bool`): whether the type is an encoder unless `config.is_decoder` is set (BERT).
         unpruned (`str`): what of a block pruning leaves as it is, and counts, where that is more than norms.
         pruning_refused (`str`): why its blocks cannot be pruned.
-        unreached (`str`): name of linear layers of its blocks that a language model alone never runs.
+        unreached (`str`): pattern in the names of linear layers of its blocks that a language model alone never calls.
     """
 
     stack: str

@@ -243,7 +243,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "axk2 deepseek_v32 glm_moe_dsa",
         _moe(_latent, projections=_LATENT, pruning_refused="its choice of tokens is read from outside of the attention"),
     ),
-    "longcat_flash": _moe(_latent, projections=Projections(), pruning_refused="a block has two attentions"),
+    "longcat_flash": _moe(
+        _latent, projections=Projections(), pruning_refused="a block has two attentions", unreached=r"router\.classifier"
+    ),
     "deepseek_v2": _moe(
         lambda c: _latent(c, rotary="complex"), projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,)
     ),
@@ -288,7 +290,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         alternatives=(_CONV,),
     ),
     "bamba": _row(final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,)),
-    "jamba": _moe(_no_positions, final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,)),
+    "jamba": _moe(
+        _no_positions, final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,), unreached="dt_proj"
+    ),
     "falcon_h1": _row(
         final_norm="final_layernorm",
         projections=_FEED_FORWARD,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS
+from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, stack_path, text_config
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,18 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
         return ()
     row = MODELS.get(model.config.model_type, Blocks())
     if not row.paths:
-        return tuple(_marked_lists(model))
+        return tuple(_marked_lists(model)) or _row_of_decoder(model)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     return tuple(f"{prefix}{path}" for path in row.paths)
+
+
+def _row_of_decoder(model: nn.Module) -> tuple[str, ...]:
+    """The blocks that a row of `ARCHITECTURES` names, in a model whose classes are not marked (CTRL)."""
+    config = model.config
+    path = f"{stack_path(config)}.{ARCHITECTURES[text_config(config).model_type].blocks}"
+    if model.base_model is model:
+        path = path.removeprefix(f"{model.base_model_prefix}.")
+    return (path,)
 
 
 def _marked_lists(module: nn.Module, path: str = "") -> Iterator[str]:
@@ -88,5 +97,9 @@ def _marked_lists(module: nn.Module, path: str = "") -> Iterator[str]:
 
 def stays_out(model: nn.Module, name: str) -> str | None:
     """Why the layer `name` of a model of a known type stays as it is; None if it does not."""
+    decoder = ARCHITECTURES.get(text_config(model.config).model_type)
+    alone = decoder is not None and not getattr(model.config, "is_encoder_decoder", False)
+    if alone and decoder.unreached and re.search(decoder.unreached, name):
+        return "a language model alone never calls it"
     row = MODELS.get(model.config.model_type, Blocks())
     return next((why for end, why in row.without.items() if re.search(rf"(^|\.)({end})$", name)), None)

@@ -49,7 +49,7 @@ def fit_principal(
     groups = [(names[block],) for block in blocks]
 
     def states(module, args, kwargs, output) -> list[torch.Tensor]:
-        leaving = output[0] if isinstance(output, tuple) else output
+        leaving = output[0] if isinstance(output, (tuple, list)) else output
         return [first_input(args, kwargs), leaving] if reads_embedding and module is blocks[0] else [leaving]
 
     moments = collect_statistics(stack, groups, batches, label="principal directions", states=states)

@@ -13,7 +13,7 @@ import hf_qst
 from hf_qst import DISPConfig, MixedRankConfig, to_dense
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, find_decoder_stack
 from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
-from hf_qst.errors import BudgetError, ReshapedModelError, UnsupportedArchitectureError
+from hf_qst.errors import BudgetError, CheckpointError, ReshapedModelError, UnsupportedArchitectureError
 from hf_qst.qst.layer import _BlockHook
 from hf_qst.supported import PAGE, page
 from hf_qst.tuner.running_forward import RunningForward
@@ -232,13 +232,23 @@ def test_pruned_model_is_what_training_saw_and_keeps_what_was_asked_for(name, tm
 def test_compressed_model_is_saved_and_loaded(name, tmp_path):
     base = make(name)
     inputs = batch(name, base)
-    unreached = find_decoder_stack(base).architecture.unreached
-    settings = {"exclude_modules": f".*{unreached}.*"} if unreached else {}
-    model = get_peft_model(base, MixedRankConfig(keep_ratio=0.8, calibration_data=[inputs], progress=False, **settings))
+    settings = {"keep_ratio": 0.8, "calibration_data": [inputs], "progress": False}
+    if name == "jetmoe":  # most of whose blocks are experts in a form of their own
+        with pytest.raises(BudgetError, match="are out of reach"):
+            get_peft_model(make(name), MixedRankConfig(**settings))
+        settings["exclude_modules"] = "lm_head"
+    model = get_peft_model(base, MixedRankConfig(**settings))
     compressed = logits(model, inputs)
     small = model.merge_and_unload()
     assert_close(logits(small, inputs), compressed)
-    assert torch.equal(logits(saved_and_loaded(name, small, tmp_path), inputs), logits(small, inputs))
+    if name == "nemotron_h":  # whose files transformers writes under another name than it reads
+        with pytest.raises(CheckpointError, match="the files call the base model 'backbone'"):
+            saved_and_loaded(name, small, tmp_path)
+        return
+    again = saved_and_loaded(name, small, tmp_path)
+    saved, loaded = small.state_dict(), again.state_dict()
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
+    assert_close(logits(again, inputs), logits(small, inputs))
     if name == "falcon":  # whose linear layers are of a class of their own, which a product of factors does not know
         with pytest.raises(ReshapedModelError, match="FalconLinear"):
             to_dense(small)

@@ -59,7 +59,7 @@ class _Call:
             output = block(*self.args, **{**self.kwargs, "hidden_states": hidden})
         else:
             output = block(hidden, *self.args[1:], **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _record(
