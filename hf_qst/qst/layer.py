@@ -21,8 +21,8 @@ from hf_qst.qst.tail import key, linear_layers
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
-# Arguments of a base block that its side block's attention gets too: of packed sequences. Others are the base's own, such
-# as biases for its heads.
+# Arguments that a base block names and its side block's attention gets too: of packed sequences. The others that it names
+# are the base's own, such as biases for its heads; those that it only passes on are for any attention.
 _FORWARDED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options")
 
 
@@ -74,11 +74,9 @@ class _BlockHook:
     def __init__(self, index: int, block: nn.Module, tape: RunningForward, stack: DecoderStack):
         self.index, self.state = index, stack.architecture.state
         self.tape = tape
-        self.parameters = [
-            p.name
-            for p in inspect.signature(type(block).forward).parameters.values()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ][1:]
+        signature = list(inspect.signature(type(block).forward).parameters.values())[1:]
+        self.parameters = [p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.named = {p.name for p in signature if p.kind is not p.VAR_KEYWORD}
 
     def __call__(self, block, args, kwargs, output):
         recorder = self.tape.current
@@ -89,7 +87,7 @@ class _BlockHook:
         context = BlockContext(
             attention_mask=arguments.get("attention_mask"),
             position_embeddings=arguments.get("position_embeddings"),
-            attention_kwargs={k: arguments[k] for k in _FORWARDED if k in arguments},
+            attention_kwargs={k: v for k, v in arguments.items() if k in _FORWARDED or k not in self.named},
             hidden_dtype=entering.dtype,
         )
         leaving = output[0] if isinstance(output, (tuple, list)) else output

@@ -95,7 +95,8 @@ def test_reported_errors_obey_the_optimum_and_the_floor(quick):
     for result in quick[0]["layers"]["result"].values():
         assert result["by_itself"]
         for row in result["by_itself"]:
-            assert row["calibration"] >= row["calibration_optimum"] * (1 - 1e-4)
+            # Both are parts of an energy whose products are float32.
+            assert row["calibration"] >= row["calibration_optimum"] * (1 - 1e-4) - 1e-7
             assert row["held"] >= row["floor"] * (1 - 1e-4)
             assert row["held_plain"] >= row["floor"] * (1 - 1e-4)
         for errors in result["in_the_model"].values():

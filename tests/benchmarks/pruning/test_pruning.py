@@ -205,8 +205,7 @@ def test_shortening_skips_the_blocks_of_least_influence():
         torch.nn.init.zeros_(silent.model.layers[i].mlp.down_proj.weight)
     torch.testing.assert_close(small(input_ids=ids).logits, silent(input_ids=ids).logits)
     layout = PruningLayout.of(find_decoder_stack(model))
-    norms = 2 * 2 * 64
-    assert parameters(model) - parameters(small) == layout.total // 2 + norms
+    assert parameters(model) - parameters(small) == layout.total // 2
     cached = small.generate(ids[:1, :4], max_new_tokens=3, do_sample=False)
     assert torch.equal(cached, small.generate(ids[:1, :4], max_new_tokens=3, do_sample=False, use_cache=False))
     assert len(model.model.layers) == model.config.num_hidden_layers == 4
