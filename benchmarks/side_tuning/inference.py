@@ -9,12 +9,11 @@ the processor. Prints a table and writes it to `benchmarks/results/side_tuning_i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -22,26 +21,23 @@ from benchmarks.common.command_line import as_json, parser_of, require_device, r
 from benchmarks.common.measure import RESULTS, environment, write_json
 from benchmarks.common.tables import markdown
 from benchmarks.common.timing import in_turns, paired_ratio, processor_clock
+from benchmarks.side_tuning import methods
 from benchmarks.side_tuning.bases import copy_of, load_base
 from examples.real_model import HELP, model_argument
 from hf_qst import QSTConfig
 
 
-def _qst(config: Callable[..., QSTConfig] = QSTConfig, **changes):
-    return lambda base: get_peft_model(base, config(task_type="CAUSAL_LM", **changes))
-
-
-def _lora(base: nn.Module) -> nn.Module:
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"))
+def _of(name: str):
+    return lambda base: methods.METHODS[name].make(base, [])
 
 
 METHODS = {
     "base": lambda base: base,
-    "QST": _qst(),
-    "QST, paper's settings": _qst(QSTConfig.paper),
-    "QST, tail of 4 blocks": _qst(tail_layers=4),
-    "LoRA, not merged": _lora,
-    "LoRA, merged": lambda base: _lora(base).merge_and_unload(),
+    "QST": _of("qst"),
+    "QST, paper's settings": _of("qst-paper"),
+    "QST, tail of 4 blocks": lambda base: get_peft_model(base, QSTConfig(task_type="CAUSAL_LM", tail_layers=4)),
+    "LoRA, not merged": _of("qlora"),
+    "LoRA, merged": lambda base: _of("qlora")(base).merge_and_unload(),
 }
 
 

@@ -99,12 +99,6 @@ class StoredBase:
         labels = batch.labels[:, 1:].reshape(-1)
         return linear_cross_entropy(hidden[:, :-1].reshape(len(labels), -1), self.head, labels)
 
-    @torch.no_grad()
-    def mean_loss(self, layer, steps: list[Step]) -> float:
-        """Of a side-tuned stack over batches, by label."""
-        losses = [(self.loss(hidden(layer, step), step.batch).item(), step.batch.count) for step in steps]
-        return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
-
 
 def hidden(layer, step: Step) -> torch.Tensor:
     """The output of a side-tuned stack [rows, seq, d], computed from the stored states of its base."""

@@ -23,6 +23,7 @@ from torch import nn
 
 import hf_qst_kernels
 from hf_qst.base_model.bare_calls import is_bare, kernel_replaces
+from hf_qst.base_model.block_calls import hidden_of
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, Architecture
 from hf_qst.pruning.branch import PrunedBranch
 from hf_qst_kernels import break_even
@@ -213,14 +214,14 @@ def _through(half: _Half, hidden: torch.Tensor, call: Callable, inplace: bool) -
     """
     norm, branch, selects, projection = half
     if not half.fuses:
-        return hidden + _first(call(branch, norm(hidden)))
+        return hidden + hidden_of(call(branch, norm(hidden)))
     if selects:
         narrow = hf_qst_kernels.norm_index_select(hidden, norm.weight, None, branch.input_index, norm.variance_epsilon)
     else:
         narrow = branch.pick_out(norm(hidden))
     if projection is None:
-        return hidden + branch.put_back(_first(call(branch.module, narrow)))
-    output, deferred = _without(projection, lambda: _first(call(branch.module, narrow)))
+        return hidden + branch.put_back(hidden_of(call(branch.module, narrow)))
+    output, deferred = _without(projection, lambda: hidden_of(call(branch.module, narrow)))
     if not deferred:
         return hidden + branch.put_back(output)
     return hf_qst_kernels.linear_index_add(
@@ -248,7 +249,3 @@ def _without(projection: nn.Linear, run: Callable[[], torch.Tensor]) -> tuple[to
             "run it; give its model the plain blocks back with hf_qst.pruning.use_kernels(model, enabled=False)"
         )
     return output, given is not None
-
-
-def _first(output: torch.Tensor | tuple) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output

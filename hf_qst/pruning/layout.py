@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import nn
@@ -61,11 +61,14 @@ class BlockLayout:
         return (*attention, *(SELECTIONS[2:] if self.mlp_inputs else ()))
 
     def parameters(self, widths) -> torch.Tensor:
-        """Parameters left at these five widths: w1 r + w2 s + w4 (g w3 + b + w5) + c w5 + fixed."""
+        """Parameters left at these five widths: w1 r + w2 s + w4 (g w3 + b + w5) + c w5 + fixed; without an MLP no w5.
+
+        Fields and widths may be tensors with an entry for each block.
+        """
         w1, w2, w3, w4, w5 = widths
-        attention = w1 * self.read_width + w2 * self.written_width
-        mlp = w4 * (self.mlp_inputs * w3 + self.middle_biases + w5) + self.mlp_out_bias * w5 if self.mlp_inputs else 0
-        return attention + mlp + self.fixed
+        written = (self.mlp_inputs > 0) * w5
+        mlp = w4 * (self.mlp_inputs * w3 + self.middle_biases + written) + self.mlp_out_bias * w5
+        return w1 * self.read_width + w2 * self.written_width + mlp + self.fixed
 
 
 @dataclass(frozen=True)
@@ -117,18 +120,9 @@ class PruningLayout:
 
         In the dtype of `widths`: a float one carries gradients, an integer one is exact.
         """
-        w1, w2, w3, w4, w5 = widths.unbind(-1)
-        read, written, inputs, middle, last, fixed = self._coefficients(widths)
-        has_mlp = (inputs > 0).to(widths.dtype)
-        attention = w1 * read + w2 * written
-        return (attention + w4 * (inputs * w3 + middle + has_mlp * w5) + last * w5 + fixed).sum()
-
-    def _coefficients(self, like: torch.Tensor) -> list[torch.Tensor]:
-        """Of `BlockLayout`, each [layers]."""
-        rows = [
-            (b.read_width, b.written_width, b.mlp_inputs, b.middle_biases, b.mlp_out_bias, b.fixed) for b in self.blocks
-        ]
-        return torch.tensor(rows, dtype=like.dtype, device=like.device).unbind(-1)
+        columns = zip(*(astuple(block) for block in self.blocks), strict=True)
+        like = {"dtype": widths.dtype, "device": widths.device}
+        return BlockLayout(*(torch.tensor(column, **like) for column in columns)).parameters(widths.unbind(-1)).sum()
 
     def count(self, widths: list[list[int]]) -> int:
         """`parameters` of integer widths."""

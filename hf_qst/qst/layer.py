@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from hf_qst.base_model.block_calls import with_first_argument
+from hf_qst.base_model.block_calls import hidden_of, with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.qst import continuous_batching
@@ -90,8 +90,7 @@ class _BlockHook:
             attention_kwargs={k: v for k, v in arguments.items() if k in _FORWARDED or k not in self.named},
             hidden_dtype=entering.dtype,
         )
-        leaving = output[0] if isinstance(output, (tuple, list)) else output
-        recorder.record(self.index, self.state(entering), self.state(leaving), context)
+        recorder.record(self.index, self.state(entering), self.state(hidden_of(output)), context)
 
 
 class _TailStart:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from hf_qst.base_model.block_calls import hidden_of
 from hf_qst.base_model.offloading import is_offloaded, require_weights
 from hf_qst.calibration import as_batches, collect_statistics, first_input
 from hf_qst.qst.downsample import PrincipalDownsample
@@ -49,7 +50,7 @@ def fit_principal(
     groups = [(names[block],) for block in blocks]
 
     def states(module, args, kwargs, output) -> list[torch.Tensor]:
-        leaving = output[0] if isinstance(output, (tuple, list)) else output
+        leaving = hidden_of(output)
         return [first_input(args, kwargs), leaving] if reads_embedding and module is blocks[0] else [leaving]
 
     moments = collect_statistics(stack, groups, batches, label="principal directions", states=states)

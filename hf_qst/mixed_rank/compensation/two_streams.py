@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_qst.base_model.block_calls import hidden_of
 from hf_qst.base_model.experts import SplitExperts, enclosing_experts
 from hf_qst.base_model.linear_layers import in_features
 from hf_qst.calibration import CalibrationRun, calibration_mode, first_input, hooks
@@ -59,7 +60,7 @@ class _Call:
             output = block(*self.args, **{**self.kwargs, "hidden_states": hidden})
         else:
             output = block(hidden, *self.args[1:], **self.kwargs)
-        return output[0] if isinstance(output, (tuple, list)) else output
+        return hidden_of(output)
 
 
 def _record(
