@@ -11,11 +11,7 @@ therefore carry the remedy inside that name.
 
 from __future__ import annotations
 
-import json
-
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
-from hf_qst.saved.whole_files import write_text
 
 IMPORT_REMINDER = "run 'import hf_qst' before loading"
 """Part of the names in saved files that a process without this package looks up in vain and prints."""
@@ -66,11 +62,3 @@ def register_method(config_class: type, tuner_class: type) -> None:
 def saved_name(peft_type: str) -> str:
     """The `peft_type` of an `adapter_config.json`: what PEFT's KeyError prints in a process without this package."""
     return f"{peft_type} ({IMPORT_REMINDER})"
-
-
-def write_saved_name(path: str, peft_type: str) -> None:
-    """Put the saved name of `peft_type` into an `adapter_config.json`."""
-    with open(path, encoding="utf-8") as file:
-        values = json.load(file)
-    values["peft_type"] = saved_name(peft_type)
-    write_text(path, json.dumps(values, indent=2, sort_keys=True))
