@@ -22,9 +22,7 @@ NOT_OF_THE_ADAPTER = frozenset(
     ("auto_mapping", "base_model_name_or_path", "inference_mode", "manifest", "peft_type", "peft_version", "revision")
 )
 """Entries of an `adapter_config.json` that may be changed after saving: where the base lies, and what PEFT writes."""
-_TO_CHANGE = (
-    "Undo the edit. To change a setting on purpose, set it on what PeftConfig.from_pretrained gives, and pass that as config."
-)
+_TO_CHANGE = "Undo the edit. To change a setting on purpose, set it on what PeftConfig.from_pretrained gives, and pass that as config."
 
 CARD_MARK = "<!-- hf_qst usage -->"
 CARD_TEXT = f"""

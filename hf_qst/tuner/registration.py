@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from hf_qst.tuner.reading import check_what_peft_reads
+
 IMPORT_REMINDER = "run 'import hf_qst' before loading"
 """Part of the names in saved files that a process without this package looks up in vain and prints."""
 
@@ -57,6 +59,13 @@ def register_method(config_class: type, tuner_class: type) -> None:
     # transformers' delete_adapter builds the prefix as the lower-case name plus "_".
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_class.prefix
     METHODS[peft_type] = config_class, tuner_class
+    check_what_peft_reads(_container_of)
+
+
+def _container_of(saved: str) -> str | None:
+    """Name of the modules that hold a method's own tensors, by the `peft_type` in a file; None for another's method."""
+    known = METHODS.get(saved.partition(" ")[0])
+    return None if known is None else known[1]._container()
 
 
 def saved_name(peft_type: str) -> str:

@@ -87,7 +87,9 @@ def tensor_changes(file: Path, draw: random.Random, other: Path | None) -> str:
     elif kind == "swap":
         tensors[name], tensors[second] = tensors[second], tensors[name]
     elif kind == "rename":
-        tensors[draw.choice((name + "x", "x." + name, name.replace("weight", "bias"), name.upper()))] = tensors.pop(name)
+        tensors[draw.choice((name + "x", "x." + name, name.replace("weight", "bias"), name.upper()))] = tensors.pop(
+            name
+        )
     elif kind == "second name":
         tensors[name + "_2"] = tensor.clone()
     elif kind == "remove":
