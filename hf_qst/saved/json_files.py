@@ -26,10 +26,10 @@ def without_checksum(values: object, where: str) -> dict[str, object]:
         ValueError: naming `where`, if they are not an object or not what was written.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{where} holds {type(values).__name__}, not an object")
+        raise ValueError(f"{where} is not a JSON object but {type(values).__name__}")
     found = {name: value for name, value in values.items() if name != CHECKSUM}
     if CHECKSUM in values and values[CHECKSUM] != _checksum(found):
-        raise ValueError(f"{where} does not hold what was written (checksum)")
+        raise ValueError(f"{where} is not what was written (checksum)")
     return found
 
 
