@@ -107,6 +107,27 @@ def host_of(path: str) -> str:
     return path.rpartition(".")[0] or path
 
 
+def mixture(host: str) -> tuple[Projections, ...]:
+    """Experts in the module at this path, and the expert that every token sees beside them, under all its names."""
+    # Those with a gate first: without it, their other two matrices are the parts of an MLP that has none.
+    shared = (
+        ("shared_experts", "gate_proj up_proj"),
+        ("shared_expert", "gate_proj up_proj"),
+        ("shared_mlp", "gate_proj up_proj"),
+        ("shared_experts", "gate_up_proj"),
+        ("shared_experts", "up_proj"),
+    )
+    beside = tuple(
+        Projections(
+            mlp_in=tuple(f"{host}.{name}.{reader}" for reader in readers.split()),
+            mlp_out=f"{host}.{name}.down_proj",
+            experts=f"{host}.experts",
+        )
+        for name, readers in shared
+    )
+    return *beside, Projections(experts=f"{host}.experts")
+
+
 @dataclass(frozen=True)
 class SequentialBlock:
     """A block that is `h = h + attention(norm_1(h))`, then `h = h + mlp(norm_2(h))`, with RMSNorm and nothing in between.

@@ -17,6 +17,7 @@ from hf_qst.base_model.architecture import (
     block_spec,
     first_of,
     first_stream,
+    mixture,
 )
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -52,7 +53,7 @@ _CONV = Projections(("conv.in_proj",), "conv.out_proj")
 
 _EXPERTS = "the experts and their router"
 _ROUTER = "the router"
-_SHARED = "the router, and the middle of the shared expert"
+_SHARED = "the router and the middle of the shared expert"
 _POST_NORM = "a norm after the addition mixes pruned and kept channels"
 _ADDS_INSIDE = "its layers add to the residual themselves, where pruned channels have no place"
 
@@ -176,29 +177,8 @@ def _rows(names: str, row: Architecture) -> dict[str, Architecture]:
     return dict.fromkeys(names.split(), row)
 
 
-def _mixture(host: str) -> tuple[Projections, ...]:
-    """Experts in the module at this path, and the expert that every token sees beside them, under all its names."""
-    # Those with a gate first: without it, their other two matrices are the parts of an MLP that has none.
-    shared = (
-        ("shared_experts", "gate_proj up_proj"),
-        ("shared_expert", "gate_proj up_proj"),
-        ("shared_mlp", "gate_proj up_proj"),
-        ("shared_experts", "gate_up_proj"),
-        ("shared_experts", "up_proj"),
-    )
-    beside = tuple(
-        Projections(
-            mlp_in=tuple(f"{host}.{name}.{reader}" for reader in readers.split()),
-            mlp_out=f"{host}.{name}.down_proj",
-            experts=f"{host}.experts",
-        )
-        for name, readers in shared
-    )
-    return *beside, Projections(experts=f"{host}.experts")
-
-
 def _moe(spec: Callable = block_spec, host: str = "mlp", **changes) -> Architecture:
-    alternatives = (*changes.pop("alternatives", ()), *_mixture(host))
+    alternatives = (*changes.pop("alternatives", ()), *mixture(host))
     return _row(spec, **{"unpruned": _ROUTER, "alternatives": alternatives, **changes})
 
 
@@ -361,12 +341,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bailing_hybrid": _moe(_latent, projections=_MLP, unpruned=f"the attention, {_SHARED}"),
     "kimi_linear": _moe(_no_positions, projections=_MLP, unpruned=f"the attention, {_SHARED}"),
     "nemotron_h": _moe(
-        _no_positions, attention="mixer", embeddings="embeddings", final_norm="norm_f",
-        pruning_refused="transformers saves it under other names than it has in memory",
+        _no_positions, "mixer", attention="mixer", embeddings="embeddings", final_norm="norm_f",
         projections=Projections(
             ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), "mixer.o_proj", ("mixer.up_proj",), "mixer.down_proj"
         ),
-        alternatives=(Projections(("mixer.in_proj",), "mixer.out_proj"),),
+        alternatives=(Projections(("mixer.in_proj",), "mixer.out_proj"),), unpruned=_SHARED,
     ),
     "recurrent_gemma": _row(
         _no_positions,
