@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, register_architecture
 from hf_qst.base_model.encoder_blocks import MODELS, known_types
+from hf_qst.base_model.unsupported_types import UNSUPPORTED
 
 __all__ = ["register_architecture", "supported_models"]
 
@@ -27,7 +28,7 @@ For a type that is not here, the error names what its blocks hold and a known ty
 
 
 def supported_models() -> dict[str, dict[str, str]]:
-    """For each type of model what holds for each method: `"yes"`, `"partly, without ..."` or `"no: ..."`.
+    """For each type of model what holds for each method: `"yes"`, `"partly, ..."`, `"no: ..."` or what it needs.
 
     Of `"qst"`, `"disp"` (and `prune_model`) and `"mixed_rank"`, by `config.model_type`.
     """
@@ -36,7 +37,8 @@ def supported_models() -> dict[str, dict[str, str]]:
         disp = f"partly, without {row.unpruned}" if row.unpruned else "yes"
         if row.pruning_refused:
             disp = f"no: {row.pruning_refused}"
-        rank = f"partly, without {row.unreached.replace(chr(92), '')}" if row.unreached else "yes"
+        left = ", ".join(part.replace("\\", "").rstrip(".") for part in row.uncompressed)
+        rank = f"partly, without {left}" if left else "yes"
         found[name] = {"qst": "yes", "disp": disp, "mixed_rank": rank}
     inside = "that of its language model"
     found |= {name: {"qst": inside, "disp": inside, "mixed_rank": "yes"} for name in WRAPPERS}
@@ -45,6 +47,8 @@ def supported_models() -> dict[str, dict[str, str]]:
         reasons = sorted(set(MODELS[name].without.values()))
         found[name] = {"qst": other, "disp": other}
         found[name]["mixed_rank"] = f"partly: what {'; '.join(reasons)}, stays" if reasons else "yes"
+    for name, why in UNSUPPORTED.items():
+        found[name] = {"qst": f"no: {why}", "disp": f"no: {why}", "mixed_rank": "layers named in `target_modules`"}
     return dict(sorted(found.items()))
 
 

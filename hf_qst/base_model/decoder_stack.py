@@ -13,6 +13,7 @@ from torch import nn
 from hf_qst.base_model.architecture import Architecture, BlockSpec, Projections, SequentialBlock
 from hf_qst.base_model.decoder_table import ARCHITECTURES, WRAPPERS
 from hf_qst.base_model.linear_layers import is_linear
+from hf_qst.base_model.unsupported_types import UNSUPPORTED
 
 __all__ = [
     "ARCHITECTURES",
@@ -29,7 +30,10 @@ __all__ = [
 
 # Layer types of transformers' configurations whose blocks attend to all positions before, or to the last of them.
 _WHOLE = ("full_attention", "indexed_attention", "hybrid")
-_WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+_WINDOWED = (
+    "sliding_attention", "chunked_attention", "hybrid_sliding",
+    "compressed_sparse_attention", "heavily_compressed_attention",
+)  # fmt: skip
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -151,7 +155,9 @@ def find_decoder_stack(model: nn.Module) -> DecoderStack:
     text = text_config(config)
     architecture, path = ARCHITECTURES.get(text.model_type), stack_path(config)
     if architecture is None:
-        _refuse(model, f"its config.model_type is {text.model_type!r}{_found(model)}")
+        reason = UNSUPPORTED.get(config.model_type) or UNSUPPORTED.get(text.model_type)
+        reason = f" ({reason})" if reason else _found(model)
+        _refuse(model, f"its config.model_type is {text.model_type!r}{reason}")
     if architecture.decoder_flag and not text.is_decoder:
         _refuse(model, f"a model of type {text.model_type!r} is an encoder unless its config says is_decoder=True")
     try:

@@ -7,6 +7,7 @@ To support another architecture, add a row here and, if its smallest configurati
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from hf_qst.base_model.architecture import (
     Architecture,
@@ -16,6 +17,7 @@ from hf_qst.base_model.architecture import (
     block_spec,
     first_of,
     first_stream,
+    mean_of_streams,
 )
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -23,6 +25,7 @@ _GATED = ("mlp.gate_proj", "mlp.up_proj")
 _SPLIT = Projections(_QKV, "self_attn.o_proj", _GATED, "mlp.down_proj")
 _PLAIN_MLP = Projections(_QKV, "self_attn.o_proj", ("mlp.up_proj",), "mlp.down_proj")
 _FUSED_MLP = Projections(_QKV, "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj", mlp_stacked=2)
+_FUSED = replace(_FUSED_MLP, attention_in=("self_attn.qkv_proj",))
 _GATED_QKV = Projections((*_QKV, "self_attn.gate_proj"), "self_attn.o_proj", _GATED, "mlp.down_proj")
 _FEED_FORWARD = Projections(
     _QKV, "self_attn.o_proj", ("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj"
@@ -44,8 +47,11 @@ _SHARED_KV = {
 _MAMBA = Projections(("mamba.in_proj",), "mamba.out_proj")
 _CONV = Projections(("conv.in_proj",), "conv.out_proj")
 
+_NEVER_CALLED = "a language model alone never calls it"
 _EXPERTS = "the experts and their router"
 _POST_NORM = "a norm after the addition mixes pruned and kept channels"
+_STREAMS = "what mixes its residual streams reads all of their channels"
+_SHARED_WEIGHTS = "its blocks of attention share their weights"
 _ADDS_INSIDE = "its layers add to the residual themselves, where pruned channels have no place"
 
 
@@ -93,8 +99,8 @@ def _gpt_neox(config) -> BlockSpec:
     return _layer_norm(config, qkv_bias=bias, out_bias=bias, parallel=parallel)
 
 
-def _cohere(config) -> BlockSpec:
-    return block_spec(config, norm="layer", parallel="one_norm", rotary="interleaved")
+def _cohere(config, **changes) -> BlockSpec:
+    return block_spec(config, **{"norm": "layer", "parallel": "one_norm", "rotary": "interleaved", **changes})
 
 
 def _half(config, **changes) -> BlockSpec:
@@ -158,7 +164,7 @@ def _bert_row(stack: str, **changes) -> Architecture:
 def _bart_row(pre_norm: bool, **changes) -> Architecture:
     """The decoder of an encoder-decoder, alone."""
     names = {
-        "stack": "model.decoder", "final_norm": "layer_norm", "unreached": "encoder_attn",
+        "stack": "model.decoder", "final_norm": "layer_norm", "uncompressed": {"encoder_attn": _NEVER_CALLED},
         "projections": Projections(_QKV, "self_attn.out_proj", ("fc1",), "fc2"),
     }  # fmt: skip
     return _row(lambda c: _learned_positions(c, pre_norm=pre_norm), **{**names, **changes})
@@ -211,11 +217,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": _row(logit_multiplier=_LOGITS_SCALING),
     "granite_swa": _row(logit_multiplier=_LOGITS_SCALING),
     **_rows("cohere cohere2", _row(_cohere, logit_multiplier=_LOGIT_SCALE)),
-    "phi3": _row(
-        projections=Projections(
-            ("self_attn.qkv_proj",), "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj", mlp_stacked=2
-        )
-    ),
+    "cohere_compass_text": _row(lambda c: _cohere(c, rotary="halved"), logit_multiplier=_LOGIT_SCALE),
+    "phi3": _row(projections=_FUSED),
+    "phi4_multimodal": _row(projections=_FUSED, uncompressed={"embed_tokens_extend": "text alone does not reach it"}),
     "glm": _row(projections=_FUSED_MLP),
     "glm4": _row(lambda c: block_spec(c, post_norms=True), projections=_FUSED_MLP),
     "minicpm3": _row(
@@ -243,8 +247,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         "axk2 deepseek_v32 glm_moe_dsa",
         _moe(_latent, projections=_LATENT, pruning_refused="its choice of tokens is read from outside of the attention"),
     ),
+    "dots3_note_text": _moe(
+        _latent, projections=Projections(), pruning_refused="an indexer inside its attention reads the residual too",
+        uncompressed={"audio_tower": "images and text do not reach it"},
+    ),
+    # hyper-connections: several residual streams, mixed around each half of a block
+    "deepseek_v4": _moe(
+        _half, projections=Projections(), state=mean_of_streams, positions="position_embeddings.main",
+        pruning_refused=_STREAMS, uncompressed={"o_a_proj": "it has a matrix for each group of heads"},
+    ),
+    "hy_v4": _moe(_latent, projections=Projections(), state=mean_of_streams, pruning_refused=_STREAMS),
+    "qwen4_exp_text": _moe(
+        _qk_norm, projections=Projections(), state=mean_of_streams, pruning_refused=_STREAMS, final_norm="none"
+    ),
     "longcat_flash": _moe(
-        _latent, projections=Projections(), pruning_refused="a block has two attentions", unreached=r"router\.classifier"
+        _latent, projections=Projections(), pruning_refused="a block has two attentions", uncompressed={r"router\.classifier": _NEVER_CALLED}
     ),
     "deepseek_v2": _moe(
         lambda c: _latent(c, rotary="complex"), projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,)
@@ -261,6 +278,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     # language models of models of text and images
     **_rows("qwen2_vl_text qwen2_5_vl_text", _row(_qwen2)),
     "qwen3_vl_text": _row(_qk_norm),
+    "emu3_text_model": _row(),
     # hybrids of attention and something else
     **_rows("qwen3_5_moe_text qwen3_next", _moe(_qk_norm, **_DELTA)),
     "qwen3_5_text": _row(_qk_norm, **_DELTA),
@@ -291,7 +309,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "bamba": _row(final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,)),
     "jamba": _moe(
-        _no_positions, final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,), unreached="dt_proj"
+        _no_positions, final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,), uncompressed={"dt_proj": _NEVER_CALLED}
     ),
     "falcon_h1": _row(
         final_norm="final_layernorm",
@@ -305,6 +323,31 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         alternatives=(_MAMBA,),
         logit_multiplier=_LOGITS_SCALING,
+    ),
+    "inkling_text": _moe(
+        _no_positions,
+        projections=Projections((*_QKV, "self_attn.r_proj"), "self_attn.o_proj", _GATED, "mlp.down_proj"),
+        logit_multiplier=lambda c: 1 / c.logits_mup_width_multiplier,
+    ),
+    "inkling2_text": _moe(
+        _no_positions, projections=Projections(), pruning_refused="its blocks read the states of earlier ones, not a residual"
+    ),
+    "zaya": _moe(
+        projections=Projections((), "self_attn.o_proj"), mask="attention_mask.causal",
+        pruning_refused="its attention reads the residual through convolutions",
+    ),
+    "zamba": _row(
+        _no_positions, "shared_transf.self_attn", final_norm="final_layernorm", projections=Projections(),
+        mask="causal_mask", pruning_refused=_SHARED_WEIGHTS, uncompressed={r"shared_transf\.": _SHARED_WEIGHTS},
+    ),
+    "zamba2": _row(
+        lambda c: block_spec(c, **({} if c.use_mem_rope else {"rotary_dim": 0})), "shared_transformer.self_attn",
+        final_norm="final_layernorm", projections=Projections(), mask="causal_mask", pruning_refused=_SHARED_WEIGHTS,
+        uncompressed={r"shared_transformer\.": _SHARED_WEIGHTS},
+    ),
+    "moshi": _row(
+        lambda c: _no_positions(c, intermediate_size=c.ffn_dim // 2),
+        projections=Projections((), None, ("mlp.fc1",), "mlp.fc2", mlp_stacked=2), unpruned="the attention",
     ),
     "bailing_hybrid": _moe(_latent, projections=Projections((), None, _GATED, "mlp.down_proj")),
     "kimi_linear": _moe(_no_positions, projections=Projections((), None, _GATED, "mlp.down_proj")),
@@ -445,8 +488,13 @@ WRAPPERS: dict[str, str] = {
     **dict.fromkeys(
         [
             "aya_vision",
+            "dots3_note",
+            "fuyu",
             "gemma3",
+            "gemma3n",
             "gemma4",
+            "gemma4_unified",
+            "got_ocr2",
             "internvl",
             "llava",
             "mistral3",
@@ -457,9 +505,11 @@ WRAPPERS: dict[str, str] = {
             "qwen3_5_moe",
             "qwen3_vl",
             "qwen3_vl_moe",
+            "qwen4_exp",
         ],
         "model.language_model",
     ),
-    **dict.fromkeys(("idefics3", "smolvlm"), "model.text_model"),
+    **dict.fromkeys(("emu3", "idefics3", "smolvlm"), "model.text_model"),
+    "llama4": "language_model.model",
 }
 """Path of the decoder stack in a model of text and images, by its type; the row is that of its text configuration."""

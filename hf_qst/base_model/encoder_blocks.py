@@ -99,7 +99,7 @@ def stays_out(model: nn.Module, name: str) -> str | None:
     """Why the layer `name` of a model of a known type stays as it is; None if it does not."""
     decoder = ARCHITECTURES.get(text_config(model.config).model_type)
     alone = decoder is not None and not getattr(model.config, "is_encoder_decoder", False)
-    if alone and decoder.unreached and re.search(decoder.unreached, name):
-        return "a language model alone never calls it"
+    if alone and (why := next((why for part, why in decoder.uncompressed.items() if re.search(part, name)), None)):
+        return why
     row = MODELS.get(model.config.model_type, Blocks())
     return next((why for end, why in row.without.items() if re.search(rf"(^|\.)({end})$", name)), None)

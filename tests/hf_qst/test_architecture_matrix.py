@@ -51,7 +51,9 @@ POPULAR = [
     "olmo3",
 ]
 # Language models that are only part of a model of text and images.
-_INSIDE = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
+_INSIDE = {"emu3_text_model", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
+# In a cache, the base itself counts padding among the tokens of a compressed window.
+NOT_PADDED = {"deepseek_v4"}
 NAMES = sorted({*ARCHITECTURES, *WRAPPERS} - _INSIDE)
 EACH = [pytest.param(n, marks=() if n in POPULAR else pytest.mark.all_types) for n in NAMES]
 each = pytest.mark.parametrize("name", EACH)
@@ -61,6 +63,8 @@ NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_t
 
 
 def make(name):
+    if name == "gemma3n":  # whose vision tower is one of timm's
+        pytest.importorskip("timm")
     return tiny_wrapper(name) if name in WRAPPED else tiny_decoder(name)
 
 
@@ -68,7 +72,7 @@ def batch(name, model) -> dict[str, torch.Tensor]:
     """Left-padded in the first row, with images if the model takes them."""
     if name not in WRAPPED:
         ids = token_batch(2, 12)
-        ids[0, :3] = 0
+        ids[0, :3] = 3 if name in NOT_PADDED else 0
         return {"input_ids": ids, "attention_mask": (ids != 0).long()}
     known = inspect.signature(type(model).forward).parameters
     return {key: value for key, value in image_batch(name).items() if key in known}
@@ -93,6 +97,11 @@ def assert_close(got, expected):
     torch.testing.assert_close(got, expected, atol=1e-4 * max(1.0, expected.abs().max().item()), rtol=1e-4)
 
 
+def same(name, got, expected) -> bool:
+    """Whether two outputs are equal, but for the last bit of convolutions in timm's towers, which depends on addresses."""
+    return torch.allclose(got, expected, rtol=0, atol=1e-5) if name == "gemma3n" else torch.equal(got, expected)
+
+
 def test_every_type_is_here():
     assert set(WRAPPED) == set(WRAPPERS)
     assert set(POPULAR) <= set(NAMES)
@@ -109,22 +118,29 @@ def test_side_tuning_starts_at_the_base_and_learns_from_its_loss(name):
     inputs = batch(name, base)
     before = logits(base, inputs)
     model = get_peft_model(base, side_config())
-    assert torch.equal(logits(model, inputs), before)
+    assert same(name, logits(model, inputs), before)
     wake(model)
     assert not torch.equal(logits(model, inputs), before)
 
     inputs["labels"] = labels_of(inputs)
     with torch.no_grad():
         own = model.eval()(**inputs, use_cache=False).loss
-    loss = model.train()(**inputs).loss
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.eval()  # of a vision tower, which would see the batch otherwise
+    loss = model(**inputs).loss
     torch.testing.assert_close(loss.detach(), own, atol=1e-6, rtol=2e-5)
     loss.backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in trained.items()}
     torch.optim.SGD(trained.values(), lr=10.0).step()
-    # A bias of the keys adds the same to all scores of a query: where it is not rotated its gradient is zero.
-    moved = {n for n, p in trained.items() if not torch.equal(p, start[n])}
-    assert [n for n in trained if n not in moved and not n.endswith("k_proj.bias")] == []
+    still = {n for n, p in trained.items() if torch.equal(p, start[n])}
+    spec = find_decoder_stack(base).spec
+    if spec.qkv_bias and not spec.rotary_dim and not spec.qk_norm:
+        # Without rotation or norm a bias of the keys adds the same to all scores of a query: its gradient is zero.
+        still -= {n for n in still if n.endswith("k_proj.bias")}
+    assert not still
     assert [n for n, p in model.named_parameters() if p.grad is not None and n not in trained] == []
 
 
@@ -173,7 +189,7 @@ def test_side_tuned_generation_with_and_without_a_cache_agrees(name, tmp_path):
     assert torch.equal(cached, uncached)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make(name), tmp_path)
-    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert same(name, logits(again, inputs), logits(model, inputs))
 
 
 @each
@@ -188,7 +204,7 @@ def test_side_tuning_of_a_base_in_nf4(name, tmp_path):
     inputs = batch(name, base)
     before = logits(base, inputs)
     model = get_peft_model(base, side_config())
-    assert torch.equal(logits(model, inputs), before)
+    assert same(name, logits(model, inputs), before)
     loss = wake(model).train()(**inputs, labels=labels_of(inputs)).loss
     loss.backward()
     assert math.isfinite(loss.item())
@@ -224,7 +240,7 @@ def test_pruned_model_is_what_training_saw_and_keeps_what_was_asked_for(name, tm
     assert_close(cut, masked)
     kept = sum(p.numel() for p in find_decoder_stack(small).blocks.parameters())
     assert keep_ratio - 0.002 < kept / full <= keep_ratio
-    assert torch.equal(logits(saved_and_loaded(name, small, tmp_path), inputs), cut)
+    assert same(name, logits(saved_and_loaded(name, small, tmp_path), inputs), cut)
     assert_close(logits(to_dense(small), inputs), cut)
 
 
