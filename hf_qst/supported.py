@@ -17,13 +17,23 @@ _HEAD = """# Supported models
 
 By `config.model_type`; a model of text and images has the limits of its language model's type. The tables behind this page
 are `hf_qst/base_model/decoder_table.py` and `encoder_blocks.py`; `python -m hf_qst.supported` writes it anew, and
-`hf_qst.supported_models()` returns it. `tests/hf_qst/test_architecture_matrix.py` runs every decoder here.
+`hf_qst.supported_models()` returns it. `tests/hf_qst/test_architecture_matrix.py` runs every decoder here;
+[the outcome](../benchmarks/results/architecture_matrix.json) is [summed up](results.md#model-types) in the results.
 
 For a type that is not here, the error names what its blocks hold and a known type that calls its parts the same;
 `hf_qst.register_architecture("new_type", "llama")` then treats it as that type, and takes an `Architecture` of your own too.
 
 | type | QST | DISP | mixed rank |
 | --- | --- | --- | --- |
+"""
+_WITHOUT = """
+
+## Language models without a row
+
+The other types of `AutoModelForCausalLM` in transformers 5.23. Mixed rank compresses the layers that `target_modules` names.
+
+| type | why QST and DISP do not work |
+| --- | --- |
 """
 
 
@@ -57,8 +67,10 @@ def page() -> str:
     rows = [
         f"| `{name}` | " + " | ".join(verdicts[method] for method in METHODS) + " |"
         for name, verdicts in supported_models().items()
+        if name not in UNSUPPORTED
     ]
-    return _HEAD + "\n".join(rows) + "\n"
+    without = [f"| `{name}` | {why} |" for name, why in sorted(UNSUPPORTED.items())]
+    return _HEAD + "\n".join(rows) + _WITHOUT + "\n".join(without) + "\n"
 
 
 if __name__ == "__main__":

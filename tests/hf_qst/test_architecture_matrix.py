@@ -6,50 +6,26 @@ import re
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hf_qst
 from hf_qst import DISPConfig, MixedRankConfig, to_dense
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, find_decoder_stack
 from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
+from hf_qst.base_model.unsupported_types import UNSUPPORTED
 from hf_qst.errors import BudgetError, CheckpointError, ReshapedModelError, UnsupportedArchitectureError
 from hf_qst.qst.layer import _BlockHook
 from hf_qst.supported import PAGE, page
 from hf_qst.tuner.running_forward import RunningForward
 from tests.architectures import NF4, side_config, token_batch, wake
+from tests.popular_lines import POPULAR
 from tests.pruned_models import network
 from tests.tiny_decoders import tiny_decoder
 from tests.tiny_wrappers import IMAGE, WRAPPED, image_batch, tiny_wrapper
 
-# Llama 3.x and R1's distillations, Qwen2.5, 3, 3-MoE, 3.5, 2.5-VL, 3-VL, Mistral, Mistral Small, Ministral 3, Gemma 2, 3, 3 from 4B
-# up, 4, Phi-3/4, gpt-oss, DeepSeek V3, GLM-4, SmolLM3, Granite, LFM2, OLMo 2 and 3.
-POPULAR = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "mistral",
-    "mistral3",
-    "ministral3",
-    "gemma2",
-    "gemma3_text",
-    "gemma3",
-    "gemma4",
-    "phi3",
-    "gpt_oss",
-    "deepseek_v3",
-    "glm4",
-    "smollm3",
-    "granite",
-    "lfm2",
-    "olmo2",
-    "olmo3",
-]
 # Language models that are only part of a model of text and images.
 _INSIDE = {"emu3_text_model", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
 # In a cache, the base itself counts padding among the tokens of a compressed window.
@@ -106,6 +82,20 @@ def test_every_type_is_here():
     assert set(WRAPPED) == set(WRAPPERS)
     assert set(POPULAR) <= set(NAMES)
     assert {"qst", "disp", "mixed_rank"} == set(hf_qst.supported_models()["llama"])
+
+
+def test_the_types_without_a_row_are_the_other_language_models():
+    known = {*ARCHITECTURES, *WRAPPERS}
+    assert not known & {*UNSUPPORTED}
+    if transformers.__version__.startswith("5.23."):
+        assert {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - known == {*UNSUPPORTED}
+
+
+def test_a_type_without_a_row_is_refused_with_its_reason(monkeypatch):
+    model = tiny_decoder("llama")
+    monkeypatch.setattr(type(model.config), "model_type", "rwkv")
+    with pytest.raises(UnsupportedArchitectureError, match=re.escape(UNSUPPORTED["rwkv"])):
+        find_decoder_stack(model)
 
 
 def test_the_page_is_current():
