@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from hf_qst.base_model.architecture import Architecture, BlockSpec, Projections, SequentialBlock
@@ -63,6 +64,10 @@ class DecoderStack:
     @property
     def final_norm(self) -> nn.Module | None:
         return getattr(self.module, self.architecture.final_norm, None)
+
+    def state(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The state [batch, seq, hidden] of what a block is given or returns."""
+        return self.architecture.state(hidden, self.spec.hidden_size)
 
     def projections(self, block: nn.Module) -> Projections:
         """The layers of this block that read from the residual or add to it, as far as they are known."""

@@ -290,6 +290,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         specs.no_positions,
         projections=Projections((*_QKV, "self_attn.r_proj"), "self_attn.o_proj", _GATED, "mlp.down_proj"),
         logit_multiplier=lambda c: 1 / c.logits_mup_width_multiplier,
+        unpruned=_SHARED,
     ),
     "inkling2_text": _row(
         specs.no_positions, projections=Projections(), pruning_refused="its blocks read the states of earlier ones, not a residual"
