@@ -17,7 +17,7 @@ UNSUPPORTED: dict[str, str] = {
     "minimax": "it takes a cache of a class of its own alone",
     "mllama": "its blocks of cross-attention run only where there are images",
     **dict.fromkeys(("musicgen", "musicgen_melody"), _CODES),
-    "moss_transcribe_diarize": "its input is audio",
+    "moss_transcribe_diarize": "its tower reads sound, and no model with such a tower has been tried",
     "prophetnet": "it predicts several tokens at each position, with a stream for each",
     "reformer": "its blocks have two residual streams that are computed again in the backward pass",
     **dict.fromkeys(("rwkv", "xlstm"), _OWN_STATE),
