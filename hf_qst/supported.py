@@ -30,10 +30,10 @@ _WITHOUT = """
 
 ## Language models without a row
 
-The other types of `AutoModelForCausalLM` in transformers 5.23. Mixed rank compresses the layers that `target_modules` names.
+The other types of `AutoModelForCausalLM` in transformers 5.23.
 
-| type | why QST and DISP do not work |
-| --- | --- |
+| type | why QST and DISP do not work | mixed rank |
+| --- | --- | --- |
 """
 
 
@@ -57,8 +57,9 @@ def supported_models() -> dict[str, dict[str, str]]:
         reasons = sorted(set(MODELS[name].without.values()))
         found[name] = {"qst": other, "disp": other}
         found[name]["mixed_rank"] = f"partly: what {'; '.join(reasons)}, stays" if reasons else "yes"
+    named = {"mixed_rank": "layers named in `target_modules`"}
     for name, why in UNSUPPORTED.items():
-        found[name] = {"qst": f"no: {why}", "disp": f"no: {why}", "mixed_rank": "layers named in `target_modules`"}
+        found[name] = {**found.get(name, named), "qst": f"no: {why}", "disp": f"no: {why}"}
     return dict(sorted(found.items()))
 
 
@@ -69,7 +70,9 @@ def page() -> str:
         for name, verdicts in supported_models().items()
         if name not in UNSUPPORTED
     ]
-    without = [f"| `{name}` | {why} |" for name, why in sorted(UNSUPPORTED.items())]
+    without = [
+        f"| `{name}` | {why} | {supported_models()[name]['mixed_rank']} |" for name, why in sorted(UNSUPPORTED.items())
+    ]
     return _HEAD + "\n".join(rows) + _WITHOUT + "\n".join(without) + "\n"
 
 
