@@ -19,6 +19,8 @@ KIND = "split_experts"
 # Fused parameter of transformers' experts, and the name of the layer that holds one expert's part of it. The names
 # differ so that transformers' translation of checkpoints does not take the one for the other.
 _PARTS = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
+# transformers' implementations of experts that compute activation and gate apart from the products.
+_CHANGEABLE = ("eager", "grouped_mm", "batched_mm")
 # Of a module's attributes those that are not copied: every module's own, and what `hook_middle` puts there.
 _PLAIN = {*vars(nn.Module()), "_apply_gate"}
 
@@ -110,7 +112,16 @@ def hook_middle(experts: nn.Module, change: Callable[[torch.Tensor], torch.Tenso
     It is called once for all experts or once for each, as the experts' implementation has it. transformers' own classes
     compute the usual gate without calling `_apply_gate`: there the activation is changed, which the other branch of the
     gate then multiplies.
+
+    Raises:
+        ValueError: the experts run in an implementation that calls neither.
     """
+    implementation = experts.config._experts_implementation
+    if not isinstance(experts, SplitExperts) and implementation not in (None, *_CHANGEABLE):
+        raise ValueError(
+            f"experts_implementation must be one of {', '.join(_CHANGEABLE)} where the middle channels of experts are "
+            f"gated or watched, got {implementation!r}; call model.set_experts_implementation"
+        )
     gate = getattr(experts, "fused_class", type(experts))._apply_gate
     name = "act_fn" if not experts.has_gate or gate.__module__ == "transformers.integrations.moe" else "_apply_gate"
     found = getattr(experts, name)

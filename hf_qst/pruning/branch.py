@@ -355,7 +355,8 @@ def _was_changed(known: Mapping[str, nn.Module], path: str) -> bool:
     if are_experts(known.get(path)):
         return not has_plain_layers(known[path])
     if path in known:
-        return not is_linear(known[path])
+        # An architecture's own module here holds experts in a form of its own, which stay.
+        return not is_linear(known[path]) and not type(known[path]).__module__.startswith("transformers.models.")
     host = known.get(host_of(path))
     return host is not None and not type(host).__module__.startswith("transformers.")
 

@@ -128,9 +128,11 @@ class ReshapedModel:
             config, kwargs = _load_config(cls.config_class, source if config is None else config, kwargs)
             kwargs.update(hub)
         config = copy.copy(config)
+        # Without a source the tensors come with the call (`state_dict=`).
+        tensors = None if source is None else check_folder(os.fspath(source), config.reshaped_modules, **hub)
         _require_saved_class(cls, config)
-        if source is not None:  # without one, the tensors come with the call (`state_dict=`)
-            tensors = names_in_memory(cls, config, check_folder(os.fspath(source), config.reshaped_modules, **hub))
+        if tensors is not None:
+            tensors = names_in_memory(cls, config, tensors)
             leave_new_heads_unquantised(cls, config, tensors)
         config.transformers_weights = None
         model, loading_info = super().from_pretrained(

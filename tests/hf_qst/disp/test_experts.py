@@ -112,6 +112,15 @@ def test_every_implementation_of_the_experts_sees_the_gates(name):
             assert torch.equal(logits(model), logits(dense))
 
 
+def test_an_implementation_that_would_not_see_the_gates_is_refused():
+    model = tiny_mixture("mixtral")
+    model.config._experts_implementation = "sonicmoe"
+    with pytest.raises(
+        ValueError, match=r"experts_implementation must be one of eager, grouped_mm, batched_mm.*'sonicmoe'"
+    ):
+        get_peft_model(model, DISPConfig())
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_next"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_logit_of_the_experts_selections_learns(name, checkpointing):
