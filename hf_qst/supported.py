@@ -50,7 +50,7 @@ def supported_models() -> dict[str, dict[str, str]]:
         left = ", ".join(part.replace("\\", "").rstrip(".") for part in row.uncompressed)
         rank = f"partly, without {left}" if left else "yes"
         found[name] = {"qst": "yes", "disp": disp, "mixed_rank": rank}
-    inside = "that of its language model"
+    inside = "as its language model"
     found |= {name: {"qst": inside, "disp": inside, "mixed_rank": "yes"} for name in WRAPPERS}
     other = "no: not a decoder-only language model"
     for name in set(known_types()) - {*ARCHITECTURES, *WRAPPERS}:

@@ -25,3 +25,7 @@ LINES: dict[str, tuple[str, ...]] = {
     "OLMo 2, OLMo 3": ("olmo2", "olmo3"),
 }
 POPULAR = sorted({kind for kinds in LINES.values() for kind in kinds})
+# Those that worked when the table had rows for ten types: Llama, Mistral, Qwen2 and 3, Gemma 2 and 3, OPT, GPT-2, Phi, GPT-NeoX.
+BEFORE = {
+    "Llama 3.x", "Qwen2.5", "Qwen3", "Mistral 7B, Nemo", "Gemma 2", "Gemma 3, 270M and 1B", "R1 distillations",
+}  # fmt: skip

@@ -1,8 +1,10 @@
 """Every type in the table with every method, on a tiny random model; the types that most people use run by default."""
 
 import inspect
+import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from tests.pruned_models import network
 from tests.tiny_decoders import tiny_decoder
 from tests.tiny_wrappers import IMAGE, WRAPPED, image_batch, tiny_wrapper
 
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "architecture_matrix.json"  # of tests/record_matrix.py
 # Language models that are only part of a model of text and images.
 _INSIDE = {"emu3_text_model", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
 # In a cache, the base itself counts padding among the tokens of a compressed window.
@@ -89,6 +92,14 @@ def test_every_type_is_here():
     assert set(WRAPPED) == set(WRAPPERS)
     assert set(POPULAR) <= set(NAMES)
     assert {"qst", "disp", "mixed_rank"} == set(hf_qst.supported_models()["llama"])
+
+
+def test_every_type_was_run_and_its_record_is_current():
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))["types"]
+    assert recorded.keys() == {*NAMES}
+    said = hf_qst.supported_models()
+    for kind, row in recorded.items():
+        assert {method: row[method] for method in said[kind]} == said[kind], kind
 
 
 def test_the_types_without_a_row_are_the_other_language_models():
