@@ -2,7 +2,7 @@
 
     python -m pytest -m "" -p tests.record_matrix tests/hf_qst/test_architecture_matrix.py
 
-With `-k` some types are tried; what the file has of others stays. A verdict is what `supported_models()` says, where all
+With `-k` some types are tried; the outcomes that the file has of others stay. A verdict is what `supported_models()` says, where all
 checks of that method passed, and otherwise which of them failed or were left out.
 """
 
@@ -72,9 +72,9 @@ def pytest_sessionfinish():
     where = environment(torch.device("cpu"))
     types = old["types"]
     for kind, checks in _outcomes.items():
-        checks = {**types.get(kind, {}).get("checks", {}), **checks}
-        verdicts = {method: verdict(kind, method, checks) for method in METHODS}
-        types[kind] = {**verdicts, "checks": checks, "commit": where["commit"]}
+        types[kind] = {"checks": {**types.get(kind, {}).get("checks", {}), **checks}, "commit": where["commit"]}
+    for kind, row in types.items():
+        types[kind] = row | {method: verdict(kind, method, row["checks"]) for method in METHODS}
     if _outcomes:
         write_json(PATH, {**where, "summary": summary(types), "types": dict(sorted(types.items()))})
 
