@@ -34,12 +34,16 @@ def pytest_runtest_logreport(report):
     if found is None or (report.when != "call" and report.passed):
         return
     reason = f": {report.longrepr[2]}" if report.skipped else ""
-    _outcomes[found[2]][found[1]] = report.outcome + reason
+    refused = dict(report.user_properties).get("refused")
+    _outcomes[found[2]][found[1]] = f"refused: {refused}" if refused else report.outcome + reason
 
 
 def verdict(kind: str, method: str, checks: dict[str, str]) -> str:
     """What holds for a type and a method, after its checks."""
     own = {name: outcome for name, outcome in checks.items() if re.search(METHODS[method], name)}
+    refused = [outcome for outcome in own.values() if outcome.startswith("refused: ")]
+    if refused:
+        return f"no: {refused[0].removeprefix('refused: ')}"
     bad = [f"{name}: {outcome}" for name, outcome in own.items() if outcome != "passed"]
     if bad or not own:
         return "; ".join(bad) or "not tried"
