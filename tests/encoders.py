@@ -1,4 +1,4 @@
-"""Tiny random encoders, encoder-decoders and vision models: one for each type whose blocks are known."""
+"""Tiny random encoders, encoder-decoders, vision models and recurrences: one for each type in `encoder_blocks.MODELS`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ _SEGFORMER = {
     "strides": [2, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2], "decoder_hidden_size": 16,
 }  # fmt: skip
 _T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "pad_token_id": 0}
+_MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 96, "pad_token_id": 1}
 _WHISPER = {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32}
 
 
@@ -70,6 +71,10 @@ ENCODERS = {
     "swinv2": Encoder(_SWIN, _IMAGES, "images"),
     "segformer": Encoder(_SEGFORMER, _IMAGES, "images"),
     "convnext": Encoder({"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 2}, _IMAGES, "images"),
+    "mamba": Encoder(_MAMBA, "CausalLM"),
+    "falcon_mamba": Encoder(_MAMBA, "CausalLM"),
+    "mamba2": Encoder({**_MAMBA, "num_heads": 4, "head_dim": 16, "n_groups": 1}, "CausalLM"),
+    "rwkv": Encoder({**_TEXT, "attention_hidden_size": 32, "context_length": 32}, "CausalLM"),
     "clip": Encoder(_TWO_TOWERS, None, "text and images"),
     "clip_text_model": Encoder({**_TEXT, "eos_token_id": 2}, None),
     "clip_vision_model": Encoder(_VISION, None, "images"),

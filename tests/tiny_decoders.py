@@ -41,6 +41,8 @@ _INDEXED = {**_LATENT, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 6
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _WINDOWED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _CONV = {"layer_types": ["conv", "full_attention"] * 2}
+_COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
+_SHARED = {"layers_block_type": ["linear_attention", "hybrid"] * 2}
 _DECODER = {"is_decoder": True}
 
 
@@ -51,7 +53,50 @@ def _each(names: str, changes: dict) -> dict[str, dict]:
 CHANGES: dict[str, dict] = {
     **_each("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite", _LATENT),
     "youtu": {**_LATENT, "tie_word_embeddings": False},
-    **_each("axk2 deepseek_v32 glm_moe_dsa", _INDEXED),
+    **_each("axk2 deepseek_v32 glm_moe_dsa hy_v4", _INDEXED),
+    "dots3_note_text": {
+        **_INDEXED, "layer_types": ["indexed_attention", "sliding_attention"] * 2, "shared_experts_intermediate_size": 32,
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 16,
+        "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+    },
+    # windows of two and four tokens, that generation closes some
+    "deepseek_v4": {
+        "num_key_value_heads": 1, "partial_rotary_factor": 0.5, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 2,
+        "layer_types": [*_COMPRESSED, "sliding_attention", _COMPRESSED[0]], "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+        "compress_rates": dict(zip(_COMPRESSED, (2, 4), strict=True)), "hc_mult": 2, "o_groups": 2, "o_lora_rank": 8,
+    },
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2, "hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    },
+    "cohere_compass_text": {
+        **_WINDOWED, "logit_scale": 0.25,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}, "full_attention": None,
+        },
+    },
+    **_each(
+        "inkling_text inkling2_text",
+        {
+            "layer_types": ["hybrid_sliding", "hybrid"] * 2, "sliding_window_size": 8, "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": VOCAB,
+            "log_scaling_n_floor": 64,
+        },
+    ),
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid_sliding", "hybrid"] * 2, "router_hidden_size": 16},
+    "zamba": {**_SHARED, "mamba_expand": 2, "n_mamba_heads": 2},
+    "zamba2": {**_SHARED, "n_mamba_heads": 4, "mamba_ngroups": 1},
+    "moshi": {"sliding_window": 64, "tie_word_embeddings": False},
+    "phi4_multimodal": {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "crop_size": 32,
+            "image_size": 32, "patch_size": 8,
+        },
+        "audio_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_blocks": 1, "num_attention_heads": 4, "nemo_conv_channels": 8,
+            "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32,
+        },
+    },
     **_each("qwen3_5_text qwen3_5_moe_text qwen3_next olmo_hybrid granitemoehybrid", _LINEAR),
     **_each("bailing_hybrid", {**_LINEAR, **_LATENT}),
     "kimi_linear": {

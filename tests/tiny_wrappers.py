@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.tiny_decoders import VOCAB, WIDTHS, fields, spread
+from tests.tiny_decoders import CHANGES, VOCAB, WIDTHS, fields, spread
 
 IMAGE = 5  # the token in an image's places
 _VISION = {
@@ -25,13 +27,13 @@ class Wrapped:
 
     Args:
         image_tokens: places of an image in the text.
-        text, vision, own: changes of the three configurations.
+        text, vision, own: changes of the three configurations; `vision=None` for a type that has none of the second.
         inputs: of the number of rows, the tensors that come with the text, besides `input_ids`.
     """
 
-    def __init__(self, image_tokens: int, text=None, vision=None, own=None, inputs=None):
+    def __init__(self, image_tokens: int, text=None, vision=MappingProxyType({}), own=None, inputs=None):
         self.image_tokens, self.inputs = image_tokens, inputs or _pixels
-        self.text, self.vision, self.own = text or {}, vision or {}, own or {}
+        self.text, self.vision, self.own = text or {}, vision, own or {}
 
 
 def _pixels(rows: int) -> dict[str, torch.Tensor]:
@@ -59,6 +61,16 @@ def _positioned(rows: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": patches, "image_position_ids": places.expand(rows, -1, -1)}
 
 
+def _merged_patches(rows: int) -> dict[str, torch.Tensor]:
+    """Four patches [rows, 4, channels * 16 * 16] with their places."""
+    patches = torch.rand(rows, 4, 3 * 256, generator=torch.Generator().manual_seed(1))
+    return {"pixel_values": patches, "image_position_ids": _positioned(rows)["image_position_ids"][:, [0, 1, 4, 5]]}
+
+
+def _flat_patches(rows: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": _patches(rows)["pixel_values"].reshape(rows, 16, -1)}
+
+
 WRAPPED: dict[str, Wrapped] = {
     "gemma3": Wrapped(
         4, {"layer_types": ["sliding_attention", "full_attention"] * 2}, own={"mm_tokens_per_image": 4}
@@ -72,6 +84,67 @@ WRAPPED: dict[str, Wrapped] = {
         {"pooling_kernel_size": 2, "position_embedding_size": 16},
         {"audio_config": None},
         _positioned,
+    ),
+    "gemma3n": Wrapped(
+        1,
+        CHANGES["gemma3n_text"],
+        {"architecture": "test_resnet", "hidden_size": 96},
+        {
+            "audio_config": {"hidden_size": 32, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 4},
+            "vision_soft_tokens_per_image": 1,
+        },
+    ),
+    "gemma4_unified": Wrapped(
+        4,
+        CHANGES["gemma4_unified_text"],
+        {"pooling_kernel_size": 2, "mm_embed_dim": 32, "output_proj_dims": 32, "mm_posemb_size": 16},
+        {"audio_config": {"audio_embed_dim": 16}},
+        _merged_patches,
+    ),
+    "got_ocr2": Wrapped(
+        1,
+        vision={"output_channels": 16, "mlp_dim": 64, "window_size": 2, "global_attn_indexes": [1]},
+        own={"tie_word_embeddings": False},
+    ),
+    "llama4": Wrapped(
+        4,
+        {"intermediate_size_mlp": 128, "moe_layers": [1, 3], "attention_chunk_size": 8},
+        {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "intermediate_size": 128},
+    ),
+    "emu3": Wrapped(
+        20,
+        vision=None,
+        own={
+            "vq_config": {
+                "codebook_size": 8, "base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1,
+                "hidden_size": 32, "attn_resolutions": [],
+            },
+            "vocabulary_map": {
+                "<image>": IMAGE, "<|extra_200|>": 6, **{f"<|visual token {i:06d}|>": 80 + i for i in range(8)},
+            },
+        },
+        inputs=_with_sizes,
+    ),
+    "fuyu": Wrapped(16, vision=None, own={"patch_size": 8, "image_size": 32}, inputs=_flat_patches),
+    "qwen4_exp": Wrapped(
+        4,
+        {
+            **CHANGES["qwen4_exp_text"],
+            "rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0},
+        },
+        inputs=_patches,
+    ),
+    "dots3_note": Wrapped(
+        4,
+        CHANGES["dots3_note_text"],
+        {"mlp_layer_types": ["dense", "dense"], "adapter_in_dim": 32, "adapter_out_dim": 64},
+        {
+            "audio_config": {
+                "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+                "downsample_hidden_size": 8, "adapter_input_size": 32, "adapter_out_dim": 64, "feature_size": 16,
+            },
+        },
+        inputs=_patches,
     ),
     "llava": Wrapped(16, vision={"projection_dim": 32}),
     "mistral3": Wrapped(4, own={"spatial_merge_size": 2}, inputs=_with_sizes),
@@ -101,7 +174,7 @@ def tiny_wrapper(model_type: str, seed: int = 0):
     """A random model of this type in eval mode, float32."""
     kind, small = CONFIG_MAPPING[model_type], WRAPPED[model_type]
     parts = {}
-    for name in ("text_config", "vision_config"):
+    for name in ("text_config", "vision_config")[: 1 if small.vision is None else 2]:
         default = getattr(kind(), name, None)
         default = kind.sub_configs[name] if default is None else type(default)
         widths, changes = (WIDTHS, small.text) if name == "text_config" else (_VISION, small.vision)

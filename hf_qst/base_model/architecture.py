@@ -6,7 +6,7 @@ The rows are in `hf_qst.base_model.decoder_table`, the search for the parts in `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -140,14 +140,26 @@ class SequentialBlock:
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
 
 
-def one_stream(hidden: torch.Tensor) -> torch.Tensor:
+def one_stream(hidden: torch.Tensor, width: int) -> torch.Tensor:
     """The state of a block with one residual stream."""
     return hidden
 
 
-def first_stream(hidden: torch.Tensor) -> torch.Tensor:
-    """[streams, batch, seq, hidden] -> [batch, seq, hidden] (Gemma 3n)."""
+def first_stream(hidden: torch.Tensor, width: int) -> torch.Tensor:
+    """[streams, batch, seq, width] -> [batch, seq, width] (Gemma 3n)."""
     return hidden[0]
+
+
+def mean_of_streams(hidden: torch.Tensor, width: int) -> torch.Tensor:
+    """[batch, seq, streams, width] or [batch, seq, streams * width] -> [batch, seq, width] (hyper-connections)."""
+    return hidden.flatten(2).unflatten(-1, (-1, width)).mean(dim=-2)
+
+
+def argument(arguments: Mapping, path: str):
+    """Of a call's arguments by name, the one called `path`, or with `path="name.key"` the entry `key` of it."""
+    name, _, key = path.partition(".")
+    value = arguments.get(name)
+    return value[key] if key else value
 
 
 @dataclass(frozen=True)
@@ -163,12 +175,14 @@ class Architecture:
             Other layers that a block may have in the place of `projections`: another mixer of positions than attention
             (Qwen3.5's gated delta net), another MLP. Each half is looked for by itself.
         logit_multiplier: of the text configuration, what the head's logits are multiplied by before their cap.
-        state: of what a block is given and returns, the state [batch, seq, hidden] that it stands for.
+        state: of what a block is given and returns, and its width, the state [batch, seq, width] that it stands for.
+        mask, positions (`str`):
+            Arguments of a block that hold its attention's mask and rotary tables, or `"argument.key"` where they are mappings.
         softcap (`str`): name of the field of the text configuration that caps the logits.
         decoder_flag (`bool`): whether the type is an encoder unless `config.is_decoder` is set (BERT).
         unpruned (`str`): what of a block pruning leaves as it is, and counts, where that is more than norms.
         pruning_refused (`str`): why its blocks cannot be pruned.
-        unreached (`str`): pattern in the names of linear layers of its blocks that a language model alone never calls.
+        uncompressed: patterns in the names of linear layers that mixed rank leaves as they are, and why.
     """
 
     stack: str
@@ -181,12 +195,14 @@ class Architecture:
     sequential: SequentialBlock | None = None
     alternatives: tuple[Projections, ...] = ()
     logit_multiplier: Callable[[object], float] = lambda config: 1.0
-    state: Callable[[torch.Tensor], torch.Tensor] = one_stream
+    state: Callable[[torch.Tensor, int], torch.Tensor] = one_stream
+    mask: str = "attention_mask"
+    positions: str = "position_embeddings"
     softcap: str = "final_logit_softcapping"
     decoder_flag: bool = False
     unpruned: str = ""
     pruning_refused: str = ""
-    unreached: str = ""
+    uncompressed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def mlp(self) -> tuple[str, ...]:

@@ -6,12 +6,20 @@ from collections.abc import Callable
 
 import torch
 
+_NAMES = ("hidden_states", "hidden_state")
+
 
 def with_first_argument(args: tuple, kwargs: dict, change: Callable) -> tuple[tuple, dict]:
-    """The arguments of a call with the first, or the one named `hidden_states`, replaced by `change` of it."""
-    if args:
+    """The arguments of a call with the state, which is the first or has its name, replaced by `change` of it."""
+    name = next((name for name in _NAMES if name in kwargs), None)
+    if name is None:
         return (change(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+    return args, {**kwargs, name: change(kwargs[name])}
+
+
+def first_argument(args: tuple, kwargs: dict):
+    """The state in the arguments of a call: the first, or the one that has its name."""
+    return next((kwargs[name] for name in _NAMES if name in kwargs), *args[:1])
 
 
 def hidden_of(output) -> torch.Tensor:

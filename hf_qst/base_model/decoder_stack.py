@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from hf_qst.base_model.architecture import Architecture, BlockSpec, Projections, SequentialBlock
 from hf_qst.base_model.decoder_table import ARCHITECTURES, WRAPPERS
 from hf_qst.base_model.experts import read_residual
 from hf_qst.base_model.linear_layers import is_linear
+from hf_qst.base_model.unsupported_types import UNSUPPORTED
 
 __all__ = [
     "ARCHITECTURES",
@@ -30,7 +32,10 @@ __all__ = [
 
 # Layer types of transformers' configurations whose blocks attend to all positions before, or to the last of them.
 _WHOLE = ("full_attention", "indexed_attention", "hybrid")
-_WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+_WINDOWED = (
+    "sliding_attention", "chunked_attention", "hybrid_sliding",
+    "compressed_sparse_attention", "heavily_compressed_attention",
+)  # fmt: skip
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -59,6 +64,10 @@ class DecoderStack:
     @property
     def final_norm(self) -> nn.Module | None:
         return getattr(self.module, self.architecture.final_norm, None)
+
+    def state(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The state [batch, seq, hidden] of what a block is given or returns."""
+        return self.architecture.state(hidden, self.spec.hidden_size)
 
     def projections(self, block: nn.Module) -> Projections:
         """The layers of this block that read from the residual or add to it, as far as they are known."""
@@ -155,7 +164,9 @@ def find_decoder_stack(model: nn.Module) -> DecoderStack:
     text = text_config(config)
     architecture, path = ARCHITECTURES.get(text.model_type), stack_path(config)
     if architecture is None:
-        _refuse(model, f"its config.model_type is {text.model_type!r}{_found(model)}")
+        reason = UNSUPPORTED.get(config.model_type) or UNSUPPORTED.get(text.model_type)
+        reason = f" ({reason})" if reason else _found(model)
+        _refuse(model, f"its config.model_type is {text.model_type!r}{reason}")
     if architecture.decoder_flag and not text.is_decoder:
         _refuse(model, f"a model of type {text.model_type!r} is an encoder unless its config says is_decoder=True")
     try:

@@ -1,4 +1,4 @@
-"""Where a model keeps its transformer blocks, and which linear layers in them are no maps of the blocks' inputs.
+"""Where a model keeps its blocks, and which linear layers in them are no maps of the blocks' inputs.
 
 Decoder-only language models are also in `hf_qst.base_model.decoder_stack`. To support another model, add a row to `MODELS`
 and a tiny one of it to the tests.
@@ -32,7 +32,7 @@ class Blocks:
 _BUCKETS = "reads relative positions, not hidden states: the same few rows in every call"
 _DEBERTA = {r"pos_\w*proj": _BUCKETS}
 
-# Models whose blocks are found, besides the rows of `ARCHITECTURES`.
+# Models whose blocks are found, besides the rows of `ARCHITECTURES`: encoders, vision, and recurrences without attention.
 MODELS: dict[str, Blocks] = {
     **dict.fromkeys(
         (
@@ -45,6 +45,8 @@ MODELS: dict[str, Blocks] = {
     "convnext": Blocks(paths=("encoder.stages",)),
     "deberta": Blocks(without=_DEBERTA),
     "deberta-v2": Blocks(without=_DEBERTA),
+    **dict.fromkeys(("falcon_mamba", "mamba"), Blocks(without={"dt_proj": "has its weight read past the layer"})),
+    **dict.fromkeys(("mamba2", "rwkv"), Blocks()),
     "mpnet": Blocks(paths=("encoder.layer",)),
     "swinv2": Blocks(without={r"continuous_position_bias_mlp\.\d+": _BUCKETS}),
 }  # fmt: skip
@@ -99,7 +101,7 @@ def stays_out(model: nn.Module, name: str) -> str | None:
     """Why the layer `name` of a model of a known type stays as it is; None if it does not."""
     decoder = ARCHITECTURES.get(text_config(model.config).model_type)
     alone = decoder is not None and not getattr(model.config, "is_encoder_decoder", False)
-    if alone and decoder.unreached and re.search(decoder.unreached, name):
-        return "a language model alone never calls it"
+    if alone and (why := next((why for part, why in decoder.uncompressed.items() if re.search(part, name)), None)):
+        return why
     row = MODELS.get(model.config.model_type, Blocks())
     return next((why for end, why in row.without.items() if re.search(rf"(^|\.)({end})$", name)), None)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from hf_qst.base_model.architecture import argument
 from hf_qst.base_model.block_calls import hidden_of, with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.packed_weights import forbid_packing
@@ -21,8 +22,8 @@ from hf_qst.qst.tail import key, linear_layers
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
-# Arguments that a base block names and its side block's attention gets too: of packed sequences. The others that it names
-# are the base's own, such as biases for its heads; those that it only passes on are for any attention.
+# Arguments that a base block names and its side block's attention gets too: of packed sequences. The others that it or its
+# attention names are the base's own, such as biases for its heads; those that they only pass on are for any attention.
 _FORWARDED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "kernel_options")
 
 
@@ -68,14 +69,20 @@ class _Recorder:
             self.network.record(self.taps, index, entering.detach(), leaving.detach(), context)
 
 
+def _parameters_of(module: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(type(module).forward).parameters.values())[1:]
+
+
 class _BlockHook:
     """Forward hook of base block `index`. A class, not a closure, so that models can be pickled and copied."""
 
     def __init__(self, index: int, block: nn.Module, tape: RunningForward, stack: DecoderStack):
-        self.index, self.state = index, stack.architecture.state
+        self.index, self.row, self.width = index, stack.architecture, stack.spec.hidden_size
         self.tape = tape
-        signature = list(inspect.signature(type(block).forward).parameters.values())[1:]
+        signature = _parameters_of(block)
         self.parameters = [p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        attention = dict(block.named_modules()).get(self.row.attention)
+        signature += [] if attention is None else _parameters_of(attention)
         self.named = {p.name for p in signature if p.kind is not p.VAR_KEYWORD}
 
     def __call__(self, block, args, kwargs, output):
@@ -83,14 +90,16 @@ class _BlockHook:
         if recorder is None or not recorder.reads(self.index):
             return
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        entering = arguments.pop(self.parameters[0])
+        states = arguments.pop(self.parameters[0]), hidden_of(output)
+        entering, leaving = (self.row.state(state, self.width) for state in states)
         context = BlockContext(
-            attention_mask=arguments.get("attention_mask"),
-            position_embeddings=arguments.get("position_embeddings"),
+            attention_mask=argument(arguments, self.row.mask),
+            position_embeddings=argument(arguments, self.row.positions),
             attention_kwargs={k: v for k, v in arguments.items() if k in _FORWARDED or k not in self.named},
             hidden_dtype=entering.dtype,
+            length=entering.shape[1],
         )
-        recorder.record(self.index, self.state(entering), self.state(hidden_of(output)), context)
+        recorder.record(self.index, entering, leaving, context)
 
 
 class _TailStart:

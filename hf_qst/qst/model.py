@@ -84,7 +84,7 @@ class QSTModel(StackTuner):
                 part.directions.data.copy_(fitted.directions)
                 part.mean.data.copy_(fitted.mean)
         elif peft_config.manifest is None:  # otherwise they are about to be loaded
-            blocks = find_decoder_stack(self.model).blocks
-            read = [blocks[i] for i in network.places]
+            stack = find_decoder_stack(self.model)
+            read = [stack.blocks[i] for i in network.places]
             data, reads_embedding = peft_config.calibration_data, network.places[0] == 0
-            fit_principal(self.model, layer.base_layer, read, reads_embedding, network.downsample, data)
+            fit_principal(self.model, layer.base_layer, read, stack.state, reads_embedding, network.downsample, data)

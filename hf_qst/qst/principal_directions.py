@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -19,13 +19,20 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def fit_principal(
-    model: nn.Module, stack: nn.Module, blocks: Sequence[nn.Module], reads_embedding: bool, downsamplers, batches
+    model: nn.Module,
+    stack: nn.Module,
+    blocks: Sequence[nn.Module],
+    state: Callable[[torch.Tensor], torch.Tensor],
+    reads_embedding: bool,
+    downsamplers,
+    batches,
 ) -> None:
     """Fit every `PrincipalDownsample` to the states that the base produces on `batches`.
 
     Args:
         model: the base with its head.
         stack: the base's decoder stack; `blocks` are those of its blocks that have a side block.
+        state: of what a block is given or returns, the state [batch, seq, hidden].
         reads_embedding: whether the first of `blocks` is the stack's first, so that its input is the embedding.
         downsamplers: one per block. Each is fitted to its block's output, the first also to the embedding it reads.
         batches: calibration data, as `hf_qst.calibration.as_batches` takes them, or None to keep random directions.
@@ -50,8 +57,8 @@ def fit_principal(
     groups = [(names[block],) for block in blocks]
 
     def states(module, args, kwargs, output) -> list[torch.Tensor]:
-        leaving = hidden_of(output)
-        return [first_input(args, kwargs), leaving] if reads_embedding and module is blocks[0] else [leaving]
+        leaving = state(hidden_of(output))
+        return [state(first_input(args, kwargs)), leaving] if reads_embedding and module is blocks[0] else [leaving]
 
     moments = collect_statistics(stack, groups, batches, label="principal directions", states=states)
     for group, part in zip(groups, downsamplers, strict=True):

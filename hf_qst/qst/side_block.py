@@ -31,6 +31,8 @@ class BlockContext:
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     attention_kwargs: dict = field(default_factory=dict)
     hidden_dtype: torch.dtype = torch.float32
+    # Of the tables' rows those for the states of this call, the last (0: all); an indexer has them of earlier ones too.
+    length: int = 0
     # Rotary tables at the side network's size, shared by the blocks of one forward pass.
     side_tables: dict = field(default_factory=dict)
 
@@ -43,7 +45,7 @@ class BlockContext:
         key = id(self.position_embeddings), device, dtype
         if torch.compiler.is_compiling() or key not in self.side_tables:
             tables = side_rotary(self.position_embeddings, spec)
-            tables = tuple(table.to(device, dtype).unsqueeze(-2) for table in tables)
+            tables = tuple(table[..., -self.length :, :].to(device, dtype).unsqueeze(-2) for table in tables)
             if torch.compiler.is_compiling():
                 return tables
             self.side_tables[key] = tables

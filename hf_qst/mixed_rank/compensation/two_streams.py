@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_qst.base_model.block_calls import hidden_of
+from hf_qst.base_model.block_calls import first_argument, hidden_of, with_first_argument
 from hf_qst.base_model.experts import SplitExperts, enclosing_experts
 from hf_qst.base_model.linear_layers import in_features
 from hf_qst.calibration import CalibrationRun, calibration_mode, first_input, hooks
@@ -56,11 +56,8 @@ class _Call:
     kwargs: dict
 
     def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        if "hidden_states" in self.kwargs:
-            output = block(*self.args, **{**self.kwargs, "hidden_states": hidden})
-        else:
-            output = block(hidden, *self.args[1:], **self.kwargs)
-        return hidden_of(output)
+        args, kwargs = with_first_argument(self.args, self.kwargs, lambda _: hidden)
+        return hidden_of(block(*args, **kwargs))
 
 
 def _record(
@@ -109,7 +106,7 @@ class _PassedOn(_StandIn):
         self.form = form
 
     def forward(self, *args, **kwargs):
-        state = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        state = first_argument(args, kwargs)
         return (state,) if self.form is tuple else state
 
 
@@ -138,9 +135,8 @@ def _calls(run: CalibrationRun, blocks: Sequence[nn.Module], inputs: dict) -> tu
     outputs: list = []
 
     def record(block, args, kwargs):
-        states.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-        kept = {**kwargs, "hidden_states": None} if "hidden_states" in kwargs else kwargs
-        calls.append(_Call((None, *args[1:]) if args else args, kept))
+        states.append(first_argument(args, kwargs))
+        calls.append(_Call(*with_first_argument(args, kwargs, lambda _: None)))
 
     def keep(block, args, output):
         outputs.append(output)

@@ -82,7 +82,7 @@ STRANGERS = {
     ),
     "recurrence": (
         lambda: MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1)),
-        "'mamba', and a block in 'backbone.layers' has norm (MambaRMSNorm), mixer (MambaMixer)",
+        "'mamba' (its blocks have no attention",
     ),
     "bare_stack": (lambda: tiny("llama").model, "bare decoder stack"),
     "bare_opt_stack": (lambda: tiny("opt").model, "bare decoder stack"),

@@ -72,8 +72,8 @@ def test_what_is_compressed_reads_hidden_states_and_what_stays_out_does_not(name
     out = [n for n in layers if stays_out(model, n)]
     assert sorted([*find_targets(model, settings(name, False)), *out]) == sorted(layers) and len(out) < len(layers)
     first, second = (inputs_of(model, layers, encoder_batch(name, seed=seed)) for seed in (1, 2))
-    assert first.keys() == {*layers}
-    reads_hidden_states = {n for n in layers if not torch.equal(first[n], second[n])}
+    assert {*layers} - first.keys() <= {*out}  # Mamba reads a weight past its layer
+    reads_hidden_states = {n for n in first if not torch.equal(first[n], second[n])}
     assert {*layers} - {*out} <= reads_hidden_states
     assert not reads_hidden_states & {*out}
     assert bool(out) == bool(MODELS[name].without)

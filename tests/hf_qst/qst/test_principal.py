@@ -8,8 +8,10 @@ import torch
 from peft import PeftModel
 
 from hf_qst import QSTConfig
+from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.errors import CalibrationError
 from tests.architectures import digest, side_config, side_network, side_tuned, tiny, token_batch, wake
+from tests.tiny_decoders import tiny_decoder
 
 
 def states_of(base, batches):
@@ -58,6 +60,20 @@ def test_directions_are_numpys(padded):
             np.testing.assert_allclose(sign * ours, theirs, atol=0.02 * np.abs(theirs).max())
         projected = (rows - mean) @ got.T
         np.testing.assert_allclose(np.cov(projected.T, bias=True), np.eye(16), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "deepseek_v4", "qwen4_exp_text"])
+def test_of_several_residual_streams_the_state_that_the_side_network_reads_is_fitted(name):
+    base = tiny_decoder(name)
+    stack, data, rows = find_decoder_stack(base), batches(2), []
+    hook = lambda module, args, output: rows.append(stack.state(output).flatten(0, 1))
+    handle = stack.blocks[-1].register_forward_hook(hook)
+    with torch.no_grad():
+        for batch in data:
+            base(**batch)
+    handle.remove()
+    model = side_tuned(model=base, downsample="principal", calibration_data=data)
+    torch.testing.assert_close(side_network(model).downsample[-1].mean, torch.cat(rows).mean(0), atol=1e-4, rtol=1e-4)
 
 
 def test_padding_would_change_the_directions():
