@@ -13,7 +13,7 @@ from .arguments import Arguments
 from .errors import UsageError, one_line, option_of
 from .folders import last_checkpoint
 from .job import Job
-from .record import Record
+from .record import Record, summary
 
 
 def run(name: str, description: str, argv: Sequence[str]) -> int:
@@ -34,7 +34,8 @@ def run(name: str, description: str, argv: Sequence[str]) -> int:
         record = Record(name, argv, options.as_dict())
         job.work(record)
         if job.output_dir:
-            record.finish(job.output_dir)
+            report = record.finish(job.output_dir)
+            print("\n".join([*summary(record.content), f"report: {report}"]))
         return 0
     except KeyboardInterrupt:
         print(f"\nhf-qst {name}: interrupted. {_how_to_go_on(job)}", file=sys.stderr)

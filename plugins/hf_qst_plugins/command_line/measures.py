@@ -15,9 +15,8 @@ from hf_qst.base_model.linear_layers import is_linear
 from hf_qst.mixed_rank import rank_report
 from hf_qst_plugins.inputs import held_out_loss
 
-# Names that PEFT and tuner layers put around a base model's own.
-_WRAPPERS = re.compile(r"(^base_model\.model\.)|(base_layer\.)")
-_BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")
+# Names that PEFT, tuner layers and pruned branches put around a base model's own.
+_WRAPPERS = re.compile(r"(^base_model\.model\.)|((?<=\.)base_layer\.)|((?<=\.)module\.)")
 
 
 def measure(model: nn.Module, tokenizer, texts: Mapping[str, Sequence], options) -> dict:
@@ -62,17 +61,27 @@ def by_layer(model: nn.Module) -> list[dict]:
     """
     rows: dict[str, dict] = {}
     seen: set[int] = set()
+    prefix = getattr(model.base_model, "prefix", None) if hasattr(model, "peft_config") else None
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         if not own:
             continue
         seen |= {id(p) for p in own}
-        name = _WRAPPERS.sub("", name)
-        block = _BLOCK.match(name)
-        row = rows.setdefault(block.group(1) if block else name, {"parameters": 0, "bytes": 0})
+        row = rows.setdefault(_layer_of(_WRAPPERS.sub("", name), prefix), {"parameters": 0, "bytes": 0})
         row["parameters"] += sum(_values(module, p) for p in own)
         row["bytes"] += stored_bytes(module) - sum(stored_bytes(child) for child in module.children())
     return [{"name": name, **row} for name, row in rows.items()]
+
+
+def _layer_of(name: str, prefix: str | None) -> str:
+    """A module's block, the part of an adapter's own network that it is in, or itself."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+        if prefix and part.startswith(prefix):
+            return ".".join(parts[: i + 3])
+    return name
 
 
 def _values(module: nn.Module, parameter: nn.Parameter) -> int:

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from hf_qst.saved import write_text
+from hf_qst_plugins.report import write_report
 
 RECORD_NAME = "hf_qst_run.json"
 REPORT_NAME = "report.html"
@@ -51,7 +52,23 @@ class Record:
         self.content["seconds"] = round(time.perf_counter() - self._started, 2)
         os.makedirs(folder, exist_ok=True)
         write_text(Path(folder) / RECORD_NAME, json.dumps(self.content, indent=1, allow_nan=False) + "\n")
-        return Path(folder) / RECORD_NAME
+        report = Path(folder) / REPORT_NAME
+        write_report(self.content, report)
+        return report
+
+
+def summary(content: dict) -> list[str]:
+    """Lines for the terminal: what changed from before to after."""
+    if "after" not in content:
+        return []
+    before, after = content["before"], content["after"]
+    lines = [f"{name}: {before[name]:,} before, {after[name]:,} after" for name in ("parameters", "bytes")]
+    for name, figures in after["perplexity"].items():
+        text = name.replace("_", " ")
+        lines.append(
+            f"perplexity, {text}: {before['perplexity'][name]['perplexity']:.4f} before, {figures['perplexity']:.4f} after"
+        )
+    return lines
 
 
 def versions() -> dict[str, str]:
