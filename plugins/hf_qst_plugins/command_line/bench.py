@@ -60,7 +60,9 @@ def prepare(options) -> Job:
         for name, figures in record.content["speed"].items():
             print(f"{name}: {figures['tokens_per_second']:.1f} tokens/s, median of {len(figures['seconds'])}")
 
-    plan = [plan_of_model(options), f"times: {options.prompt_length} tokens in, {options.new_tokens} out"]
+    def plan():
+        return [plan_of_model(options), f"times: {options.prompt_length} tokens in, {options.new_tokens} out"]
+
     return Job(plan, work, options.output_dir)
 
 

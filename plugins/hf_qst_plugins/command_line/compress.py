@@ -41,9 +41,11 @@ def prepare(options) -> Job:
         data = batches(texts.training, *sizes, pad_token_id(tokenizer))
         return get_peft_model(model, options.build(MixedRankConfig, calibration_data=data)).merge_and_unload()
 
-    plan = [
-        plan_of_model(options),
-        *texts.plan(),
-        f"replaces weights by factors that keep {options.keep_ratio:.0%}, {options.output_dir} gets the smaller model",
-    ]
+    def plan():
+        return [
+            plan_of_model(options),
+            *texts.plan(),
+            f"replaces weights by factors that keep {options.keep_ratio:.0%}, {options.output_dir} gets the smaller model",
+        ]
+
     return Job(plan, make_smaller(options, tokenizer, texts.held_out, shrink), options.output_dir)

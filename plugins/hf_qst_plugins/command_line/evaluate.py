@@ -55,13 +55,10 @@ def prepare(options) -> Job:
     if options.tasks and find_spec("lm_eval") is None:
         raise UsageError("tasks", "they need lm-evaluation-harness: pip install 'hf_qst[evaluate]'")
     tokenizer = tokenizer_of(options)
-    texts, plan = {}, [plan_of_model(options)]
+    texts = {}
     if options.data is not None:
         texts["in_domain"] = evenly(rows_of("data", options, tokenizer), options.evaluation_rows)
-        plan.append(f"perplexity on: {len(texts['in_domain']):,} rows of {options.data}")
     manager = _tasks(options) if options.tasks else None
-    if options.tasks:
-        plan.append(f"tasks: {', '.join(options.tasks)}")
 
     def work(record) -> None:
         model = model_of(options, options.adapter)
@@ -70,6 +67,10 @@ def prepare(options) -> Job:
             print(f"perplexity {figures['perplexity']:.4f} (loss {figures['loss']:.6f}, {figures['tokens']:,} tokens)")
         if options.tasks:
             record.content["tasks"] = _run_tasks(model, tokenizer, manager, options)
+
+    def plan():
+        rows = [f"perplexity on: {len(part):,} rows of {options.data}" for part in texts.values()]
+        return [plan_of_model(options), *rows, f"tasks: {', '.join(options.tasks) or 'none'}"]
 
     return Job(plan, work, options.output_dir)
 

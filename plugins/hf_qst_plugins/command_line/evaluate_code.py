@@ -76,5 +76,10 @@ def prepare(options) -> Job:
         print(report.summary())
         record.content["code"] = report.as_dict()
 
-    plan = [plan_of_model(options), f"draws and executes: {options.samples} completions of {len(problems)} problems"]
+    def plan():
+        return [
+            plan_of_model(options),
+            f"draws and executes: {options.samples} completions of {len(problems)} problems",
+        ]
+
     return Job(plan, work, options.output_dir)

@@ -49,5 +49,7 @@ def prepare(options) -> Job:
         model.save_pretrained(options.output_dir)
         record.content["files"] = directory_sizes(options.output_dir)
 
-    plan = [plan_of_model(options), *texts.plan(), f"learns: a side network, {options.output_dir} gets the adapter"]
+    def plan():
+        return [plan_of_model(options), *texts.plan(), f"learns: a side network, {options.output_dir} gets the adapter"]
+
     return Job(plan, work, options.output_dir, checkpoints=True)

@@ -13,7 +13,6 @@ from .arguments import Arguments
 from .errors import UsageError, one_line, option_of
 from .folders import last_checkpoint
 from .job import Job
-from .record import Record, summary
 
 
 def run(name: str, description: str, argv: Sequence[str]) -> int:
@@ -22,20 +21,22 @@ def run(name: str, description: str, argv: Sequence[str]) -> int:
     try:
         if not verbose:
             _quiet()
+        # From here on torch is loaded, which takes seconds.
         command = import_module(f"{__package__}.{name.replace('-', '_')}")
+        record_of = import_module(f"{__package__}.record")
         arguments = Arguments(name, f"{description}.\n\n{command.__doc__}")
         arguments.flag("dry_run", "Check everything, say what would be done, and stop.")
         command.add_arguments(arguments)
         options = arguments.parse(argv)
         job = command.prepare(options)
         if options.dry_run:
-            print("\n".join(job.plan))
+            print("\n".join(job.plan()))
             return 0
-        record = Record(name, argv, options.as_dict())
+        record = record_of.Record(name, argv, options.as_dict())
         job.work(record)
         if job.output_dir:
             report = record.finish(job.output_dir)
-            print("\n".join([*summary(record.content), f"report: {report}"]))
+            print("\n".join([*record_of.summary(record.content), f"report: {report}"]))
         return 0
     except KeyboardInterrupt:
         print(f"\nhf-qst {name}: interrupted. {_how_to_go_on(job)}", file=sys.stderr)

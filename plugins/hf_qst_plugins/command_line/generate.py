@@ -67,7 +67,9 @@ def prepare(options) -> Job:
                 record.content["before"]["completions"].append(row)
                 print(f"{prompt}\n{row['text']}\n" if options.chat else f"{prompt}{row['text']}\n", flush=True)
 
-    plan = [plan_of_model(options), f"completes: {len(prompts)} prompts, {options.samples} times each"]
+    def plan():
+        return [plan_of_model(options), f"completes: {len(prompts)} prompts, {options.samples} times each"]
+
     return Job(plan, work, options.output_dir)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .record import Record
+if TYPE_CHECKING:
+    from .record import Record
 
 
 @dataclass
@@ -13,13 +15,13 @@ class Job:
     """A command that was checked and can run.
 
     Args:
-        plan: lines that say what it will do, which is all that `--dry_run` shows.
+        plan: gives lines that say what it will do; for `--dry_run`.
         work: does it; fills the record.
         output_dir: folder of the result, None where there is none.
         checkpoints: whether there are checkpoints in that folder to go on from.
     """
 
-    plan: list[str]
+    plan: Callable[[], list[str]]
     work: Callable[[Record], None]
     output_dir: str | None = None
     checkpoints: bool = False

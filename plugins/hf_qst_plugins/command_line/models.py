@@ -50,4 +50,4 @@ def prepare(options) -> Job:
         for name, methods in rows.items():
             print(f"{name:<{width}}  " + "; ".join(f"{method}: {verdict}" for method, verdict in methods.items()))
 
-    return Job([f"lists {len(rows)} types"], work)
+    return Job(lambda: [f"lists {len(rows)} types"], work)

@@ -71,11 +71,13 @@ def _by_training(options) -> Job:
         record.content["choice"] = str(callback.report)
         return model.merge_and_unload()
 
-    plan = [
-        plan_of_model(options),
-        *texts.plan(),
-        f"learns: widths that keep {options.keep_ratio:.0%}, {options.output_dir} gets the smaller model",
-    ]
+    def plan():
+        return [
+            plan_of_model(options),
+            *texts.plan(),
+            f"learns: widths that keep {options.keep_ratio:.0%}, {options.output_dir} gets the smaller model",
+        ]
+
     work = make_smaller(options, tokenizer, texts.held_out, shrink, str(settings.device))
     return Job(plan, work, options.output_dir, checkpoints=True)
 
@@ -94,11 +96,13 @@ def _by_scores(options) -> Job:
         needs_data = PRUNING_METHODS[options.method].needs_data
         return prune_model(model, calibration_data=data if needs_data else None, **chosen)
 
-    plan = [
-        plan_of_model(options),
-        *texts.plan(),
-        f"prunes by {options.method} to {options.keep_ratio:.0%}, {options.output_dir} gets the smaller model",
-    ]
+    def plan():
+        return [
+            plan_of_model(options),
+            *texts.plan(),
+            f"prunes by {options.method} to {options.keep_ratio:.0%}, {options.output_dir} gets the smaller model",
+        ]
+
     return Job(plan, make_smaller(options, tokenizer, texts.held_out, shrink), options.output_dir)
 
 
