@@ -59,8 +59,10 @@ def _failed(name: str, code: int, message: str, verbose: bool) -> int:
 
 
 def _how_to_go_on(job: Job | None) -> str:
-    if job is None or not job.checkpoints:
+    if job is None:
         return "Nothing was written."
+    if not job.checkpoints:
+        return "This command has no checkpoints."
     checkpoint = last_checkpoint(job.output_dir)
     if checkpoint is None:
         return "There is no whole checkpoint yet."

@@ -7,7 +7,7 @@
 """
 
 from .cache import cache_folder, kept_model
-from .models import PACKAGED, NoModelError, load_model, model_path, nf4
+from .models import PACKAGED, NoModelError, load_model, model_path, nf4, quantization_config
 from .rows import BlockDataset, Collator, blocks, held_out_loss, token_rows
 from .sources import DataError, read_rows
 
@@ -24,6 +24,7 @@ __all__ = [
     "load_model",
     "model_path",
     "nf4",
+    "quantization_config",
     "read_rows",
     "token_rows",
 ]

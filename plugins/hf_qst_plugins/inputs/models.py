@@ -79,6 +79,19 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def quantization_config(quantization: str | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How `from_pretrained` quantises: `"nf4"`, `"int8"`, or None for weights as the checkpoint has them.
+
+    Raises:
+        ValueError: an unknown quantisation.
+    """
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)} or None, got {quantization!r}")
+    if quantization is None:
+        return None
+    return nf4(compute_dtype) if quantization == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
+
+
 def load_model(
     name: str | os.PathLike, quantization: str | None = None, device: str | None = None, adapter: str | None = None
 ) -> PreTrainedModel:
@@ -97,11 +110,9 @@ def load_model(
         NoModelError: the package or the file of the model is not there.
         ValueError: an unknown quantisation.
     """
-    if quantization not in (None, *QUANTIZATIONS):
-        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)} or None, got {quantization!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    settings = {"nf4": nf4(dtype), "int8": BitsAndBytesConfig(load_in_8bit=True)}.get(quantization)
+    settings = quantization_config(quantization, dtype)
     arguments = {} if settings is None else {"quantization_config": settings}
     model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype, device_map={"": device}, **arguments)
     forbid_packing(model)
