@@ -11,7 +11,7 @@ from importlib import import_module
 
 from .arguments import Arguments
 from .errors import UsageError, one_line, option_of
-from .folders import last_checkpoint
+from .folders import discard_checkpoints, last_checkpoint
 from .job import Job
 
 
@@ -33,6 +33,8 @@ def run(name: str, description: str, argv: Sequence[str]) -> int:
             print("\n".join(job.plan()))
             return 0
         record = record_of.Record(name, argv, options.as_dict())
+        if job.checkpoints and not options.resume:
+            discard_checkpoints(job.output_dir)
         job.work(record)
         if job.output_dir:
             report = record.finish(job.output_dir)

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from hf_qst_plugins.inputs import Collator
 
 from .arguments import Arguments
-from .folders import checkpoint_to_resume, discard_checkpoints
+from .folders import checkpoint_to_resume
 from .measures import pad_token_id
 
 # Of Trainer's own 5e-5, three epochs, and reports to whatever is installed, none suits these methods.
@@ -39,8 +39,6 @@ def training_arguments(options) -> tuple[TrainingArguments, Path | None]:
 
 def train(model, settings: TrainingArguments, rows, held_out, tokenizer, checkpoint, callbacks: Sequence = ()) -> dict:
     """Train; returns the log and what it took, JSON-ready."""
-    if checkpoint is None:
-        discard_checkpoints(settings.output_dir)
     trainer = Trainer(
         model,
         settings,

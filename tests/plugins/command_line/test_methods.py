@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_qst import QSTConfig
 from hf_qst.mixed_rank import rank_report
 from hf_qst_plugins.command_line.folders import last_checkpoint
 from hf_qst_plugins.inputs import held_out_loss, read_rows, token_rows
@@ -113,14 +114,35 @@ def test_interrupted_training_names_its_checkpoint_and_goes_on_to_the_same_weigh
     assert (cut / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
+def test_side_network_of_principal_directions_is_calibrated_on_the_data(
+    hf_qst_command, on_model, tmp_path, monkeypatch
+):
+    seen = []
+    original = QSTConfig.__post_init__
+
+    def watched(self):
+        original(self)
+        seen.append(self.calibration_data)
+
+    monkeypatch.setattr(QSTConfig, "__post_init__", watched)
+    argv = ["finetune", *on_model, *TRAINING, "--output_dir", tmp_path / "out", "--quantization", "null"]
+    code, _, err = hf_qst_command(*argv, "--downsample", "principal", "--calibration_rows", "6")
+    assert code == 0, err
+    assert [len(batch["input_ids"]) for batch in next(data for data in seen if data)] == [4, 2]
+
+
 def test_interruption_before_a_checkpoint(hf_qst_command, on_model, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("transformers.Trainer.training_step", interrupt)
-    code, _, err = hf_qst_command(
-        "finetune", *on_model, *TRAINING, "--output_dir", tmp_path / "out", "--quantization", "null"
-    )
+    # A checkpoint of an earlier training is nothing to go on from.
+    earlier = tmp_path / "out" / "checkpoint-7"
+    earlier.mkdir(parents=True)
+    (earlier / "trainer_state.json").write_text("{}")
+    argv = ["finetune", *on_model, *TRAINING, "--output_dir", tmp_path / "out", "--quantization", "null", "--overwrite"]
+    assert hf_qst_command(*argv, "--dry_run")[0] == 0 and earlier.exists()
+    code, _, err = hf_qst_command(*argv)
     assert code == 130 and "interrupted. There is no whole checkpoint yet.\n" in err
 
 

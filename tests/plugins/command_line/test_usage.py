@@ -1,6 +1,7 @@
 """What is wrong is said in one line that names the option, before anything is loaded."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,6 +17,9 @@ from hf_qst_plugins.command_line.__main__ import COMMANDS
 from hf_qst_plugins.command_line.arguments import Arguments
 
 from .conftest import ROOT
+
+# jsonargparse takes these although they are no options by themselves.
+NESTED = {"allocation.min_saving", "allocation.allocator"}
 
 
 def arguments_of(name):
@@ -163,6 +167,24 @@ def test_help_of_each_command(name, capsys):
         arguments_of(name).parser.parse_args(["--help"])
     assert ended.value.code == 0
     assert "--config" in capsys.readouterr().out
+
+
+def documented_commands():
+    """(command, its options) wherever a page or a docstring names it."""
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", *(ROOT / "plugins").rglob("*.py")]
+    pattern = re.compile(r"hf-qst ((?!COMMAND)[a-z-]+)((?:\\\n|[^`\n])*)")
+    for page in pages:
+        for name, rest in pattern.findall(page.read_text()):
+            if options := re.findall(r"--([a-z][a-z_.-]+)", rest):
+                yield name, options
+
+
+def test_documented_commands_have_their_options():
+    found = list(documented_commands())
+    assert {name for name, _ in found} >= set(COMMANDS) - {"models"}
+    known = {name: {*arguments_of(name)._options(), "dry_run"} for name in COMMANDS}
+    for name, options in found:
+        assert {option.replace("-", "_") for option in options} - known[name] <= NESTED, (name, options)
 
 
 def test_configuration_file_is_what_print_config_writes(capsys, tmp_path):
