@@ -74,11 +74,12 @@ class Arguments:
             given = self.parser.parse_args(argv, defaults=False)
             return Options(self, values, given)
         except ArgumentError as error:
-            raise _usage_error(error, self._options()) from error
+            raise _usage_error(error, self.option_names()) from error
         except ValueError as error:  # of a nested configuration
             raise UsageError(option_of(error), field_sentence(error)) from error
 
-    def _options(self) -> list[str]:
+    def option_names(self) -> list[str]:
+        """Names of all options, without the hyphens."""
         return [option[2:] for action in self.parser._actions for option in action.option_strings]
 
     def _written_out(self, argv: Sequence[str]) -> list[str]:
@@ -161,7 +162,7 @@ class Options:
             return names.get(named, named)
         words = re.findall(r"\w+", message)
         for parameter, name in names.items():
-            if name in self.given and (parameter in words or str(self._values[name]) == words[0]):
+            if name in self.given and (parameter in words or [str(self._values[name])] == words[:1]):
                 return name
         return None
 

@@ -156,7 +156,7 @@ def test_failure_that_is_no_usage_error_is_one_line_and_verbose_shows_the_trace(
 )
 def test_every_field_of_the_classes_is_an_option(name, kinds, left_out):
     left_out = {*left_out, *(f.name for f in fields(PeftConfig)), "manifest", "calibration_data", "init_weights"}
-    options = set(arguments_of(name)._options())
+    options = set(arguments_of(name).option_names())
     for kind in kinds:
         assert {f.name for f in fields(kind) if f.init} - left_out <= options
 
@@ -182,7 +182,7 @@ def documented_commands():
 def test_documented_commands_have_their_options():
     found = list(documented_commands())
     assert {name for name, _ in found} >= set(COMMANDS) - {"models"}
-    known = {name: {*arguments_of(name)._options(), "dry_run"} for name in COMMANDS}
+    known = {name: {*arguments_of(name).option_names(), "dry_run"} for name in COMMANDS}
     for name, options in found:
         assert {option.replace("-", "_") for option in options} - known[name] <= NESTED, (name, options)
 
