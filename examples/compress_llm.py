@@ -17,9 +17,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.corpus import blocks, held_out_loss, split, stdlib_files, tokens
-from examples.demo import BASE, complete, nf4
+from examples.demo import BASE, complete
 from examples.real_model import HELP, model_argument
 from hf_qst import MixedRankConfig, rank_report
+from hf_qst_plugins.inputs import nf4
 
 PROMPT = "def read_lines(path):"
 

@@ -14,20 +14,31 @@ import ast
 import hashlib
 import importlib.util
 import json
-import os
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from hf_qst.saved import whole_file
+from hf_qst_plugins.inputs import BlockDataset, blocks, cache_folder, held_out_loss, kept_model
+
+__all__ = [
+    "BlockDataset",
+    "SourceFile",
+    "blocks",
+    "cache_folder",
+    "held_out_loss",
+    "kept_model",
+    "python_files",
+    "split",
+    "stdlib_files",
+    "tokens",
+    "transformers_files",
+]
 
 MIN_BYTES, MAX_BYTES = 200, 400_000
 """Files below are empty stubs, files above are generated tables: neither looks like code someone wrote."""
@@ -40,13 +51,6 @@ class SourceFile(NamedTuple):
     text: str
 
 
-def cache_folder() -> Path:
-    """Where token arrays and models are kept: `$HF_QST_CACHE`, else `~/.cache/hf_qst`."""
-    folder = Path(os.environ.get("HF_QST_CACHE") or Path.home() / ".cache" / "hf_qst")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _cached(name: str, make: Callable[[], object], write: Callable, read: Callable) -> object:
     """The result of `make()`, from the cache when it is there; a run cut short leaves no half file in it."""
     path = cache_folder() / name
@@ -55,23 +59,6 @@ def _cached(name: str, make: Callable[[], object], write: Callable, read: Callab
         with whole_file(path) as temporary, open(temporary, "wb") as file:
             write(file, value)
     return read(path)
-
-
-def kept_model(name: str, save: Callable[[Path], None]) -> Path:
-    """The folder of a model in the cache, which `save` fills at the first call; it is there whole or not at all."""
-    folder = cache_folder() / "models" / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp_") as staging:
-        whole = Path(staging) / name
-        save(whole)
-        try:
-            whole.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
-    return folder
 
 
 def _is_python(text: str) -> bool:
@@ -173,50 +160,3 @@ def tokens(files: Sequence[SourceFile], tokenizer, batch: int = 64) -> np.ndarra
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     return _cached(f"tokens-{key.hexdigest()[:24]}.npy", make, np.save, np.load)
-
-
-def blocks(ids: np.ndarray, length: int, limit: int | None = None) -> torch.Tensor:
-    """`ids` [n] cut into rows: [n // length, length] int64, what is left at the end dropped.
-
-    `limit` keeps that many rows, evenly spaced over all of them, so that a few rows still see every part.
-    """
-    if length < 2:
-        raise ValueError(f"length={length!r} is too short; a block needs at least 2 tokens, one to predict the other")
-    rows = torch.from_numpy(np.asarray(ids[: len(ids) // length * length], dtype=np.int64)).view(-1, length)
-    if limit is not None and limit < len(rows):
-        rows = rows[torch.linspace(0, len(rows) - 1, limit).round().long()]
-    return rows
-
-
-class BlockDataset(torch.utils.data.Dataset):
-    """Blocks [n, length] as a dataset: each item {"input_ids": [length], "labels": [length]}, as `Trainer` takes."""
-
-    def __init__(self, rows: torch.Tensor):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
-@torch.no_grad()
-def held_out_loss(model, rows: torch.Tensor, batch_size: int = 8) -> float:
-    """Mean negative log likelihood, in nats per predicted token, over `rows` [n, length].
-
-    Every row predicts its tokens 2 to `length` from those before. The sum over all of them is divided by their
-    number once, in float64: a mean of batch means would weigh a short last batch too much.
-    """
-    if len(rows) == 0:
-        raise ValueError("rows is empty; give at least one block, [n, length]")
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    total, count = 0.0, 0
-    for part in tqdm(rows.split(batch_size), desc="held-out loss", unit="batch", delay=5, leave=False):
-        part = part.to(device)
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
-        total, count = total + losses.double().sum().item(), count + losses.numel()
-    model.train(training)
-    return total / count

@@ -21,7 +21,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -34,6 +33,7 @@ from examples.real_model import HELP, model_argument
 from hf_qst import QSTConfig
 from hf_qst.base_model import forbid_packing
 from hf_qst.planning import SavedForBackward
+from hf_qst_plugins.inputs import nf4
 
 BASE = Path(__file__).parent / "base_model"
 # The best of those tried for each method on this base and task, by held-out loss (docs/results.md).
@@ -54,16 +54,6 @@ class Run:
     file_bytes: int = 0
     loss: float = math.nan
     old_loss: float = math.nan
-
-
-def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
 
 
 def load_base(model: str, device: str):

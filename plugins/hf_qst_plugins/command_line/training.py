@@ -1,0 +1,57 @@
+"""A training by the ordinary Trainer, whose options are Trainer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import Trainer, TrainingArguments
+
+from hf_qst_plugins.inputs import Collator
+
+from .arguments import Arguments
+from .folders import checkpoint_to_resume
+from .measures import pad_token_id
+
+# Of Trainer's own 5e-5, three epochs, and reports to whatever is installed, none suits these methods.
+DEFAULTS = {"learning_rate": 2e-3, "num_train_epochs": 1.0, "logging_steps": 10, "report_to": "none"}
+
+
+def add_training(arguments: Arguments, **defaults) -> None:
+    """Trainer's options, `--resume` and `--overwrite`."""
+    # --resume finds the checkpoint, and Trainer itself does nothing with the others.
+    arguments.add(TrainingArguments, skip={"resume_from_checkpoint", "do_train", "do_eval", "do_predict"})
+    arguments.parser.set_defaults({**DEFAULTS, **defaults})
+    arguments.flag("resume", "Go on from the last whole checkpoint in --output_dir.")
+    arguments.flag("overwrite", "Discard what is in --output_dir.")
+
+
+def training_arguments(options) -> tuple[TrainingArguments, Path | None]:
+    """Trainer's arguments, and the checkpoint to go on from.
+
+    Raises:
+        UsageError: a value is refused, or the folder is taken.
+    """
+    checkpoint = checkpoint_to_resume(options.output_dir, options.resume, options.overwrite)
+    more = {} if "dataloader_pin_memory" in options.given else {"dataloader_pin_memory": options.use_cpu is False}
+    return options.build(TrainingArguments, **more), checkpoint
+
+
+def train(model, settings: TrainingArguments, rows, held_out, tokenizer, checkpoint, callbacks: Sequence = ()) -> dict:
+    """Train; returns the log and what it took, JSON-ready."""
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=Collator(pad_token_id(tokenizer)),
+        callbacks=list(callbacks),
+    )
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return {
+        "steps": trainer.state.global_step,
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "seconds": round(result.metrics["train_runtime"], 2),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "log": [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
+    }
