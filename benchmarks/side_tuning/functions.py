@@ -13,7 +13,7 @@ from torch import nn
 from examples.corpus import SourceFile
 from hf_qst_plugins.code_evaluation import Problem, evaluate_together, read_samples
 
-NEW_TOKENS, ROWS = 128, 41
+NEW_TOKENS, ROWS = 128, 82
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_new_tokens": NEW_TOKENS}
 
 

@@ -33,7 +33,7 @@ from benchmarks.common.measure import RESULTS, environment, write_json
 from benchmarks.common.timing import in_turns, processor_clock
 from benchmarks.side_tuning.real_model_report import picture, table
 from benchmarks.side_tuning.stored_states import Step, StoredBase, hidden, last_blocks, states_read
-from benchmarks.side_tuning.tasks import TASKS, Batch, Task, accuracy
+from benchmarks.side_tuning.tasks import IGNORED, TASKS, Batch, Task, accuracy
 from examples.demo import load_base
 from examples.real_model import HELP, model_argument
 from hf_qst import QSTConfig
@@ -69,8 +69,12 @@ VARIANTS = {
     "readout every block": _side(readout_every=1),
     "r=3": _side(r=3),
     "principal": _side(downsample="principal"),
+    "default, near the base": _side(),
 }
 """Configurations of QST; each differs in one thing from the default, or is the paper's, or is named `before`."""
+NEAR = {"default, near the base": 10.0}
+"""Of variants, a weight: of the squared distance of the output from the base's where there is no label, relative to it."""
+PROBE = "linear probe"
 PEERS = {
     "QLoRA": lambda layers: _lora(),
     "QLoRA, checkpointed": lambda layers: _lora(),
@@ -79,9 +83,12 @@ PEERS = {
     "LoRA in the last 10": _last(10),
     "ShadowPEFT": lambda layers: ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0),
     "head alone": lambda layers: None,
+    PROBE: lambda layers: None,
 }
-"""Number of blocks -> PEFT's configuration; `head alone` trains the weight of the head."""
-SHOWN = ("paper", "default", "tail 2", "tail 4", "tail 8", *PEERS)
+"""Number of blocks -> PEFT's configuration; `head alone` trains the weight of the head. The probe is for classifications:
+logistic regression on what the base's states have where the label is predicted and in the mean over the prompt, with a
+weight of its penalty in place of a rate."""
+SHOWN = ("paper", "default", "tail 2", "tail 4", "tail 8", *(name for name in PEERS if name != PROBE))
 
 
 class Bench:
@@ -106,6 +113,8 @@ class Bench:
         """Numbers of the states that a method reads."""
         if name in VARIANTS:
             return states_read(get_peft_model(copy.deepcopy(self.base), VARIANTS[name]).base_model.model.model)
+        if name == PROBE:
+            return {*range(self.layers, 0, -3)}
         config = PEERS[name](self.layers)
         first = self.layers if config is None else first_block(config)
         return {first} if first else set()
@@ -129,12 +138,22 @@ class Bench:
             figures["accuracy"] = accuracy(self.task, [out @ self.stored.head[self.task.answers].T for out in held])
         return figures
 
-    def side(self, config: QSTConfig, steps: int, rate: float) -> dict:
-        """Train QST on stored states: one step a batch."""
+    def side(self, config: QSTConfig, steps: int, rate: float, near: float = 0.0) -> dict:
+        """Train QST on stored states: one step a batch. `near` is a weight of `NEAR`."""
         model = get_peft_model(copy.deepcopy(self.base), copy.deepcopy(config)).train()
         layer = model.base_model.model.model
-        losses = (self.stored.loss(hidden(layer, step), step.batch) for step in self.train[:steps])
-        run = train([p for p in model.parameters() if p.requires_grad], losses, steps, rate)
+
+        def loss(step: Step) -> torch.Tensor:
+            output = hidden(layer, step)
+            loss = self.stored.loss(output, step.batch)
+            if not near:
+                return loss
+            prompt = step.batch.prompt
+            away = (output[prompt] - step.output[prompt]).square().sum() / step.output[prompt].square().sum()
+            return loss + near * away
+
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        run = train(parameters, map(loss, self.train[:steps]), steps, rate)
         model.eval()
         with torch.no_grad():
             figures = self._figures(*([hidden(layer, step) for step in part] for part in (self.held, self.old)))
@@ -160,6 +179,43 @@ class Bench:
             return run | self._figures([step.output for step in self.held], [step.output for step in self.old])
         finally:
             self.stored.head = before
+
+    def probe(self, penalty: float) -> dict:
+        """Fit the linear probe on the training part."""
+        (train, classes), (held, right) = self._features(self.train), self._features(self.held)
+        center, scale = train.mean(0), train.std(0) + 1e-6
+        train, held = (train - center) / scale, (held - center) / scale
+        weight, bias = torch.zeros(train.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100)
+
+        def loss(rows: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+            return nn.functional.binary_cross_entropy_with_logits(rows @ weight + bias, classes)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            total = loss(train, classes) + penalty * weight.square().sum()
+            total.backward()
+            return total
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            correct = ((held @ weight + bias > 0) == right.bool()).float().mean().item()
+            figures = {"parameters": len(weight) + 1, "loss": loss(held, right).item(), "accuracy": 100 * correct}
+        return figures | {"seconds_per_step": 0.0, "old_loss": self.base_figures()["old_loss"]}
+
+    @torch.no_grad()
+    def _features(self, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each row what the probe reads [n, features], and whether it is of the first class [n]."""
+        features, classes = [], []
+        for step in steps:
+            read = [step.states[i].float() for i in sorted(self._states_read(PROBE))]
+            states = torch.cat([state * state.square().mean(-1, keepdim=True).rsqrt() for state in read], -1)
+            rows, places = (step.batch.labels != IGNORED).nonzero(as_tuple=True)
+            for row, place in zip(rows, places, strict=True):
+                # The first token's state has outliers and says nothing about the text.
+                features.append(torch.cat([states[row, place - 1], states[row, 1:place].mean(0)]))
+                classes.append(step.batch.labels[row, place] == self.task.answers[0])
+        return torch.stack(features), torch.stack(classes).float()
 
     def peer(self, config, steps: int, rate: float) -> dict:
         """Train one of PEFT's methods: LoRA in the last blocks on the state that enters them, the others in full."""
@@ -213,7 +269,9 @@ def one_run(bench: Bench, name: str, steps: int, rate: float, seed: int) -> dict
     """Train a method and measure it."""
     set_seed(seed)
     if name in VARIANTS:
-        return bench.side(VARIANTS[name], steps, rate)
+        return bench.side(VARIANTS[name], steps, rate, NEAR.get(name, 0.0))
+    if name == PROBE:
+        return bench.probe(rate)
     config = PEERS[name](bench.layers)
     return bench.head(steps, rate) if config is None else bench.peer(config, steps, rate)
 

@@ -21,6 +21,7 @@ from hf_qst_plugins.code_evaluation import read_problems
 
 IGNORED = -100
 FUNCTION_ROWS, FUNCTION_LENGTH = 4, 128
+PROBLEMS = 82
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class Batch:
 
     ids: torch.Tensor
     labels: torch.Tensor
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """The positions before each row's first label that predict none [rows, seq]."""
+        labelled = (self.labels != IGNORED).roll(-1, 1)
+        labelled[:, -1] = False
+        return labelled.cumsum(1) == 0
 
     @property
     def count(self) -> int:
@@ -108,7 +116,7 @@ def _answered(tokenizer, rows: list[tuple[list[int], list[int]]], length: int) -
 def functions(tokenizer, steps: int, seed: int) -> Task:
     """Four functions with docstrings a step, at most 128 tokens each, of the standard library; the body is predicted.
 
-    Held out are 64 functions of other files; the score is how many problems of HumanEval a greedy completion solves. The
+    Held out are 64 functions of other files; the score is how many of 82 problems of HumanEval, drawn by chance, a greedy completion solves. The
     text that the model knew before is the prose here.
     """
 
@@ -124,13 +132,14 @@ def functions(tokenizer, steps: int, seed: int) -> Task:
                 break
         if len(rows) < count:
             raise ValueError(f"there are only {len(rows)} functions to learn from, {count} are needed")
-        return [
-            _answered(tokenizer, rows[i : i + FUNCTION_ROWS], FUNCTION_LENGTH) for i in range(0, count, FUNCTION_ROWS)
-        ]
+        parts = [rows[i : i + FUNCTION_ROWS] for i in range(0, count, FUNCTION_ROWS)]
+        return [_answered(tokenizer, part, max(len(one) + len(two) for one, two in part)) for part in parts]
 
     training, held = split(stdlib_files())
     prose_rows = blocks(tokens(split(handbook_files(), held_out=0.1)[1], tokenizer), 256, 8)
     problems = read_problems(humaneval_file("humaneval"))
+    random.Random(0).shuffle(problems)
+    problems = problems[:PROBLEMS]
     score = lambda model: {"solved": solved(model, tokenizer, problems), "problems": len(problems)}
     return Task(
         batches(training, FUNCTION_ROWS * steps, seed), batches(held, 64, 0), _texts(prose_rows, 2), score=score

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from benchmarks.side_tuning.real_model import PROBE, Bench, one_run
 from benchmarks.side_tuning.real_model_report import picture, table
 from benchmarks.side_tuning.stored_states import StoredBase, hidden, last_blocks, states_read
 from benchmarks.side_tuning.tasks import IGNORED, Batch, Task, accuracy
@@ -56,6 +57,36 @@ def test_accuracy_is_the_part_of_rows_whose_class_scores_higher():
     scores[1, 1] = torch.tensor([3.0, 1.0])  # row 1 answers at place 2: class 5, wrong
     task = Task([], [Batch(ids, labels)], [], [5, 6])
     assert accuracy(task, [scores]) == 50.0
+
+
+def classification(rows: int = 16) -> Task:
+    """Token 5 is the answer after a prompt with token 3 in it, token 6 after one with token 4."""
+    ids = torch.randint(8, 20, (rows, 6), generator=torch.Generator().manual_seed(0))
+    ids[:, 2] = torch.arange(rows) % 2 + 3
+    ids[:, 4] = ids[:, 2] + 2
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, 4] = ids[:, 4]
+    return Task([Batch(ids, labels)], [Batch(ids, labels)], [Batch(ids, ids)], [5, 6])
+
+
+def test_the_prompt_ends_before_the_place_that_predicts_the_first_label():
+    assert classification(1).train[0].prompt.tolist() == [[True, True, True, False, False, False]]
+
+
+def test_a_linear_probe_finds_the_class_in_the_states():
+    bench = Bench(tiny("llama", num_hidden_layers=3), classification(), [PROBE])
+    figures = one_run(bench, PROBE, 1, 1e-3, 0)
+    assert figures["accuracy"] == 100.0
+    assert figures["loss"] < 0.3
+
+
+def test_an_output_that_is_held_to_the_bases_stays_nearer_to_it():
+    bench = Bench(tiny("llama", num_hidden_layers=3), classification(), ["default"])
+    bench.train *= 20
+    free, near = (bench.side(QSTConfig(task_type="CAUSAL_LM", r=4), 20, 1e-2, weight) for weight in (0.0, 100.0))
+    start = bench.base_figures()
+    assert abs(near["old_loss"] - start["old_loss"]) < abs(free["old_loss"] - start["old_loss"])
+    assert near["loss"] < start["loss"]
 
 
 def test_the_table_lists_each_method_at_its_best_rate(tmp_path):
