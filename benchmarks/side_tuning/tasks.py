@@ -97,13 +97,12 @@ def sentiment(tokenizer, steps: int, seed: int) -> Task:
 
 def _batch(tokenizer, rows: list[Review], answers: dict[bool, list[int]]) -> Batch:
     prompts = [tokenizer.encode(f"Review: {row.text}\nSentiment:")[:63] for row in rows]
-    return _answered(
-        tokenizer, [(prompt, answers[row.positive]) for prompt, row in zip(prompts, rows, strict=True)], 64
-    )
+    return _answered(tokenizer, [(prompt, answers[row.positive]) for prompt, row in zip(prompts, rows, strict=True)])
 
 
-def _answered(tokenizer, rows: list[tuple[list[int], list[int]]], length: int) -> Batch:
-    """Prompts with their answers, padded to `length`; the answers are to be predicted."""
+def _answered(tokenizer, rows: list[tuple[list[int], list[int]]]) -> Batch:
+    """Prompts with their answers, padded to the longest; the answers are to be predicted."""
+    length = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.full((len(rows), length), tokenizer.eos_token_id)
     labels = torch.full_like(ids, IGNORED)
     for i, (prompt, answer) in enumerate(rows):
@@ -132,8 +131,7 @@ def functions(tokenizer, steps: int, seed: int) -> Task:
                 break
         if len(rows) < count:
             raise ValueError(f"there are only {len(rows)} functions to learn from, {count} are needed")
-        parts = [rows[i : i + FUNCTION_ROWS] for i in range(0, count, FUNCTION_ROWS)]
-        return [_answered(tokenizer, part, max(len(one) + len(two) for one, two in part)) for part in parts]
+        return [_answered(tokenizer, rows[i : i + FUNCTION_ROWS]) for i in range(0, count, FUNCTION_ROWS)]
 
     training, held = split(stdlib_files())
     prose_rows = blocks(tokens(split(handbook_files(), held_out=0.1)[1], tokenizer), 256, 8)
