@@ -106,6 +106,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def results_of(args: argparse.Namespace) -> ResultFile:
     name = f"pruning_{args.model}" if args.model in PACKAGED else "pruning"
+    name += "_other_rows" if args.text.endswith("-other") else ""
     return ResultFile(args.output / f"{name}.json", torch.device(args.device), args.fresh)
 
 

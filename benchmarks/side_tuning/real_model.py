@@ -4,10 +4,11 @@
     python -m benchmarks.side_tuning.real_model --task sentiment --steps 150 --seeds 0 1 2 --only default QLoRA
     python -m benchmarks.side_tuning.real_model --cost           # a step of each in the model: seconds, kept bytes
 
-QST runs on stored hidden states of the base (`benchmarks.side_tuning.stored_states`), with the loss that it has in the
-model, which the script checks; the peers are trained in full. Every method gets the same batches and every rate of
+QST and LoRA in the last blocks run on stored hidden states of the base (`benchmarks.side_tuning.stored_states`), with the
+loss that they have in the model, which the script checks for QST; the other peers are trained in full. Every method gets the same batches and every rate of
 `--rates`, and is listed at the best, chosen on the held-out batches. Results are added to
-`benchmarks/results/side_tuning_real_model.json`, run by run; runs that are in it are not repeated.
+`benchmarks/results/side_tuning_real_model.json`, run by run; runs that are in it are not repeated. The picture beside it
+shows the loss on prose against seconds and kept bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
 import transformers
@@ -30,10 +30,10 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup, set_see
 
 from benchmarks.common.command_line import as_json, parser_of, require_positive
 from benchmarks.common.measure import RESULTS, environment, write_json
-from benchmarks.common.tables import MIB, markdown
 from benchmarks.common.timing import in_turns, processor_clock
-from benchmarks.side_tuning.stored_states import Step, StoredBase, hidden
-from benchmarks.side_tuning.tasks import TASKS, Batch, Task, accuracy
+from benchmarks.side_tuning.real_model_report import picture, table
+from benchmarks.side_tuning.stored_states import Step, StoredBase, hidden, last_blocks, states_read
+from benchmarks.side_tuning.tasks import IGNORED, TASKS, Batch, Task, accuracy
 from examples.demo import load_base
 from examples.real_model import HELP, model_argument
 from hf_qst import QSTConfig
@@ -69,40 +69,62 @@ VARIANTS = {
     "readout every block": _side(readout_every=1),
     "r=3": _side(r=3),
     "principal": _side(downsample="principal"),
+    "default, near the base": _side(),
 }
 """Configurations of QST; each differs in one thing from the default, or is the paper's, or is named `before`."""
+NEAR = {"default, near the base": 10.0}
+"""Of variants, a weight: of the squared distance of the output from the base's where there is no label, relative to it."""
+PROBE = "linear probe"
 PEERS = {
     "QLoRA": lambda layers: _lora(),
     "QLoRA, checkpointed": lambda layers: _lora(),
     "LoRA in the last 4": _last(4),
     "LoRA in the last 8": _last(8),
+    "LoRA in the last 10": _last(10),
     "ShadowPEFT": lambda layers: ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0),
     "head alone": lambda layers: None,
+    PROBE: lambda layers: None,
 }
-"""Number of blocks -> PEFT's configuration; `head alone` trains the weight of the head."""
-SHOWN = ("paper", "default", "tail 2", "tail 4", "tail 8", *PEERS)
+"""Number of blocks -> PEFT's configuration; `head alone` trains the weight of the head. The probe is for classifications:
+logistic regression on what the base's states have where the label is predicted and in the mean over the prompt, with a
+weight of its penalty in place of a rate."""
+SHOWN = ("paper", "default", "tail 2", "tail 4", "tail 8", *(name for name in PEERS if name != PROBE))
 
 
 class Bench:
-    """A base, a task, and the states of the base for its batches."""
+    """A base, a task, and the states of the base for its batches that the methods called `names` read."""
 
-    def __init__(self, base: nn.Module, task: Task):
+    def __init__(self, base: nn.Module, task: Task, names: Iterable[str]):
         self.base, self.task = base, task
         self.layers = base.config.num_hidden_layers
         self.stored = StoredBase(base)
+        wanted = set().union(*map(self._states_read, names))
 
         def steps(batches: list[Batch], name: str) -> list[Step]:
-            return [self.stored.step(batch) for batch in tqdm(batches, desc=f"states of the base, {name}", leave=False)]
+            bar = tqdm(batches, desc=f"states of the base, {name}", leave=False)
+            return [self.stored.step(batch, wanted) for batch in bar]
 
-        self.train = steps(task.train, "training")
+        # Methods that are trained in full need no states to train on.
+        self.train = steps(task.train, "training") if wanted else []
         self.held, self.old = steps(task.held, "held out"), steps(task.old, "old text")
-        self.stored.check(self.train[0])
+        self.stored.check(task.train[0])
 
-    @torch.no_grad()
+    def _states_read(self, name: str) -> set[int]:
+        """Numbers of the states that a method reads."""
+        if name in VARIANTS:
+            return states_read(get_peft_model(copy.deepcopy(self.base), VARIANTS[name]).base_model.model.model)
+        if name == PROBE:
+            return {*range(self.layers, 0, -3)}
+        config = PEERS[name](self.layers)
+        first = self.layers if config is None else first_block(config)
+        return {first} if first else set()
+
     def base_figures(self) -> dict:
         """Of the base itself."""
-        return self._figures([step.output for step in self.held], [step.output for step in self.old])
+        figures = self._figures([step.output for step in self.held], [step.output for step in self.old])
+        return figures | self._score(copy.deepcopy(self.base))
 
+    @torch.no_grad()
     def _figures(self, held: list[torch.Tensor], old: list[torch.Tensor]) -> dict:
         """Held-out loss, accuracy where there are classes, and the loss on old text, for outputs of a stack."""
 
@@ -116,15 +138,29 @@ class Bench:
             figures["accuracy"] = accuracy(self.task, [out @ self.stored.head[self.task.answers].T for out in held])
         return figures
 
-    def side(self, config: QSTConfig, steps: int, rate: float) -> dict:
-        """Train QST on stored states: one step a batch."""
+    def side(self, config: QSTConfig, steps: int, rate: float, near: float = 0.0) -> dict:
+        """Train QST on stored states: one step a batch. `near` is a weight of `NEAR`."""
         model = get_peft_model(copy.deepcopy(self.base), copy.deepcopy(config)).train()
         layer = model.base_model.model.model
-        losses = (self.stored.loss(hidden(layer, step), step.batch) for step in self.train[:steps])
-        run = train([p for p in model.parameters() if p.requires_grad], losses, steps, rate)
+
+        def loss(step: Step) -> torch.Tensor:
+            output = hidden(layer, step)
+            loss = self.stored.loss(output, step.batch)
+            if not near:
+                return loss
+            prompt = step.batch.prompt
+            away = (output[prompt] - step.output[prompt]).square().sum() / step.output[prompt].square().sum()
+            return loss + near * away
+
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        run = train(parameters, map(loss, self.train[:steps]), steps, rate)
         model.eval()
         with torch.no_grad():
-            return run | self._figures(*([hidden(layer, step) for step in part] for part in (self.held, self.old)))
+            figures = self._figures(*([hidden(layer, step) for step in part] for part in (self.held, self.old)))
+        return run | figures | self._score(model)
+
+    def _score(self, model: nn.Module) -> dict:
+        return self.task.score(model) if self.task.score else {}
 
     def head(self, steps: int, rate: float) -> dict:
         """Train the head's weight on the stored outputs of the stack."""
@@ -140,18 +176,67 @@ class Bench:
         run = train([weight], losses, steps, rate)
         before, self.stored.head = self.stored.head, weight.detach()
         try:
-            return run | self.base_figures()
+            return run | self._figures([step.output for step in self.held], [step.output for step in self.old])
         finally:
             self.stored.head = before
 
+    def probe(self, penalty: float) -> dict:
+        """Fit the linear probe on the training part."""
+        (train, classes), (held, right) = self._features(self.train), self._features(self.held)
+        center, scale = train.mean(0), train.std(0) + 1e-6
+        train, held = (train - center) / scale, (held - center) / scale
+        weight, bias = torch.zeros(train.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100)
+
+        def loss(rows: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+            return nn.functional.binary_cross_entropy_with_logits(rows @ weight + bias, classes)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            total = loss(train, classes) + penalty * weight.square().sum()
+            total.backward()
+            return total
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            correct = ((held @ weight + bias > 0) == right.bool()).float().mean().item()
+            figures = {"parameters": len(weight) + 1, "loss": loss(held, right).item(), "accuracy": 100 * correct}
+        return figures | {"seconds_per_step": 0.0, "old_loss": self.base_figures()["old_loss"]}
+
+    @torch.no_grad()
+    def _features(self, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each row what the probe reads [n, features], and whether it is of the first class [n]."""
+        features, classes = [], []
+        for step in steps:
+            read = [step.states[i].float() for i in sorted(self._states_read(PROBE))]
+            states = torch.cat([state * state.square().mean(-1, keepdim=True).rsqrt() for state in read], -1)
+            rows, places = (step.batch.labels != IGNORED).nonzero(as_tuple=True)
+            for row, place in zip(rows, places, strict=True):
+                # The first token's state has outliers and says nothing about the text.
+                features.append(torch.cat([states[row, place - 1], states[row, 1:place].mean(0)]))
+                classes.append(step.batch.labels[row, place] == self.task.answers[0])
+        return torch.stack(features), torch.stack(classes).float()
+
     def peer(self, config, steps: int, rate: float) -> dict:
-        """Train one of PEFT's methods in full."""
-        model = get_peft_model(copy.deepcopy(self.base), config).train()
-        bar = tqdm(self.task.train[:steps], unit="step", leave=False)
-        losses = (model(input_ids=b.ids, labels=b.labels, use_cache=False).loss for b in bar)
+        """Train one of PEFT's methods: LoRA in the last blocks on the state that enters them, the others in full."""
+        model, first = get_peft_model(copy.deepcopy(self.base), config).train(), first_block(config)
+        bar = tqdm(range(steps), unit="step", leave=False)
+        if first:
+            stack = model.get_base_model().get_decoder()
+            output = lambda step: last_blocks(stack, first, step.states[first].float(), step)
+            losses = (self.stored.loss(output(self.train[i]), self.train[i].batch) for i in bar)
+        else:
+            batches = self.task.train
+            losses = (model(input_ids=batches[i].ids, labels=batches[i].labels, use_cache=False).loss for i in bar)
         run = train([p for p in model.parameters() if p.requires_grad], losses, steps, rate)
         with torch.no_grad():
-            return run | self._figures(*(_outputs(model, part) for part in (self.task.held, self.task.old)))
+            figures = self._figures(*(_outputs(model, part) for part in (self.task.held, self.task.old)))
+        return run | figures | self._score(model)
+
+
+def first_block(config) -> int:
+    """The first block that PEFT's configuration changes."""
+    return min(getattr(config, "layers_to_transform", None) or [0])
 
 
 def _outputs(model: nn.Module, batches: list[Batch]) -> list[torch.Tensor]:
@@ -184,7 +269,9 @@ def one_run(bench: Bench, name: str, steps: int, rate: float, seed: int) -> dict
     """Train a method and measure it."""
     set_seed(seed)
     if name in VARIANTS:
-        return bench.side(VARIANTS[name], steps, rate)
+        return bench.side(VARIANTS[name], steps, rate, NEAR.get(name, 0.0))
+    if name == PROBE:
+        return bench.probe(rate)
     config = PEERS[name](bench.layers)
     return bench.head(steps, rate) if config is None else bench.peer(config, steps, rate)
 
@@ -221,50 +308,6 @@ def cost(base: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict:
     clock = processor_clock if torch.get_num_threads() == 1 else time.perf_counter
     times = in_turns(calls, rounds, torch.device("cpu"), clock=clock)
     return {name: row | {"seconds": median(times[name])} for name, row in result.items()}
-
-
-def table(result: dict) -> str:
-    """Of every task and number of steps: each method at its best rate, mean over the seeds."""
-    lines = []
-    for key, task in sorted(result["tasks"].items()):
-        start = task["base"]
-        runs: dict[str, dict] = {}
-        for run in task["runs"]:
-            runs.setdefault(run["method"], {}).setdefault(run["rate"], []).append(run)
-        best = {
-            name: min(by_rate.values(), key=lambda runs: mean(run["loss"] for run in runs))
-            for name, by_rate in runs.items()
-        }
-        full = start["loss"] - mean(run["loss"] for run in best["QLoRA"]) if "QLoRA" in best else math.nan
-        rows = [["base", "", "", f"{start['loss']:.3f}", "", *_percent([start]), f"{start['old_loss']:.3f}"]]
-        for name, chosen in best.items():
-            loss, rate = mean(run["loss"] for run in chosen), chosen[0]["rate"]
-            spread = max(run["loss"] for run in chosen) - min(run["loss"] for run in chosen)
-            rows.append(
-                [
-                    name,
-                    f"{rate:g}",
-                    str(len(chosen)),
-                    f"{loss:.3f}" + (f" ({spread:.3f})" if len(chosen) > 1 else ""),
-                    f"{100 * (start['loss'] - loss) / full:.0f} %",
-                    *_percent(chosen),
-                    f"{mean(run['old_loss'] for run in chosen):.3f}",
-                    f"{chosen[0]['parameters'] / 1000000.0:.2f}",
-                ]
-            )
-        classes = ["accuracy"] if "accuracy" in start else []
-        head = ["", "rate", "seeds", "loss (range)", "of QLoRA's gain", *classes, "old text", "M parameters"]
-        lines += [f"{key} steps", markdown(head, rows), ""]
-    if "cost" in result:
-        rows = [
-            [name, f"{row['seconds']:.2f}", f"{row['kept_bytes'] / MIB:.0f}"] for name, row in result["cost"].items()
-        ]
-        lines += ["one step in the model", markdown(["", "seconds", "kept MiB"], rows)]
-    return "\n".join(lines)
-
-
-def _percent(runs: list[dict]) -> list[str]:
-    return [f"{mean(run['accuracy'] for run in runs):.1f} %"] if "accuracy" in runs[0] else []
 
 
 def _method(text: str) -> tuple[str, float | None]:
@@ -309,8 +352,10 @@ def main(argv: list[str] | None = None) -> None:
                     if (name, rate, seed) in done:
                         continue
                     # The batches of a seed are the same for every number of steps.
-                    bench = bench or Bench(base, TASKS[args.task](tokenizer, max(args.steps), seed))
-                    task.setdefault("base", bench.base_figures())
+                    task_of = TASKS[args.task]
+                    bench = bench or Bench(base, task_of(tokenizer, max(args.steps), seed), dict(args.only))
+                    if "base" not in task:
+                        task["base"] = bench.base_figures()
                     run = {"method": name, "rate": rate, "seed": seed} | one_run(bench, name, steps, rate, seed)
                     task["runs"].append(run)
                     print(
@@ -319,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
                     )
                     write_json(args.output, result | {"arguments": as_json(vars(args))})
     print(table(result))
+    picture(result, args.output.with_suffix(".png"))
     print(f"Wrote {args.output}")
 
 

@@ -7,6 +7,7 @@ step is then the side network, the blocks of a tail, the head and the optimiser.
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -21,30 +22,30 @@ from hf_qst_kernels import linear_cross_entropy
 
 @dataclass
 class Step:
-    """Of one batch: the state entering each block and that leaving the last one [rows, seq, d] in float16, what the base
-    gave each block, and the normalised output of the stack in float32."""
+    """Of one batch: by number i the state that enters block i, or leaves the last one [rows, seq, d] in float16, what the
+    base gave each block, and the normalised output of the stack in float32."""
 
     batch: Batch
-    states: list[torch.Tensor]
+    states: dict[int, torch.Tensor]
     contexts: list
     output: torch.Tensor
 
 
 class _Recording:
-    """Takes the place of a side network's recorder: keeps the states instead of reading them."""
+    """Takes the place of a side network's recorder: keeps the states with the numbers `wanted` instead of reading them."""
 
     tail = None
 
-    def __init__(self):
-        self.states, self.contexts = [], []
+    def __init__(self, wanted: Container[int]):
+        self.wanted, self.states, self.contexts = wanted, {}, []
 
     def reads(self, index) -> bool:
         return True
 
     def record(self, index, entering, leaving, context) -> None:
-        if index == 0:
-            self.states.append(entering.half())
-        self.states.append(leaving.half())
+        for number, state in ((index, entering), (index + 1, leaving)):
+            if number in self.wanted and number not in self.states:
+                self.states[number] = state.half()
         self.contexts.append(context)
 
 
@@ -72,8 +73,9 @@ class StoredBase:
         self.contexts: dict[tuple, list] = {}
 
     @torch.no_grad()
-    def step(self, batch: Batch) -> Step:
-        recording = _Recording()
+    def step(self, batch: Batch, wanted: Container[int]) -> Step:
+        """The base's states for a batch, of those the ones with the numbers `wanted`."""
+        recording = _Recording(wanted)
         with self.layer.tape.using(recording):
             output = self.layer.base_layer(input_ids=batch.ids, use_cache=False)
         # Masks and rotary tables of equal shapes are equal: one copy is kept.
@@ -81,13 +83,13 @@ class StoredBase:
         return Step(batch, recording.states, contexts, output[0])
 
     @torch.no_grad()
-    def check(self, step: Step) -> None:
+    def check(self, batch: Batch) -> None:
         """Compare the loss on stored states with that of the model itself.
 
         Raises:
             RuntimeError: they differ by more than the states' rounding to float16 explains.
         """
-        batch = step.batch
+        step = self.step(batch, states_read(self.layer))
         stored = self.loss(hidden(self.layer, step), batch).item()
         whole = self.model(input_ids=batch.ids, labels=batch.labels).loss.item()
         print(f"loss of a random side network on stored states {stored:.5f}, in the model {whole:.5f}")
@@ -100,17 +102,30 @@ class StoredBase:
         return linear_cross_entropy(hidden[:, :-1].reshape(len(labels), -1), self.head, labels)
 
 
+def states_read(layer) -> set[int]:
+    """Numbers of the states that a side-tuned stack reads."""
+    network = layer.active_network()
+    tail = set() if network.tail is None else {network.tail.first}
+    return {0} | {i + 1 for i in network.read_blocks} | tail
+
+
 def hidden(layer, step: Step) -> torch.Tensor:
     """The output of a side-tuned stack [rows, seq, d], computed from the stored states of its base."""
     network, taps = layer.active_network(), Taps()
-    read = len(step.contexts) if network.tail is None else network.tail.first
-    for i in range(read):
-        network.record(taps, i, step.states[i].float(), step.states[i + 1].float(), step.contexts[i])
+    entering = step.states[0].float()
+    for i in sorted(network.read_blocks):
+        network.record(taps, i, entering, step.states[i + 1].float(), step.contexts[i])
     if network.tail is None:
         return network.mix(step.output, network(taps))
-    state, stack = network.mix(step.states[read].float(), network(taps)), layer.base_layer
+    first = network.tail.first
+    state = network.mix(step.states[first].float(), network(taps))
     with layer.tape.using(_TailAlone(network.tail, torch.is_grad_enabled())):
-        for block, context in zip(stack.layers[read:], step.contexts[read:], strict=True):
-            arguments = {"attention_mask": context.attention_mask, "position_embeddings": context.position_embeddings}
-            state = block(state, **arguments, **context.attention_kwargs)
-        return stack.norm(state)
+        return last_blocks(layer.base_layer, first, state, step)
+
+
+def last_blocks(stack, first: int, state: torch.Tensor, step: Step) -> torch.Tensor:
+    """The output of a stack [rows, seq, d] whose block `first` gets this state [rows, seq, d]."""
+    for block, context in zip(stack.layers[first:], step.contexts[first:], strict=True):
+        arguments = {"attention_mask": context.attention_mask, "position_embeddings": context.position_embeddings}
+        state = block(state, **arguments, **context.attention_kwargs)
+    return stack.norm(state)

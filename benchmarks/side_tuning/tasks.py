@@ -1,20 +1,27 @@
-"""Tasks for a real pretrained language model: English prose of a new kind, and the sentiment of movie reviews.
+"""Tasks for a real pretrained language model: English prose, the sentiment of movie reviews, the bodies of functions.
 
 Each has batches to train on, held-out batches, and batches of the text that the model knew before.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
-from examples.corpus import blocks, split, stdlib_files, tokens
+from benchmarks.decoding.humaneval import humaneval_file
+from benchmarks.side_tuning.functions import documented_functions, solved
+from examples.corpus import SourceFile, blocks, split, stdlib_files, tokens
 from examples.prose import handbook_files
 from examples.reviews import Review, reviews
+from hf_qst_plugins.code_evaluation import read_problems
 
 IGNORED = -100
+FUNCTION_ROWS, FUNCTION_LENGTH = 4, 128
+PROBLEMS = 82
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,13 @@ class Batch:
 
     ids: torch.Tensor
     labels: torch.Tensor
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """The positions before each row's first label that predict none [rows, seq]."""
+        labelled = (self.labels != IGNORED).roll(-1, 1)
+        labelled[:, -1] = False
+        return labelled.cumsum(1) == 0
 
     @property
     def count(self) -> int:
@@ -37,12 +51,14 @@ class Task:
     Args:
         answers: of a classification, the tokens of the classes; each row then has one label, and the accuracy is the part
             of rows whose label has the largest score of these tokens.
+        score: further figures of a model.
     """
 
     train: list[Batch]
     held: list[Batch]
     old: list[Batch]
     answers: list[int] = field(default_factory=list)
+    score: Callable[[nn.Module], dict] | None = None
 
 
 def _texts(rows: torch.Tensor, batch: int) -> list[Batch]:
@@ -80,16 +96,55 @@ def sentiment(tokenizer, steps: int, seed: int) -> Task:
 
 
 def _batch(tokenizer, rows: list[Review], answers: dict[bool, list[int]]) -> Batch:
-    ids = torch.full((len(rows), 64), tokenizer.eos_token_id)
+    prompts = [tokenizer.encode(f"Review: {row.text}\nSentiment:")[:63] for row in rows]
+    return _answered(tokenizer, [(prompt, answers[row.positive]) for prompt, row in zip(prompts, rows, strict=True)])
+
+
+def _answered(tokenizer, rows: list[tuple[list[int], list[int]]]) -> Batch:
+    """Prompts with their answers, padded to the longest; the answers are to be predicted."""
+    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.full((len(rows), length), tokenizer.eos_token_id)
     labels = torch.full_like(ids, IGNORED)
-    for i, row in enumerate(rows):
-        prompt = tokenizer.encode(f"Review: {row.text}\nSentiment:")[:63]
-        ids[i, : len(prompt) + 1] = torch.tensor([*prompt, *answers[row.positive]])
-        labels[i, len(prompt)] = ids[i, len(prompt)]
+    for i, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids[i, :end] = torch.tensor([*prompt, *answer])
+        labels[i, len(prompt) : end] = ids[i, len(prompt) : end]
     return Batch(ids, labels)
 
 
-TASKS: dict[str, Callable[..., Task]] = {"prose": prose, "sentiment": sentiment}
+def functions(tokenizer, steps: int, seed: int) -> Task:
+    """Four functions with docstrings a step, at most 128 tokens each, of the standard library; the body is predicted.
+
+    Held out are 64 functions of other files; the score is how many of 82 problems of HumanEval, drawn by chance, a greedy completion solves. The
+    text that the model knew before is the prose here.
+    """
+
+    def batches(files: list[SourceFile], count: int, seed: int) -> list[Batch]:
+        rows = []
+        found = list(documented_functions(files))
+        random.Random(seed).shuffle(found)
+        for prompt, body in found:
+            row = tokenizer.encode(prompt), [*tokenizer.encode(body), tokenizer.eos_token_id]
+            if sum(map(len, row)) <= FUNCTION_LENGTH:
+                rows.append(row)
+            if len(rows) == count:
+                break
+        if len(rows) < count:
+            raise ValueError(f"there are only {len(rows)} functions to learn from, {count} are needed")
+        return [_answered(tokenizer, rows[i : i + FUNCTION_ROWS]) for i in range(0, count, FUNCTION_ROWS)]
+
+    training, held = split(stdlib_files())
+    prose_rows = blocks(tokens(split(handbook_files(), held_out=0.1)[1], tokenizer), 256, 8)
+    problems = read_problems(humaneval_file("humaneval"))
+    random.Random(0).shuffle(problems)
+    problems = problems[:PROBLEMS]
+    score = lambda model: {"solved": solved(model, tokenizer, problems), "problems": len(problems)}
+    return Task(
+        batches(training, FUNCTION_ROWS * steps, seed), batches(held, 64, 0), _texts(prose_rows, 2), score=score
+    )
+
+
+TASKS: dict[str, Callable[..., Task]] = {"prose": prose, "sentiment": sentiment, "functions": functions}
 
 
 def accuracy(task: Task, scores: list[torch.Tensor]) -> float:

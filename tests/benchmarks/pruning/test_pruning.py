@@ -15,7 +15,7 @@ from benchmarks.pruning import methods as pruning_methods
 from benchmarks.pruning import report as pruning_report
 from benchmarks.pruning import shortening as pruning_shortening
 from benchmarks.pruning import slicing as pruning_slicing
-from benchmarks.pruning.text import TEXTS
+from benchmarks.pruning.text import CHOSEN_ON, TEXTS
 from examples.demo import BASE
 from examples.prose import PLACES, handbook_files
 from hf_qst.base_model.decoder_stack import find_decoder_stack
@@ -231,6 +231,10 @@ def test_code_and_prose_take_turns(tmp_path, monkeypatch):
     assert [len(batch["input_ids"]) for batch in text.calibration] == [2, 2, 2]
     assert torch.equal(torch.cat([batch["input_ids"] for batch in text.calibration]), rows[:6])
     assert {kind: tuple(part.shape) for kind, part in text.held.items()} == {"code": (3, 32), "handbook": (3, 32)}
+    others, _ = TEXTS["python-and-prose-other"](BASE, 32, 40, 6, 3)
+    chosen_on, _ = TEXTS["python-and-prose"](BASE, 32, 40, 6, CHOSEN_ON)
+    assert len(others.held["code"]) == 3
+    assert not (others.held["code"][:, None] == chosen_on.held["code"]).all(-1).any()
 
 
 def test_impossible_arguments_are_refused(capsys):

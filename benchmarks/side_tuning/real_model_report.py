@@ -1,0 +1,89 @@
+"""The table and the picture of side tuning on a real model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.common.plots import pyplot, save_figure
+from benchmarks.common.tables import MIB, markdown
+
+PICTURED = "prose"
+# The same training by another way: the losses are those of the second.
+SAME_LOSS = {"QLoRA, checkpointed": "QLoRA"}
+
+
+def best_runs(runs: list[dict]) -> dict[str, list[dict]]:
+    """Each method's runs at its best rate: the one with the lowest mean loss over its seeds."""
+    by_rate: dict[str, dict] = {}
+    for run in runs:
+        by_rate.setdefault(run["method"], {}).setdefault(run["rate"], []).append(run)
+    return {
+        name: min(rates.values(), key=lambda runs: mean(run["loss"] for run in runs)) for name, rates in by_rate.items()
+    }
+
+
+def table(result: dict) -> str:
+    """Of every task and number of steps: each method at its best rate, mean over the seeds."""
+    lines = []
+    for key, task in sorted(result["tasks"].items()):
+        start, best = task["base"], best_runs(task["runs"])
+        full = start["loss"] - mean(run["loss"] for run in best["QLoRA"]) if "QLoRA" in best else math.nan
+        rows = [["base", "", "", f"{start['loss']:.3f}", "", *_percent([start]), f"{start['old_loss']:.3f}"]]
+        for name, chosen in best.items():
+            loss, rate = mean(run["loss"] for run in chosen), chosen[0]["rate"]
+            spread = max(run["loss"] for run in chosen) - min(run["loss"] for run in chosen)
+            rows.append(
+                [
+                    name,
+                    f"{rate:g}",
+                    str(len(chosen)),
+                    f"{loss:.3f}" + (f" ({spread:.3f})" if len(chosen) > 1 else ""),
+                    f"{100 * (start['loss'] - loss) / full:.0f} %",
+                    *_percent(chosen),
+                    f"{mean(run['old_loss'] for run in chosen):.3f}",
+                    f"{chosen[0]['parameters'] / 1000000.0:.2f}",
+                ]
+            )
+        classes = ["accuracy"] if "accuracy" in start else []
+        head = ["", "rate", "seeds", "loss (range)", "of QLoRA's gain", *classes, "old text", "M parameters"]
+        lines += [f"{key} steps", markdown(head, rows), ""]
+    if "cost" in result:
+        rows = [
+            [name, f"{row['seconds']:.2f}", f"{row['kept_bytes'] / MIB:.0f}"] for name, row in result["cost"].items()
+        ]
+        lines += ["one step in the model", markdown(["", "seconds", "kept MiB"], rows)]
+    return "\n".join(lines)
+
+
+def _percent(runs: list[dict]) -> list[str]:
+    return [f"{mean(run['accuracy'] for run in runs):.1f} %"] if "accuracy" in runs[0] else []
+
+
+def picture(result: dict, path: Path) -> None:
+    """Loss on prose against seconds of training, and against the bytes kept for the backward pass, as a PNG.
+
+    The seconds are those of `--cost`; methods that it did not measure are left out, and without any there is no picture.
+    """
+    points: dict[str, list[tuple[int, float]]] = {}
+    tasks = {int(key.split(", ")[1]): task for key, task in result["tasks"].items() if key.startswith(f"{PICTURED}, ")}
+    for steps, task in sorted(tasks.items()):
+        for name, runs in best_runs(task["runs"]).items():
+            points.setdefault(name, []).append((steps, mean(run["loss"] for run in runs)))
+    cost = result.get("cost", {})
+    shown = {name: points[SAME_LOSS.get(name, name)] for name in cost if SAME_LOSS.get(name, name) in points}
+    if not shown:
+        return
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    longest = max(steps for those in shown.values() for steps, _ in those)
+    for number, (name, those) in enumerate(shown.items()):
+        style = {"marker": "osD^v<>pP*Xd"[number % 12], "label": name, "color": f"C{number % 10}"}
+        steps, losses = zip(*sorted(those), strict=True)
+        left.plot([count * cost[name]["seconds"] for count in steps], losses, **style)
+        if longest in steps:
+            right.plot(cost[name]["kept_bytes"] / MIB, losses[steps.index(longest)], linestyle="", **style)
+    left.set(xlabel="seconds of training", ylabel="held-out loss, nats per token")
+    right.set(xlabel="MiB kept for the backward pass", xscale="log", title=f"{longest} steps")
+    right.legend(fontsize=8)
+    save_figure(figure, path)
