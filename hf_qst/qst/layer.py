@@ -50,6 +50,7 @@ class _Recorder:
         self.network, self.grad, self.tail = network, grad, network.tail
         self.cache, self.num_layers = cache, num_layers
         self.taps = Taps()
+        self.stored = None  # states that stand in for those of the base's frozen blocks, which then do not run
 
     def mixed(self, frozen: torch.Tensor) -> torch.Tensor:
         """The last state of the base's frozen part [batch, seq, d] mixed with the side network's output."""
@@ -60,12 +61,17 @@ class _Recorder:
         """Whether anything of base block `index` is kept."""
         return index in self.network.read_blocks
 
+    def replaced(self, index: int, entering: torch.Tensor) -> torch.Tensor | None:
+        """The output of base block `index`, which need not run then; None if it must."""
+        return None if self.stored is None else self.stored.leaving(index, entering)
+
     def record(self, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext) -> None:
+        tapped = None if self.stored is None else self.stored.tapped(index, leaving.device)
         if not self.grad:
-            return self.network.record(self.taps, index, entering, leaving, context)
+            return self.network.record(self.taps, index, entering, leaving, context, tapped)
         # The base runs without gradients, but a trainable downsampler needs them for its weight.
         with torch.enable_grad():
-            self.network.record(self.taps, index, entering.detach(), leaving.detach(), context)
+            self.network.record(self.taps, index, entering.detach(), leaving.detach(), context, tapped)
 
 
 class _BlockHook:
@@ -188,6 +194,8 @@ class QSTLayer(StackLayer):
             cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.sources)
 
         recorder = _Recorder(network, torch.is_grad_enabled(), cache, self.num_layers)
+        if network.hidden_states is not None and network.hidden_states.serves(self.base_layer, kwargs):
+            recorder.stored = network.hidden_states.stored(self, network, kwargs)
         with self.tape.using(recorder), torch.no_grad():
             output = self.base_layer(**kwargs)
 
