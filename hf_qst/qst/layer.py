@@ -15,6 +15,7 @@ from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.qst import continuous_batching
 from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.frozen_head import LOSS_REQUEST
+from hf_qst.qst.hidden_states.replaceable_blocks import ReplaceableForward
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork, Taps
 from hf_qst.qst.tail import key, linear_layers
@@ -144,6 +145,7 @@ class QSTLayer(StackLayer):
         super().__init__(base_layer)
         self.block_path = stack.architecture.blocks
         self.hooked_from = len(stack.blocks)  # the first block with the hooks of a tail
+        self.replaceable = False  # whether blocks can return stored states in place of running
         # Of a cache for the base alone; a block may have two of them.
         self.num_layers = max(len(stack.blocks), len(DynamicCache(config=stack.module.config).layers))
         self.tape = RunningForward()
@@ -157,8 +159,19 @@ class QSTLayer(StackLayer):
         if network.tail is not None:
             self._hook_tail(network.tail.first)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Those of the base."""
+        return self.base_layer.get_submodule(self.block_path)
+
+    def make_blocks_replaceable(self) -> None:
+        """Let the recorder of a forward give the output of a block, which then does not run."""
+        if not self.replaceable:
+            self.hook_handles += [ReplaceableForward(i, block, self.tape) for i, block in enumerate(self.blocks)]
+            self.replaceable = True
+
     def _hook_tail(self, first: int) -> None:
-        blocks = getattr(self.base_layer, self.block_path)
+        blocks = self.blocks
         for i in range(first, self.hooked_from):
             start = _TailStart(i, self.tape)
             self.hook_handles.append(blocks[i].register_forward_pre_hook(start, with_kwargs=True))
