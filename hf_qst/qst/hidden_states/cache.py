@@ -129,6 +129,12 @@ class HiddenStateCache:
         self.__dict__.update(state, counts=Counts())
         self._forget()
 
+    def close(self) -> None:
+        """Write what is not written yet."""
+        if self.shards is not None:
+            self.shards.writer.flush()
+        self._forget()
+
     def serves(self, stack: nn.Module, inputs: dict) -> bool:
         """Whether this call of the stack asks for nothing but its last state: no keys and values, no states in between."""
         asks = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -180,8 +186,7 @@ class HiddenStateCache:
         stamp = fingerprints.stamp(modules.values(), network.downsample), autocast
         if stamp == self._stamp:
             return
-        if self.shards is not None:
-            self.shards.writer.flush()
+        self.close()
         storage, root = self.config.storage, Path(self.config.folder)
         self.plan = fingerprints.plan_of(network)
         described = fingerprints.description(self.plan, stack, storage, str(autocast))
@@ -214,9 +219,7 @@ class HiddenStateCache:
                 )
         self._checked = True
 
-    def compute(
-        self, layer, network, inputs: dict, wanted: list[Example]
-    ) -> Iterator[tuple[Example, Parts]]:
+    def compute(self, layer, network, inputs: dict, wanted: list[Example]) -> Iterator[tuple[Example, Parts]]:
         """The parts of examples of a batch, from a forward of the base over their rows."""
         recording = _Recording(network, self.plan, self.config.storage)
         rows = sorted({example.row for example in wanted})
@@ -233,4 +236,4 @@ def _rows_of(inputs: dict, rows: list[int]) -> dict:
     if len(rows) == batch:
         return given
     index = torch.tensor(rows, device=inputs["input_ids"].device)
-    return {name: value[index] if len(value) == batch else value for name, value in given.items()}
+    return {name: value[index] if len(value) == batch else value for name, value in given.items() if isinstance(value, torch.Tensor)}

@@ -32,7 +32,9 @@ class HiddenStateCacheConfig:
         if not isinstance(self.folder, (str, os.PathLike)) or not os.fspath(self.folder):
             raise ValueError(f"HiddenStateCacheConfig.folder must be the path of a folder, got {self.folder!r}")
         if self.storage not in STORAGES:
-            raise ValueError(f"HiddenStateCacheConfig.storage must be one of {', '.join(STORAGES)}, got {self.storage!r}")
+            raise ValueError(
+                f"HiddenStateCacheConfig.storage must be one of {', '.join(STORAGES)}, got {self.storage!r}"
+            )
         limit = self.size_limit
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise ValueError(f"HiddenStateCacheConfig.size_limit must be a number of bytes >= 1 or None, got {limit!r}")

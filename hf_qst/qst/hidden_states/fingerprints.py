@@ -100,7 +100,14 @@ def description(plan: Plan, stack: nn.Module, storage: str, compute: str) -> dic
     """
     taps = {str(i): tap for i, tap in plan.taps.items()}
     base = base_fingerprint(stack)
-    return {"format": FORMAT_VERSION, "base": base, "storage": storage, "compute": compute, **asdict(plan), "taps": taps}
+    return {
+        "format": FORMAT_VERSION,
+        "base": base,
+        "storage": storage,
+        "compute": compute,
+        **asdict(plan),
+        "taps": taps,
+    }
 
 
 def stamp(modules: Iterable[nn.Module], downsamplers: Iterable[Downsample]) -> tuple:

@@ -67,7 +67,9 @@ def check_call(stack: nn.Module, inputs: Mapping) -> None:
         refuse("the model was given embeddings (inputs_embeds), and an example is known by its tokens")
     for name, value in inputs.items():
         if name not in KNOWN and name not in _OF_OUTPUT and value is not None and value is not False:
-            refuse(f"the states may depend on the argument {name!r} ({type(value).__name__}), which an example's key leaves out")
+            refuse(
+                f"the states may depend on the argument {name!r} ({type(value).__name__}), which an example's key leaves out"
+            )
     embeddings = stack.get_input_embeddings()
     noise = getattr(embeddings, "neftune_noise_alpha", None)
     if noise and embeddings.training:

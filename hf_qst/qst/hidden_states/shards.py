@@ -62,7 +62,9 @@ class ShardWriter:
         shard_bytes: of the examples in a full shard.
     """
 
-    def __init__(self, folder: Path, root: Path, size_limit: int | None, parts: Sequence[str], counts: Counts, shard_bytes: int):
+    def __init__(
+        self, folder: Path, root: Path, size_limit: int | None, parts: Sequence[str], counts: Counts, shard_bytes: int
+    ):
         self.folder, self.root, self.size_limit, self.parts = folder, root, size_limit, tuple(parts)
         self.counts, self.shard_bytes = counts, shard_bytes
         self.accepts = True  # until the disk or the limit is reached
