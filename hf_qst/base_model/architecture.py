@@ -133,6 +133,7 @@ class Architecture:
             (Qwen3.5's gated delta net), another MLP. Each half is looked for by itself.
         logit_multiplier: of the text configuration, what the head's logits are multiplied by before their cap.
         state: of what a block is given and returns, the state [batch, seq, hidden] that it stands for.
+        mask_hides (`bool`): whether True in the boolean mask that a block is given hides a position; usually it shows one.
         softcap (`str`): name of the field of the text configuration that caps the logits.
         decoder_flag (`bool`): whether the type is an encoder unless `config.is_decoder` is set (BERT).
         unpruned (`str`): what of a block pruning leaves as it is, and counts, where that is more than norms.
@@ -151,6 +152,7 @@ class Architecture:
     alternatives: tuple[Projections, ...] = ()
     logit_multiplier: Callable[[object], float] = lambda config: 1.0
     state: Callable[[torch.Tensor], torch.Tensor] = one_stream
+    mask_hides: bool = False
     softcap: str = "final_logit_softcapping"
     decoder_flag: bool = False
     unpruned: str = ""

@@ -80,6 +80,7 @@ class _BlockHook:
 
     def __init__(self, index: int, block: nn.Module, tape: RunningForward, stack: DecoderStack):
         self.index, self.state = index, stack.architecture.state
+        self.mask_hides = stack.architecture.mask_hides
         self.tape = tape
         signature = list(inspect.signature(type(block).forward).parameters.values())[1:]
         self.parameters = [p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -91,8 +92,11 @@ class _BlockHook:
             return
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         entering = arguments.pop(self.parameters[0])
+        mask = arguments.get("attention_mask")
+        if self.mask_hides and mask is not None:
+            mask = ~mask
         context = BlockContext(
-            attention_mask=arguments.get("attention_mask"),
+            attention_mask=mask,
             position_embeddings=arguments.get("position_embeddings"),
             attention_kwargs={k: v for k, v in arguments.items() if k in _FORWARDED or k not in self.named},
             hidden_dtype=entering.dtype,

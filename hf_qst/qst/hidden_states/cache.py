@@ -236,4 +236,8 @@ def _rows_of(inputs: dict, rows: list[int]) -> dict:
     if len(rows) == batch:
         return given
     index = torch.tensor(rows, device=inputs["input_ids"].device)
-    return {name: value[index] if len(value) == batch else value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    return {
+        name: value[index] if len(value) == batch else value
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from hf_qst.qst.hidden_states.config import HiddenStateCacheError
 from hf_qst.tuner.running_forward import RunningForward
 
 
@@ -16,40 +15,28 @@ class ReplaceableForward:
     """The forward of base block `index` while its layer has a cache; `remove()` puts the block's own back.
 
     It asks the recorder of the running forward for the block's output. The form of what the block returns (a state, or a
-    tuple with a state in front) is seen when the block runs, which it must once before.
+    tuple with a state in front) is seen when the block runs, which it must once before. What else a tuple holds, such as
+    attention weights, is None then.
     """
 
     def __init__(self, index: int, block: nn.Module, tape: RunningForward):
         self.index, self.block, self.tape = index, block, tape
         self.own = "forward" in block.__dict__
         self.forward = block.forward
-        self.form: tuple[type, int] | None = None  # of the last output, and how many entries it had
+        self.form: tuple[type, int] | None = None  # of a tuple or list, and how many entries it had
         block.forward = self
 
     def __call__(self, *args, **kwargs):
         recorder = self.tape.current
         entering = args[0] if args else kwargs["hidden_states"]
         state = None if recorder is None else recorder.replaced(self.index, entering)
-        if state is not None:
-            return self._formed(state)
-        output = self.forward(*args, **kwargs)
-        if not isinstance(output, (tuple, list)):
-            self.form = None
-        elif recorder is not None and any(entry is not None for entry in output[1:]):
-            self.form = type(output), -1
-        else:
-            self.form = type(output), len(output)
-        return output
-
-    def _formed(self, state):
+        if state is None:
+            output = self.forward(*args, **kwargs)
+            self.form = (type(output), len(output)) if isinstance(output, (tuple, list)) else None
+            return output
         if self.form is None:
             return state
         kind, entries = self.form
-        if entries < 0:
-            raise HiddenStateCacheError(
-                f"a hidden-state cache stores one state a block, but block {self.index} ({type(self.block).__name__}) "
-                "returns more than its state"
-            )
         return kind([state, *[None] * (entries - 1)])
 
     def remove(self) -> None:

@@ -156,9 +156,13 @@ class Shards:
     def _opened(self, path: Path) -> Parts | None:
         try:
             shard = read_tensors(str(path))
-            keys, starts = shard["keys"], shard["starts"].tolist()
-            lengths = {len(shard[name]) for name in self.parts}
-            fits = keys.shape == (len(starts) - 1, 16) and len(shard["sums"]) == len(keys) and lengths == {starts[-1]}
+            keys, starts = shard["keys"], shard["starts"]
+            fits = (
+                keys.shape == (len(starts) - 1, 16)
+                and len(shard["sums"]) == len(keys)
+                and bool((starts.diff() > 0).all())
+            )
+            fits = fits and {starts[-1].item()} == {len(shard[name]) for name in self.parts} and starts[0].item() == 0
         except (CheckpointError, OSError, KeyError, IndexError) as error:
             return self._damaged(f"{path}: {error}")
         if not fits:

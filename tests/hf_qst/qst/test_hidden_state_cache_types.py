@@ -9,11 +9,27 @@ from hf_qst.errors import HiddenStateCacheError
 from tests.architectures import side_config, token_batch, wake
 from tests.tiny_decoders import tiny_decoder
 
-POPULAR = ["llama", "qwen3", "qwen3_moe", "qwen3_5_text", "gemma2", "gemma3_text", "phi3", "gpt_oss", "gpt2", "opt", "lfm2"]
+POPULAR = [
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_5_text",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt_oss",
+    "gpt2",
+    "opt",
+    "lfm2",
+]
 # Language models that are only part of a model of text and images.
 INSIDE = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
 REFUSED = {"gemma3n_text": "several residual streams"}
-REFUSED_WITH_TAIL = {**REFUSED, "gemma4_text": "keys and values of blocks below", "gemma4_unified_text": "keys and values"}
+REFUSED_WITH_TAIL = {
+    **REFUSED,
+    "gemma4_text": "keys and values of blocks below",
+    "gemma4_unified_text": "keys and values",
+}
 NAMES = sorted(ARCHITECTURES.keys() - INSIDE)
 each = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in POPULAR else pytest.mark.all_types) for n in NAMES]
@@ -49,7 +65,9 @@ def trained(model):
 def test_losses_and_gradients_are_those_of_a_run_without(name, tail, tmp_path):
     def make(folder):
         torch.manual_seed(2)
-        return wake(get_peft_model(tiny_decoder(name), side_config(tail_layers=tail, hidden_state_cache=folder)))
+        # In int8 a rounding error of the state may be a step of what is kept of it for the gradient.
+        config = side_config(tail_layers=tail, hidden_state_cache=folder, tap_storage="full")
+        return wake(get_peft_model(tiny_decoder(name), config))
 
     try:
         plain = make(None)
