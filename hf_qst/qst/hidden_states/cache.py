@@ -119,7 +119,7 @@ class HiddenStateCache:
     def _forget(self) -> None:
         self.shards: Shards | None = None
         self.plan = None
-        self._stamp, self._checked = None, False
+        self._stamp, self._checked, self._said = None, False, False
 
     def __getstate__(self):
         # A copy opens the folder again.
@@ -138,7 +138,10 @@ class HiddenStateCache:
     def serves(self, stack: nn.Module, inputs: dict) -> bool:
         """Whether this call of the stack asks for nothing but its last state: no keys and values, no states in between."""
         asks = ("output_hidden_states", "output_attentions", "output_router_logits")
-        wanted = any(inputs.get(name, getattr(stack.config, name, False)) for name in asks)
+        wanted = [name for name in asks if inputs.get(name, getattr(stack.config, name, False))]
+        if wanted and torch.is_grad_enabled() and not self._said:
+            self._said = True
+            logger.warning("hidden-state cache: %s is set, so the base runs in this step and the like", wanted[0])
         return not wanted and not inputs["use_cache"] and inputs.get("past_key_values") is None
 
     @torch.compiler.disable

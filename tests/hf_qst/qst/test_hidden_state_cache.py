@@ -342,6 +342,17 @@ def test_generation_and_calls_for_more_than_the_loss_run_the_base(tmp_path):
     assert counts(model).missing + counts(model).found == 4
 
 
+def test_a_training_step_that_needs_the_base_says_so_once(tmp_path, caplog):
+    torch.manual_seed(4)
+    model = side_tuned(model=tiny_decoder("qwen3_moe"), awake=True, hidden_state_cache=str(tmp_path)).train()
+    for _ in range(2):
+        assert model(input_ids=IDS, labels=IDS, output_router_logits=True).aux_loss > 0
+    assert [record.getMessage() for record in caplog.records if "hidden-state cache" in record.getMessage()] == [
+        "hidden-state cache: output_router_logits is set, so the base runs in this step and the like"
+    ]
+    assert counts(model).missing == 0
+
+
 def test_evaluation_reads_what_training_stored(tmp_path):
     model = model_with(tmp_path)
     loss_of(model), loss_of(model)
