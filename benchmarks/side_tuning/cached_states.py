@@ -30,7 +30,7 @@ from benchmarks.common.measure import RESULTS, environment, write_json
 from benchmarks.common.tables import markdown, verdict
 from benchmarks.common.timing import in_turns, paired_ratio, processor_clock
 from benchmarks.side_tuning import bases
-from benchmarks.side_tuning.methods import MAX_GRAD_NORM, METHODS, QST_LR, Method, Run
+from benchmarks.side_tuning.methods import MAX_GRAD_NORM, METHODS, Method, Run
 from benchmarks.side_tuning.tasks import TASKS
 from examples.real_model import HELP, model_argument
 from hf_qst import QSTConfig
@@ -58,14 +58,14 @@ VARIANTS = {
 }
 
 
-def make_run(variant: Variant, base: nn.Module, calibration: list[dict], seed: int) -> Run:
+def make_run(variant: Variant, base: nn.Module, calibration: list[dict], seed: int, rate: float = 1e-3) -> Run:
     """A `Run` of the variant without a cache."""
     data = {"calibration_data": calibration} if variant.settings.get("downsample") == "principal" else {}
 
     def make(base: nn.Module, _):
         return get_peft_model(base, QSTConfig(task_type="CAUSAL_LM", **variant.settings, **data))
 
-    return Run(Method(variant.label, make, QST_LR), bases.copy_of(base), CPU, calibration, seed=seed)
+    return Run(Method(variant.label, make, rate), bases.copy_of(base), CPU, calibration, seed=seed)
 
 
 class Arithmetic:
@@ -162,8 +162,8 @@ def measure(base: nn.Module, batches: list[torch.Tensor], args: argparse.Namespa
     for name in args.variants:
         variant = VARIANTS[name]
         folders.append(tempfile.TemporaryDirectory(dir=args.folder))
-        plain = make_run(variant, base, calibration, args.seed)
-        run = make_run(variant, base, calibration, args.seed)
+        plain = make_run(variant, base, calibration, args.seed, args.rate)
+        run = make_run(variant, base, calibration, args.seed, args.rate)
         set_hidden_state_cache(run.model, HiddenStateCacheConfig(folders[-1].name, variant.storage))
         report = fill_hidden_state_cache(run.model, [{"input_ids": ids} for ids in batches])
         pairs = list(zip(losses(plain, batches), losses(run, batches), strict=True))
@@ -175,6 +175,7 @@ def measure(base: nn.Module, batches: list[torch.Tensor], args: argparse.Namespa
             "bytes_per_token": report.bytes_per_token,
             "break_even_epochs": report.break_even_epochs,
             "fill_seconds_per_1000_tokens": 1000 * report.seconds / report.tokens,
+            "losses": pairs,
             "largest_loss_difference": max(abs(a - b) for a, b in pairs),
             "largest_loss_error": max(abs(b / a - 1) for a, b in pairs),
         }
@@ -273,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--batches", type=int, default=6, help="batches of two rows of 256 tokens")
     add("--repeats", type=int, default=7, help="timed rounds")
     add("--threads", type=int, default=1, help="CPU threads")
+    add("--rate", type=float, default=1e-3, help="learning rate of the losses that are compared")
     add("--seed", type=int, default=0)
     add("--folder", type=Path, help="where the caches lie meanwhile (default: the system's folder for temporary files)")
     add("--output", type=Path, default=RESULTS, help="folder of the results")
