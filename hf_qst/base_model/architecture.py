@@ -178,6 +178,7 @@ class Architecture:
         state: of what a block is given and returns, and its width, the state [batch, seq, width] that it stands for.
         mask, positions (`str`):
             Arguments of a block that hold its attention's mask and rotary tables, or `"argument.key"` where they are mappings.
+        mask_hides (`bool`): whether True in the boolean mask that a block is given hides a position; usually it shows one.
         softcap (`str`): name of the field of the text configuration that caps the logits.
         decoder_flag (`bool`): whether the type is an encoder unless `config.is_decoder` is set (BERT).
         unpruned (`str`): what of a block pruning leaves as it is, and counts, where that is more than norms.
@@ -198,6 +199,7 @@ class Architecture:
     state: Callable[[torch.Tensor, int], torch.Tensor] = one_stream
     mask: str = "attention_mask"
     positions: str = "position_embeddings"
+    mask_hides: bool = False
     softcap: str = "final_logit_softcapping"
     decoder_flag: bool = False
     unpruned: str = ""

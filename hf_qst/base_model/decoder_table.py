@@ -366,7 +366,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpt": _gpt(
         lambda c: specs.learned_positions(c, qkv_bias=False, out_bias=False, mlp_bias=False),
         "attn", ("Wqkv",), "out_proj", ("ffn.up_proj", "ffn.down_proj"), blocks="blocks", final_norm="norm_f",
-        pruning_refused=_ADDS_INSIDE,
+        pruning_refused=_ADDS_INSIDE, mask_hides=True,
     ),
     "ctrl": _gpt(
         specs.learned_positions, "multi_head_attention", ("Wq", "Wk", "Wv"), "dense", ("ffn.0", "ffn.2"),

@@ -1,6 +1,13 @@
 """Quantized side tuning (Zhang et al., ACL 2024): a side network trained next to a frozen, quantised base."""
 
 from hf_qst.qst.config import QSTConfig
+from hf_qst.qst.hidden_states.config import HiddenStateCacheConfig, HiddenStateCacheError
+from hf_qst.qst.hidden_states.filling import (
+    FillReport,
+    fill_hidden_state_cache,
+    hidden_state_cache,
+    set_hidden_state_cache,
+)
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.model import QSTModel
 from hf_qst.qst.side_network import SideNetwork, Taps
@@ -8,4 +15,17 @@ from hf_qst.tuner.registration import register_method
 
 register_method(QSTConfig, QSTModel)
 
-__all__ = ["QSTConfig", "QSTLayer", "QSTModel", "SideNetwork", "SideNetworkMergeError", "Taps"]
+__all__ = [
+    "FillReport",
+    "HiddenStateCacheConfig",
+    "HiddenStateCacheError",
+    "QSTConfig",
+    "QSTLayer",
+    "QSTModel",
+    "SideNetwork",
+    "SideNetworkMergeError",
+    "Taps",
+    "fill_hidden_state_cache",
+    "hidden_state_cache",
+    "set_hidden_state_cache",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from hf_qst.qst.hidden_states.config import HiddenStateCacheConfig
 from hf_qst.tuner.config import MethodConfig, is_count, is_number
 
 DOWNSAMPLE_KINDS = ("linear", "lora", "adapter", "maxpool", "avgpool", "principal")
@@ -82,6 +83,9 @@ class QSTConfig(MethodConfig):
             is another function of its hidden states keeps its own.
         modules_to_save (`list[str]`, *optional*):
             Modules outside the decoder stack to train and save in full, for example `["score"]`.
+        hidden_state_cache (`str` or [`HiddenStateCacheConfig`], *optional*):
+            A folder for the base's hidden states: they are computed once for each example, and later epochs read them in
+            place of running the base. Not saved.
         calibration_data (iterable of `dict`, *optional*):
             A few batches of model inputs for `downsample="principal"`. Without them the directions are random and
             orthonormal. Not saved.
@@ -113,6 +117,9 @@ class QSTConfig(MethodConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules outside the decoder stack to train and save in full."}
     )
+    hidden_state_cache: Any = field(
+        default=None, compare=False, metadata={"help": "Folder in which the base's states are kept. Not saved."}
+    )
     calibration_data: Any = field(
         default=None, repr=False, compare=False, metadata={"help": "Batches for downsample='principal'. Not saved."}
     )
@@ -124,7 +131,7 @@ class QSTConfig(MethodConfig):
     card_remark: ClassVar[str] = (
         "It is a side network, which cannot be merged into the base model; the base stays as it is and is needed to run it."
     )
-    not_saved: ClassVar[tuple[str, ...]] = ("calibration_data", "target_modules")
+    not_saved: ClassVar[tuple[str, ...]] = ("calibration_data", "hidden_state_cache", "target_modules")
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,6 +159,8 @@ class QSTConfig(MethodConfig):
         names = self.modules_to_save
         is_list = names is None or (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names))
         self._require("modules_to_save", is_list, "a list of module names or None")
+        if self.hidden_state_cache is not None:
+            self.hidden_state_cache = HiddenStateCacheConfig.of(self.hidden_state_cache)
         if self.calibration_data is not None and self.downsample != "principal":
             raise ValueError(
                 f"QSTConfig.calibration_data is only used by downsample='principal', got downsample={self.downsample!r}"

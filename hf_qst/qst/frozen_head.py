@@ -19,6 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import hf_qst_kernels
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, find_decoder_stack, text_config
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing, nf4_weight
+from hf_qst.qst.hidden_states.refusals import check_labels as check_labels_of_stored
 
 logger = logging.getLogger(__name__)
 
@@ -263,8 +264,10 @@ class _Before:
         self.owner = owner
 
     def __call__(self, model, args, kwargs):
-        if kwargs.get("labels") is None or self.owner.network() is None:
+        if kwargs.get("labels") is None or (network := self.owner.network()) is None:
             return None
+        if network.hidden_states is not None:
+            check_labels_of_stored(kwargs)
         check_trainable(model)
         check_head(model)
         if model.loss_function is not ForCausalLMLoss:

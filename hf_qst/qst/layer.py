@@ -16,6 +16,7 @@ from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.qst import continuous_batching
 from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.frozen_head import LOSS_REQUEST
+from hf_qst.qst.hidden_states.replaceable_blocks import ReplaceableForward
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork, Taps
 from hf_qst.qst.tail import key, linear_layers
@@ -51,6 +52,7 @@ class _Recorder:
         self.network, self.grad, self.tail = network, grad, network.tail
         self.cache, self.num_layers = cache, num_layers
         self.taps = Taps()
+        self.stored = None  # states that stand in for those of the base's frozen blocks, which then do not run
 
     def mixed(self, frozen: torch.Tensor) -> torch.Tensor:
         """The last state of the base's frozen part [batch, seq, d] mixed with the side network's output."""
@@ -61,12 +63,17 @@ class _Recorder:
         """Whether anything of base block `index` is kept."""
         return index in self.network.read_blocks
 
+    def replaced(self, index: int, entering: torch.Tensor) -> torch.Tensor | None:
+        """The output of base block `index`, which need not run then; None if it must."""
+        return None if self.stored is None else self.stored.leaving(index, entering)
+
     def record(self, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext) -> None:
+        tapped = None if self.stored is None else self.stored.tapped(index, leaving.device)
         if not self.grad:
-            return self.network.record(self.taps, index, entering, leaving, context)
+            return self.network.record(self.taps, index, entering, leaving, context, tapped)
         # The base runs without gradients, but a trainable downsampler needs them for its weight.
         with torch.enable_grad():
-            self.network.record(self.taps, index, entering.detach(), leaving.detach(), context)
+            self.network.record(self.taps, index, entering.detach(), leaving.detach(), context, tapped)
 
 
 def _parameters_of(module: nn.Module) -> list[inspect.Parameter]:
@@ -92,8 +99,9 @@ class _BlockHook:
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         states = arguments.pop(self.parameters[0]), hidden_of(output)
         entering, leaving = (self.row.state(state, self.width) for state in states)
+        mask = argument(arguments, self.row.mask)
         context = BlockContext(
-            attention_mask=argument(arguments, self.row.mask),
+            attention_mask=~mask if self.row.mask_hides and mask is not None else mask,
             position_embeddings=argument(arguments, self.row.positions),
             attention_kwargs={k: v for k, v in arguments.items() if k in _FORWARDED or k not in self.named},
             hidden_dtype=entering.dtype,
@@ -147,6 +155,7 @@ class QSTLayer(StackLayer):
         super().__init__(base_layer)
         self.block_path = stack.architecture.blocks
         self.hooked_from = len(stack.blocks)  # the first block with the hooks of a tail
+        self.replaceable = False  # whether blocks can return stored states in place of running
         # Of a cache for the base alone; a block may have two of them.
         self.num_layers = max(len(stack.blocks), len(DynamicCache(config=stack.module.config).layers))
         self.tape = RunningForward()
@@ -160,8 +169,19 @@ class QSTLayer(StackLayer):
         if network.tail is not None:
             self._hook_tail(network.tail.first)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Those of the base."""
+        return self.base_layer.get_submodule(self.block_path)
+
+    def make_blocks_replaceable(self) -> None:
+        """Let the recorder of a forward give the output of a block, which then does not run."""
+        if not self.replaceable:
+            self.hook_handles += [ReplaceableForward(i, block, self.tape) for i, block in enumerate(self.blocks)]
+            self.replaceable = True
+
     def _hook_tail(self, first: int) -> None:
-        blocks = getattr(self.base_layer, self.block_path)
+        blocks = self.blocks
         for i in range(first, self.hooked_from):
             start = _TailStart(i, self.tape)
             self.hook_handles.append(blocks[i].register_forward_pre_hook(start, with_kwargs=True))
@@ -197,6 +217,8 @@ class QSTLayer(StackLayer):
             cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.sources)
 
         recorder = _Recorder(network, torch.is_grad_enabled(), cache, self.num_layers)
+        if network.hidden_states is not None and network.hidden_states.serves(self.base_layer, kwargs):
+            recorder.stored = network.hidden_states.stored(self, network, kwargs)
         with self.tape.using(recorder), torch.no_grad():
             output = self.base_layer(**kwargs)
 

@@ -7,6 +7,7 @@ from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.base_model.packed_weights import find_packed, keep_packed_weights
 from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
+from hf_qst.qst.hidden_states.cache import HiddenStateCache
 from hf_qst.qst.layer import QSTLayer
 from hf_qst.qst.principal_directions import fit_principal
 from hf_qst.qst.side_block import reduction
@@ -65,7 +66,10 @@ class QSTModel(StackTuner):
                 )
 
     def _make_network(self, peft_config, stack: DecoderStack) -> SideNetwork:
-        return SideNetwork(peft_config, stack)
+        network = SideNetwork(peft_config, stack)
+        if peft_config.hidden_state_cache is not None:
+            network.hidden_states = HiddenStateCache(peft_config.hidden_state_cache, stack, peft_config.tail_layers)
+        return network
 
     def _make_layer(self, target, stack: DecoderStack) -> QSTLayer:
         layer = super()._make_layer(target, stack)

@@ -198,6 +198,7 @@ class SideNetwork(nn.Module):
         # The input of the first block is read too.
         readout = [] if self.readout is None else map(int, self.readout.down)
         self.read_blocks = {0, *self.places, *self.sources, *readout}
+        self.hidden_states = None  # the cache of the base's states, if there is one
         self.tail = None
         if config.tail_layers:
             self.tail = Tail(stack.blocks, read, config.tail_rank, zero=config.init_weights)
@@ -237,8 +238,19 @@ class SideNetwork(nn.Module):
                 module.is_pinned = False
         self.to(dtype)
 
-    def record(self, taps: Taps, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext):
-        """Add to `taps` what is read of base block `index`, of its input and output [batch, seq, d]."""
+    def record(
+        self,
+        taps: Taps,
+        index: int,
+        entering: torch.Tensor,
+        leaving: torch.Tensor,
+        context: BlockContext,
+        tapped: torch.Tensor | None = None,
+    ) -> None:
+        """Add to `taps` what is read of base block `index`, of its input and output [batch, seq, d].
+
+        `tapped` is the downsampler's reading of the output, if it is known; the output is then not read.
+        """
         if index == 0:
             # Under a device map the first state may still be on the device before the block's.
             taps.embedding = self.downsample[0].tap(entering.to(self.gates[0].value.device))
@@ -248,7 +260,7 @@ class SideNetwork(nn.Module):
         if index in self.places:
             downsample = self.downsample[self.places.index(index)]
             if reads is None:
-                taps.side.append(downsample.tap(leaving))
+                taps.side.append(downsample.tap(leaving) if tapped is None else tapped)
             else:
                 side, read = downsample.tap_with(leaving, reads, self.readout.storage)
                 taps.side.append(side)

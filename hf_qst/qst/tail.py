@@ -58,8 +58,9 @@ class Tail(nn.Module):
 
 
 def linear_layers(block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The linear layers of a block, quantised ones too, by their paths in it."""
-    return [(path, module) for path, module in block.named_modules() if is_linear(module)]
+    """The linear layers of a block, quantised ones too, by their paths in it; not routers, which return more than a product."""
+    layers = [(path, module) for path, module in block.named_modules() if is_linear(module)]
+    return [(path, module) for path, module in layers if "Router" not in type(module).__name__]
 
 
 def key(index: int, path: str) -> str:

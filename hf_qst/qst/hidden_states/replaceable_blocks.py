@@ -1,0 +1,46 @@
+"""Blocks of the base that return a known state in place of computing one.
+
+The stack's own forward still makes masks, rotary tables and whatever else its blocks are given, and still does what follows
+them. The hooks of the blocks run as always.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_qst.tuner.running_forward import RunningForward
+
+
+class ReplaceableForward:
+    """The forward of base block `index` while its layer has a cache; `remove()` puts the block's own back.
+
+    It asks the recorder of the running forward for the block's output. The form of what the block returns (a state, or a
+    tuple with a state in front) is seen when the block runs, which it must once before. What else a tuple holds, such as
+    attention weights, is None then.
+    """
+
+    def __init__(self, index: int, block: nn.Module, tape: RunningForward):
+        self.index, self.block, self.tape = index, block, tape
+        self.own = "forward" in block.__dict__
+        self.forward = block.forward
+        self.form: tuple[type, int] | None = None  # of a tuple or list, and how many entries it had
+        block.forward = self
+
+    def __call__(self, *args, **kwargs):
+        recorder = self.tape.current
+        entering = args[0] if args else kwargs["hidden_states"]
+        state = None if recorder is None else recorder.replaced(self.index, entering)
+        if state is None:
+            output = self.forward(*args, **kwargs)
+            self.form = (type(output), len(output)) if isinstance(output, (tuple, list)) else None
+            return output
+        if self.form is None:
+            return state
+        kind, entries = self.form
+        return kind([state, *[None] * (entries - 1)])
+
+    def remove(self) -> None:
+        if self.block.__dict__.get("forward") is self:
+            del self.block.forward
+            if self.own:
+                self.block.forward = self.forward
