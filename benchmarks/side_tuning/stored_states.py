@@ -31,15 +31,19 @@ class Step:
 
 
 class _Recording:
-    """Takes the place of a side network's recorder: keeps the states instead of reading them."""
-
-    tail = None
+    """Takes the place of a pass that side networks read: keeps the states."""
 
     def __init__(self):
         self.states, self.contexts = [], []
 
     def reads(self, index) -> bool:
         return True
+
+    def starts_tail(self, index) -> bool:
+        return False
+
+    def updated(self, name, x, output):
+        return output
 
     def record(self, index, entering, leaving, context) -> None:
         if index == 0:
@@ -49,16 +53,19 @@ class _Recording:
 
 
 class _TailAlone:
-    """The recorder while only the blocks of a tail run: they read a state that is mixed already."""
+    """The pass while only the blocks of a tail run: they read a state that is mixed already."""
 
-    def __init__(self, tail, grad: bool):
-        self.tail, self.grad = tail, grad
+    def __init__(self, tail):
+        self.tail = tail
 
     def reads(self, index) -> bool:
         return False
 
-    def mixed(self, state):
-        return state
+    def starts_tail(self, index) -> bool:
+        return False
+
+    def updated(self, name, x, output):
+        return output + self.tail.update(name, x)
 
 
 class StoredBase:
@@ -109,7 +116,7 @@ def hidden(layer, step: Step) -> torch.Tensor:
     if network.tail is None:
         return network.mix(step.output, network(taps))
     state, stack = network.mix(step.states[read].float(), network(taps)), layer.base_layer
-    with layer.tape.using(_TailAlone(network.tail, torch.is_grad_enabled())):
+    with layer.tape.using(_TailAlone(network.tail)):
         for block, context in zip(stack.layers[read:], step.contexts[read:], strict=True):
             arguments = {"attention_mask": context.attention_mask, "position_embeddings": context.position_embeddings}
             state = block(state, **arguments, **context.attention_kwargs)

@@ -3,9 +3,19 @@
 from hf_qst.qst.config import QSTConfig
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.model import QSTModel
+from hf_qst.qst.shared_prompt import SharedPrompt, prefill
 from hf_qst.qst.side_network import SideNetwork, Taps
 from hf_qst.tuner.registration import register_method
 
 register_method(QSTConfig, QSTModel)
 
-__all__ = ["QSTConfig", "QSTLayer", "QSTModel", "SideNetwork", "SideNetworkMergeError", "Taps"]
+__all__ = [
+    "QSTConfig",
+    "QSTLayer",
+    "QSTModel",
+    "SharedPrompt",
+    "SideNetwork",
+    "SideNetworkMergeError",
+    "Taps",
+    "prefill",
+]
