@@ -63,7 +63,7 @@ class Rows:
 
 
 def rows_by_name(names: Sequence[str], batch: int) -> list[tuple[str, Rows | None]]:
-    """The rows of each adapter in `names`, one name a row; `__base__` is left out, and None stands for all rows.
+    """The rows of each adapter in `names`, one name a row, by name; `__base__` is left out, None stands for all rows.
 
     Raises:
         ValueError: another number of names than rows, in PEFT's words.
@@ -76,7 +76,11 @@ def rows_by_name(names: Sequence[str], batch: int) -> list[tuple[str, Rows | Non
     found: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         found.setdefault(name, []).append(row)
-    return [(name, None if len(rows) == batch else Rows(rows, batch)) for name, rows in found.items() if name != BASE]
+    return [
+        (name, None if len(rows) == batch else Rows(rows, batch))
+        for name, rows in sorted(found.items())
+        if name != BASE
+    ]
 
 
 class Reader:

@@ -119,6 +119,8 @@ def with_side_layers(
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     wanted = [(name, rows) for name, rows, sources in owners for _ in sources]
+    # Of an adapter whose rows were all left out, there is nothing to keep.
+    cache.layers[num_layers:] = [layer for layer in cache.layers[num_layers:] if getattr(layer, "rows", None) != []]
     present = [owner_of(layer) for layer in cache.layers[num_layers:]]
     filled = not torch.compiler.is_compiling() and any(map(_is_filled, cache.layers[:num_layers]))
     if filled and wanted and (present != wanted or not _is_filled(cache.layers[num_layers])):

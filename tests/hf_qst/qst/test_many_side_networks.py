@@ -38,7 +38,7 @@ def llama():
     return many()
 
 
-def padded(rows=len(NAMES), length=9):
+def padded(rows=6, length=9):
     ids = token_batch(rows, length)
     for row in range(rows):
         ids[row, : row % 4] = 0
@@ -117,7 +117,7 @@ def test_a_tail_in_layers_without_rows_is_refused():
     ids = token_batch(2)
     block = model.get_decoder().layers[-1]
     handle = block.mlp.up_proj.register_forward_pre_hook(lambda layer, args: (args[0].flatten(0, 1),))
-    with pytest.raises(NotImplementedError, match="tail of adapter 'default'.*'2_mlp_up_proj'"):
+    with pytest.raises(NotImplementedError, match=r"tail of adapter 'default'.*'2_mlp_up_proj'"):
         logits(model, input_ids=ids, adapter_names=["default", "none"])
     handle.remove()
 
@@ -209,7 +209,7 @@ def test_a_classifiers_rows_have_their_own_heads():
 def test_bad_adapter_names_are_refused_in_pefts_words(llama):
     ids = token_batch(2)
     for call in (llama, llama.generate):
-        with pytest.raises(ValueError, match="non-existing adapter.s.: nobody, nothing"):
+        with pytest.raises(ValueError, match=r"non-existing adapter.s.: nobody, nothing"):
             call(input_ids=ids, adapter_names=["nothing", "nobody"])
         with pytest.raises(ValueError, match="should be the same as the number of inputs, but got 1 and 2"):
             call(input_ids=ids, adapter_names=["wide"])
@@ -276,7 +276,7 @@ def test_prefill_refuses_what_it_cannot_share(llama):
         prefill(llama, ["wide", "nobody"], input_ids=ids)
     with pytest.raises(ValueError, match=r"got \['__base__'\]"):
         prefill(llama, ["__base__"], input_ids=ids)
-    with pytest.raises(ValueError, match="among those of prefill.., 'wide', '__base__', got 'default'"):
+    with pytest.raises(ValueError, match=r"among those of prefill.., 'wide', '__base__', got 'default'"):
         prefill(llama, ["wide"], input_ids=ids).cache(["wide", "default"])
     with pytest.raises(ValueError, match="got 3 and 2 respectively"):
         prefill(llama, ["wide", "default"], input_ids=token_batch(2)).cache(["wide", "default", "wide"])
@@ -285,7 +285,7 @@ def test_prefill_refuses_what_it_cannot_share(llama):
     with llama.disable_adapter(), pytest.raises(ValueError, match="not disabled"):
         prefill(llama, ["wide"], input_ids=ids)
     tailed = many(settings={"default": {"tail_layers": 1}, "none": {}})
-    with pytest.raises(ValueError, match="'default' has a tail .* keys and values in these blocks"):
+    with pytest.raises(ValueError, match=r"'default' has a tail .* keys and values in these blocks"):
         prefill(tailed, ["none", "default"], input_ids=ids)
 
 
@@ -330,7 +330,9 @@ def test_one_network_of_an_average_may_want_full_logits():
 def test_a_tail_has_no_part_in_an_average():
     model = many(settings={"default": {}, "tailed": {"tail_layers": 1}})
     model.base_model.set_adapter(["default", "tailed"])
-    with pytest.raises(ValueError, match="'tailed' has a tail .*from number 2 on, so 'default', 'tailed' cannot share"):
+    with pytest.raises(
+        ValueError, match=r"'tailed' has a tail .*from number 2 on, so 'default', 'tailed' cannot share"
+    ):
         logits(model, input_ids=token_batch())
 
 
