@@ -8,10 +8,8 @@ its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -42,6 +40,19 @@ class InTurn:
 
     def __getstate__(self):
         return {**vars(self), "losses": {}, "_call": None, "_kept": None, "turn": None}
+
+    def start(self, model: nn.Module, names: list[str]) -> None:
+        """Make these networks of `model` active and trainable, and let them learn apart."""
+        self.layer.set_adapter(list(names))
+        for module in model.modules():
+            if isinstance(module, BaseTuner):
+                module.active_adapter = list(names)
+        for wrapper in _wrappers(model):
+            others = [name for name in wrapper._adapters if name not in names]
+            wrapper.set_requires_grad(others, requires_grad=False)
+            wrapper.set_requires_grad(names)
+            _use(wrapper, names[0])
+        self.is_on = True
 
     @property
     def runs(self) -> bool:
@@ -96,38 +107,42 @@ class InTurn:
             outputs = {self.turn: output}
             for name in list(self.layer.active_networks())[1:]:
                 self.turn = name
-                with active_modules(model, name):
-                    outputs[name] = model(*call[0], **call[1])
+                for wrapper in _wrappers(model):
+                    _use(wrapper, name)
+                outputs[name] = model(*call[0], **call[1])
             return self._together(outputs, call[1])
         finally:
+            for wrapper in _wrappers(model):
+                _use(wrapper, next(iter(self.layer.active_networks())))
             self.turn, self._kept, self._goes_on = None, None, False
 
     def _together(self, outputs: dict, kwargs: dict):
-        """One output of all networks: the sum of the losses, and tuples of what else each has of its own."""
+        """One output of all networks: the sum of the losses, and what else each has of its own."""
         first = next(iter(outputs.values()))
         if getattr(first, "loss", None) is None:
             raise ValueError(
-                f"{self._names()} learn apart, each from a loss of its own, but {type(first).__name__} has none: the loss "
-                "must be computed by the model (Trainer, not SFTTrainer, and return_dict=True)"
+                f"{self._names()} learn apart, each from a loss of its own, but the model returned none: its output must "
+                "have a loss (return_dict=True)"
             )
         self.losses = {name: output.loss.detach() for name, output in outputs.items()}
         self.rows, self.is_summed = len(kwargs["labels"]), kwargs.get("num_items_in_batch") is not None
-        values = {"loss": torch.stack([output.loss for output in outputs.values()]).sum()}
-        if first.get("logits") is not None:
+        values = {}
+        if first.get("log_probs") is not None:
+            # TRL's fused head: SFTTrainer sums over all rows and tokens, whosever they are.
+            values = {name: value for name, value in first.items() if value.dim() == 0}
+            rows = first.keys() - values.keys()
+            values |= {name: torch.cat([output[name] for output in outputs.values()]) for name in rows}
+        elif first.get("logits") is not None:
             values["logits"] = tuple(output.logits for output in outputs.values())
-        return type(first)(**values)
+        return type(first)(**{**values, "loss": torch.stack([output.loss for output in outputs.values()]).sum()})
 
 
-@contextmanager
-def active_modules(model: nn.Module, name: str) -> Iterator[None]:
-    """The fully trained modules (`modules_to_save`) of adapter `name` in use, without a change of what is trainable."""
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    before = [wrapper.active_adapters for wrapper in wrappers]
-    try:
-        for wrapper in wrappers:
-            # Not the method of its class, which freezes the adapter that was active.
-            AuxiliaryTrainingWrapper.set_adapter(wrapper, [name] if name in wrapper._adapters else [])
-        yield
-    finally:
-        for wrapper, names in zip(wrappers, before, strict=True):
-            AuxiliaryTrainingWrapper.set_adapter(wrapper, list(names))
+def _wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
+    """The fully trained modules (`modules_to_save`)."""
+    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+def _use(wrapper: AuxiliaryTrainingWrapper, name: str) -> None:
+    """Let a module compute with the weights of this adapter, or with the base's if it has none of it."""
+    # Not the method of its class, which freezes the adapter that was active.
+    AuxiliaryTrainingWrapper.set_adapter(wrapper, [name] if name in wrapper._adapters else [])
