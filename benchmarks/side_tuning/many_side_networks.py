@@ -12,14 +12,12 @@ table and writes it to `benchmarks/results/side_tuning_many_networks.json`.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from statistics import median
 
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from benchmarks.common.command_line import as_json, parser_of, require_device, require_positive
 from benchmarks.common.measure import RESULTS, environment, write_json
@@ -27,8 +25,8 @@ from benchmarks.common.tables import markdown
 from benchmarks.common.timing import in_turns
 from benchmarks.side_tuning import bases
 from benchmarks.side_tuning.methods import METHODS, QST_LR, Floor, Method, Run
-from hf_qst import QSTConfig, train_together
-from hf_qst.qst import prefill
+from hf_qst import QSTConfig
+from hf_qst.qst import learn_apart, prefill
 
 MIXED_TARGET = 1.3
 TRAINING_TARGET = 1.1
@@ -51,8 +49,7 @@ def with_adapters(base: nn.Module, count: int, seed: int = 0, **settings) -> nn.
 def together(count: int) -> Method:
     def make(base, calibration):
         model = with_adapters(base, count, init_weights=False)
-        with tempfile.TemporaryDirectory() as folder:
-            train_together(Trainer(model, TrainingArguments(folder, report_to=[], use_cpu=base.device.type == "cpu")))
+        learn_apart(model)
         return model
 
     return Method(f"{count} together", make, QST_LR, runs_base=True)

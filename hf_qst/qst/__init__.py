@@ -1,6 +1,8 @@
 """Quantized side tuning (Zhang et al., ACL 2024): a side network trained next to a frozen, quantised base."""
 
+from hf_qst.qst.apart import learn_apart
 from hf_qst.qst.config import QSTConfig
+from hf_qst.qst.in_turn import InTurn
 from hf_qst.qst.layer import QSTLayer, SideNetworkMergeError
 from hf_qst.qst.model import QSTModel
 from hf_qst.qst.shared_prompt import SharedPrompt, prefill
@@ -10,6 +12,7 @@ from hf_qst.tuner.registration import register_method
 register_method(QSTConfig, QSTModel)
 
 __all__ = [
+    "InTurn",
     "QSTConfig",
     "QSTLayer",
     "QSTModel",
@@ -17,5 +20,6 @@ __all__ = [
     "SideNetwork",
     "SideNetworkMergeError",
     "Taps",
+    "learn_apart",
     "prefill",
 ]

@@ -28,6 +28,7 @@ class InTurn:
         self.is_on = False
         """Whether several active networks learn apart, each from its own loss; otherwise they are averaged."""
         self.turn: str | None = None
+        self.names: list[str] = []
         self.losses: dict[str, torch.Tensor] = {}
         """Of the last call, by adapter."""
         self.rows = 0
@@ -44,6 +45,7 @@ class InTurn:
     def start(self, model: nn.Module, names: list[str]) -> None:
         """Make these networks of `model` active and trainable, and let them learn apart."""
         self.layer.set_adapter(list(names))
+        self.names, self._model = list(names), model
         for module in model.modules():
             if isinstance(module, BaseTuner):
                 module.active_adapter = list(names)
@@ -53,6 +55,18 @@ class InTurn:
             wrapper.set_requires_grad(names)
             _use(wrapper, names[0])
         self.is_on = True
+
+    def stop(self, names: list[str]) -> None:
+        """Only these networks are active from now on; PEFT freezes no fully trained module but that of one adapter."""
+        if self.is_on:
+            for wrapper in _wrappers(self._model):
+                wrapper.set_requires_grad([name for name in self.names if name not in names], requires_grad=False)
+        self.is_on = False
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The trainable parameters of one adapter, in the order of the model's."""
+        inside = (f".{self.layer.adapter_layer_names[0]}.{name}.", f".modules_to_save.{name}.")
+        return [p for path, p in self._model.named_parameters() if p.requires_grad and any(i in path for i in inside)]
 
     @property
     def runs(self) -> bool:

@@ -225,7 +225,7 @@ class QSTLayer(StackLayer):
         before = self.active_adapters
         super().set_adapter(adapter_names, inference_mode)
         if before != self.active_adapters:
-            self.in_turn.is_on = False
+            self.in_turn.stop(self.active_adapters)
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -107,6 +107,7 @@ def test_classifiers_have_heads_of_their_own(tmp_path):
     predictions = run.predict(data).predictions
     assert [p.shape for p in predictions] == [(16, 2), (16, 2)]
     run.model.set_adapter("default")
+    assert all(".default" in path for path, p in run.model.named_parameters() if p.requires_grad)
     assert (run.predict(data).predictions == predictions[1]).all()
 
 
@@ -211,8 +212,8 @@ def test_bad_arguments_are_refused(tmp_path):
             train_together(run, *arguments)
         assert not side_layers(model)[0].in_turn.is_on
 
-    refuse("must name QST adapters of the model, 'default', 'wide', got", ["nobody"])
-    refuse(r"got \['default', 'wide'\] and \['nobody'\]", None, {"nobody": 1.0})
+    refuse(r"must name QST adapters of the model, 'default', 'wide', got \['nobody'\]", ["nobody"])
+    refuse("for adapters that are trained, got 'nobody': 1.0", None, {"nobody": 1.0})
     refuse("for adapters that are trained, got 'wide': 0.1", ["default"], {"wide": 0.1})
     refuse("must be numbers >= 0 .* got 'wide': -1", None, {"wide": -1})
     run.compute_loss_func = lambda *_, **__: None

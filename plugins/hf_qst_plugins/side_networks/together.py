@@ -6,14 +6,13 @@ gradients together, clipping, is done here for each network by itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_qst.qst import QSTLayer
+from hf_qst.qst import InTurn, learn_apart
 from hf_qst.tuner.config import is_number
 
 
@@ -45,25 +44,20 @@ def train_together(
         ValueError: no such adapter, one with a tail or used for inference only, or a Trainer that cannot treat the adapters
             apart.
     """
-    layer = next((module for module in trainer.model.modules() if isinstance(module, QSTLayer)), None)
-    known = [] if layer is None else list(layer.networks)
-    names = known if adapters is None else list(dict.fromkeys(adapters))
     rates = dict(learning_rates or {})
-    if not names or (set(names) | set(rates)) - set(known):
-        raise ValueError(
-            f"adapters and learning_rates must name QST adapters of the model, {', '.join(map(repr, known)) or 'none'}, got "
-            f"{names} and {list(rates)}"
-        )
-    if wrong := [name for name, rate in rates.items() if name not in names or not is_number(rate) or rate < 0]:
+    trained = getattr(trainer.model, "peft_config", {}) if adapters is None else adapters
+    if wrong := [name for name, rate in rates.items() if name not in trained or not is_number(rate) or rate < 0]:
         raise ValueError(
             f"learning_rates must be numbers >= 0 for adapters that are trained, got {wrong[0]!r}: {rates[wrong[0]]!r}"
         )
-    layer.require_shareable(names)
     _check_trainer(trainer, rates)
-    layer.in_turn.start(trainer.model, names)
+    apart = learn_apart(trainer.model, adapters)
+    own = {id(p) for name in apart.names for p in apart.parameters(name)}
+    if others := [path for path, p in trainer.model.named_parameters() if p.requires_grad and id(p) not in own]:
+        raise ValueError(f"train_together trains adapters and nothing else, but {others[0]!r} is trainable")
     if trainer.optimizer is None:
-        _split_groups(trainer.create_optimizer(), _parameters(trainer.model, layer, names), rates)
-    trainer.add_callback(_Together(trainer, layer, names))
+        _split_groups(trainer.create_optimizer(), apart, rates)
+    trainer.add_callback(_Together(trainer, apart))
 
 
 def _check_trainer(trainer: Trainer, rates: Mapping[str, float]) -> None:
@@ -85,34 +79,19 @@ def _check_trainer(trainer: Trainer, rates: Mapping[str, float]) -> None:
             raise ValueError(f"train_together does not support a Trainer with {name}: {reason}")
 
 
-def _parameters(model: nn.Module, layer: QSTLayer, names: Sequence[str]) -> dict[str, list[nn.Parameter]]:
-    """The trainable parameters of each adapter, in the order of the model's."""
-    container = re.compile(rf"\.(?:{layer.adapter_layer_names[0]}|modules_to_save)\.([^.]+)\.")
-    found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
-    for path, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        owner = container.search(path)
-        if owner is None or owner[1] not in found:
-            raise ValueError(f"train_together trains adapters and nothing else, but {path!r} is trainable")
-        found[owner[1]].append(parameter)
-    return found
-
-
-def _split_groups(optimizer, parameters: dict[str, list[nn.Parameter]], rates: Mapping[str, float]) -> None:
+def _split_groups(optimizer, apart: InTurn, rates: Mapping[str, float]) -> None:
     """Give each adapter parameter groups of its own."""
-    owners = {id(p): name for name, own in parameters.items() for p in own}
-    optimizer.param_groups = [
-        {**group, "params": own, "lr": rates.get(name, group["lr"])}
-        for name in parameters
-        for group in optimizer.param_groups
-        if (own := [p for p in group["params"] if owners[id(p)] == name])
-    ]
+    groups = []
+    for name in apart.names:
+        own = {id(p) for p in apart.parameters(name)}
+        parts = [(group, [p for p in group["params"] if id(p) in own]) for group in optimizer.param_groups]
+        groups += [{**group, "params": part, "lr": rates.get(name, group["lr"])} for group, part in parts if part]
+    optimizer.param_groups = groups
 
 
 class _Together(TrainerCallback):
-    def __init__(self, trainer: Trainer, layer: QSTLayer, names: list[str]):
-        self.trainer, self.model, self.layer, self.names = trainer, trainer.model, layer, names
+    def __init__(self, trainer: Trainer, apart: InTurn):
+        self.trainer, self.apart, self.names = trainer, apart, list(apart.names)
         self._max_norm = 0.0
         self._sums: dict[str, torch.Tensor] = {}
         self._logged_at = 0
@@ -120,8 +99,7 @@ class _Together(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Loading a checkpoint to resume from leaves one adapter active.
-        self.layer.in_turn.start(self.model, self.names)
-        self._parameters = _parameters(self.model, self.layer, self.names)
+        learn_apart(self.trainer.model, self.names)
         self._max_norm, args.max_grad_norm = args.max_grad_norm, 0.0
         self._sums, self._logged_at = {}, state.global_step
 
@@ -129,17 +107,16 @@ class _Together(TrainerCallback):
         args.max_grad_norm = self._max_norm
 
     def _collect(self) -> None:
-        turns = self.layer.in_turn
-        parts = 1 if turns.is_summed else self.trainer.current_gradient_accumulation_steps
-        for name, loss in turns.losses.items():
+        parts = 1 if self.apart.is_summed else self.trainer.current_gradient_accumulation_steps
+        for name, loss in self.apart.losses.items():
             self._sums[name] = self._sums.get(name, 0) + loss / parts
 
     def on_substep_end(self, args, state, control, **kwargs):
         self._collect()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        for own in self._parameters.values() if self._max_norm > 0 else ():
-            nn.utils.clip_grad_norm_(own, self._max_norm)
+        for name in self.names if self._max_norm > 0 else ():
+            nn.utils.clip_grad_norm_(self.apart.parameters(name), self._max_norm)
 
     def on_step_end(self, args, state, control, **kwargs):
         self._collect()
@@ -153,7 +130,7 @@ class _Together(TrainerCallback):
         _add(logs, values, state)
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        self._evaluated.append((self.layer.in_turn.rows, self.layer.in_turn.losses))
+        self._evaluated.append((self.apart.rows, self.apart.losses))
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         key = next((key for key in metrics or {} if key.endswith("_loss")), None)
