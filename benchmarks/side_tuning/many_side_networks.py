@@ -91,10 +91,12 @@ def serving(base: nn.Module, args: argparse.Namespace, device: torch.device) -> 
     seconds = {name: median(rounds) for name, rounds in times.items()}
     mixed = model(input_ids=ids, adapter_names=names, use_cache=False).logits
     written = generate(adapter_names=names)
-    worst, same = 0.0, True
+    worst, least, same = 0.0, float("inf"), True
     for row, name in enumerate(names):
         model.set_adapter(name)
-        worst = max(worst, difference(mixed[row], model(input_ids=ids, use_cache=False).logits[row]))
+        logits = model(input_ids=ids, use_cache=False).logits
+        worst = max(worst, difference(mixed[row], logits[row]))
+        least = min(least, *(difference(mixed[other], logits[other]) for other in range(count) if other != row))
         same &= torch.equal(written[row], generate()[row])
     return {
         "seconds": seconds,
@@ -102,6 +104,7 @@ def serving(base: nn.Module, args: argparse.Namespace, device: torch.device) -> 
         "tokens_ratio": seconds["tokens, mixed"] / seconds["tokens, one adapter"],
         "prompt_gain": seconds["prompt, each by itself"] / seconds["prompt, shared"],
         "largest_difference": worst,
+        "least_difference_of_adapters": least,
         "same_tokens": same,
     }
 
@@ -165,8 +168,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="of weights and tokens")
     add("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
-    require_positive(parser, args, ("adapters", "prompt", "start", "new", "batch", "seq", "repeats", "threads"))
+    require_positive(parser, args, ("prompt", "start", "new", "batch", "seq", "repeats", "threads"))
     require_device(parser, args)
+    if args.adapters < 2:
+        parser.error(f"--adapters {args.adapters}: give two or more")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     base = bases.load_base(args.shape, None, device, packed=False, seed=args.seed)
@@ -187,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     print(markdown(["", "measured", "aim"], rows))
     for part in (served, trained):
         print(markdown(["", "seconds"], [[name, f"{value:.4f}"] for name, value in part["seconds"].items()]))
+    print(f"adapters differ by {served['least_difference_of_adapters']:.3g} or more of the largest logit")
     print(f"tokens written in the mixed batch are those of each adapter alone: {served['same_tokens']}")
     result = {**environment(device), "arguments": as_json(vars(args)), "serving": served, "training": trained}
     write_json(args.out / "side_tuning_many_networks.json", result)

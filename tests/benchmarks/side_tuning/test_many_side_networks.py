@@ -12,6 +12,7 @@ def test_results_are_those_of_each_alone(tmp_path, capsys):
     result = json.loads((tmp_path / "side_tuning_many_networks.json").read_text())
     serving, training = result["serving"], result["training"]
     assert serving["same_tokens"] and 0 <= serving["largest_difference"] < 1e-5
+    assert serving["least_difference_of_adapters"] > 1e-2
     assert training["largest_difference"] < 1e-6
     seconds = training["seconds"]
     limit = seconds["forward of the base"] + 3 * (seconds["QST, one"] - seconds["forward of the base"])
