@@ -13,6 +13,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, default=60, help="damaged copies of each kind of file that are tried")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
