@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-real test lint bench clean
+.PHONY: demo demo-real test test-damage lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -16,6 +16,9 @@ demo-real: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-damage: $(STAMP)
+	$(BIN)/python -m pytest tests/damage --cases 1000 --kills 50
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, descr
 from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
 from hf_qst.reshaped_models.tensor_names import names_in_memory
 from hf_qst.saved.manifest import CheckpointError
+from hf_qst.saved.whole_files import finish_interrupted
 from hf_qst.tuner.registration import IMPORT_REMINDER
 
 PLAIN_MODEL_TYPE = "hf_qst_reshaped"
@@ -123,6 +124,8 @@ class ReshapedModel:
             CheckpointError: naming the file and the tensor that is missing, extra, of another shape, dtype or content.
         """
         source = pretrained_model_name_or_path
+        if source is not None and finish_interrupted(source):
+            config = None  # the one that was read may be of the files before
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         if not isinstance(config, ReshapedConfig):
             config, kwargs = _load_config(cls.config_class, source if config is None else config, kwargs)

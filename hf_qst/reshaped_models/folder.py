@@ -72,7 +72,7 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
     created = not os.path.isdir(directory)
     os.makedirs(directory, exist_ok=True)
     try:
-        with whole_files(directory) as staging:
+        with whole_files(directory, replaced=_WEIGHTS.fullmatch) as staging:
             save(staging)
             names = sorted(name for name in os.listdir(staging) if name.endswith(".safetensors"))
             if not names:
@@ -83,10 +83,6 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
             write_text(os.path.join(staging, MANIFEST_NAME), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             imports, loader = how_to_load
             complete_card(directory, _CARD_MARK, _CARD.format(imports=imports, loader=loader), staging)
-            new = set(os.listdir(staging))
-        for name in set(os.listdir(directory)) - new:
-            if _WEIGHTS.fullmatch(name):
-                os.remove(os.path.join(directory, name))
     except BaseException:
         if created:
             with contextlib.suppress(OSError):  # something else was put there meanwhile
