@@ -38,6 +38,6 @@ def learn_apart(model: nn.Module, adapters: Sequence[str] | None = None) -> InTu
         raise ValueError(
             f"adapters must name QST adapters of the model, {', '.join(map(repr, known)) or 'none'}, got {names}"
         )
-    layer.require_shareable(names)
+    layer.refuse_tails(names, "these blocks would compute something else for each adapter")
     layer.in_turn.start(model, names)
     return layer.in_turn

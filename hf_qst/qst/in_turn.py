@@ -8,6 +8,8 @@ its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
@@ -35,6 +37,7 @@ class InTurn:
         """Number of its rows."""
         self.is_summed = False
         """Whether its losses were divided by the number of labels of a whole step."""
+        self._model: nn.Module | None = None
         self._call: tuple[tuple, dict] | None = None
         self._kept: tuple | None = None
         self._goes_on = False
@@ -73,7 +76,7 @@ class InTurn:
         """Whether the running call of the stack is for one of several networks."""
         return self.is_on and bool(self.layer.active_networks()) and self.layer.requested.current is None
 
-    def install(self, model: nn.Module, between: list) -> list:
+    def install(self, model: nn.Module, between: Callable[[], list]) -> list:
         """Register the hooks on `model`, around those that `between` registers when it is called; returns all handles."""
         return [
             model.register_forward_pre_hook(self._before, with_kwargs=True),

@@ -170,19 +170,17 @@ class QSTLayer(StackLayer):
         else:
             inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
             networks = self.requested.current(len(inputs))
-        self.require_shareable([name for name, rows in networks if rows is None])
+        sharing = [name for name, rows in networks if rows is None]
+        if len(sharing) > 1:
+            self.refuse_tails(sharing, "these blocks would compute something else for each adapter")
         return networks
 
-    def require_shareable(self, names: Sequence[str]) -> None:
+    def refuse_tails(self, names: Sequence[str], reason: str) -> None:
         """Check that these networks can read one pass of the base over the same rows.
 
         Raises:
-            ValueError: one of several has a tail.
+            ValueError: one has a tail; the message ends with the reason why that hinders it.
         """
-        if len(names) > 1:
-            self.refuse_tails(names, "these blocks would compute something else for each adapter")
-
-    def refuse_tails(self, names: Sequence[str], reason: str) -> None:
         for name in names:
             if (tail := self.networks[name].tail) is not None:
                 raise ValueError(

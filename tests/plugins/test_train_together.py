@@ -224,8 +224,9 @@ def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="QST adapters of the model, none, got"):
         train_together(plain)
     tailed = with_adapters(["default", "wide"], {**SETTINGS, "wide": {"tail_layers": 1}})
-    with pytest.raises(ValueError, match="'wide' has a tail"):
-        train_together(plain_trainer(tailed, tmp_path, **SHARED))
+    for names in (None, ["wide"]):
+        with pytest.raises(ValueError, match="'wide' has a tail"):
+            train_together(plain_trainer(tailed, tmp_path, **SHARED), names)
 
 
 def test_sft_trainer_trains_each_as_if_alone(tmp_path):
