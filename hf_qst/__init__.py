@@ -20,6 +20,7 @@ _OF_PLUGINS = {
     "AdaptiveTemperatureLogitsProcessor": "hf_qst_plugins.adaptive_temperature",
     "DISPCallback": "hf_qst_plugins.pruning",
     "adaptive_generate_kwargs": "hf_qst_plugins.adaptive_temperature",
+    "train_together": "hf_qst_plugins.side_networks",
 }
 # Names that were here, and where they are now.
 _MOVED = {
@@ -60,6 +61,7 @@ __all__ = [
     "register_architecture",
     "supported_models",
     "to_dense",
+    "train_together",
 ]
 
 

@@ -32,15 +32,19 @@ class Step:
 
 
 class _Recording:
-    """Takes the place of a side network's recorder: keeps the states with the numbers `wanted` instead of reading them."""
-
-    tail = None
+    """Takes the place of a pass that side networks read: keeps the states with the numbers `wanted`."""
 
     def __init__(self, wanted: Container[int]):
         self.wanted, self.states, self.contexts = wanted, {}, []
 
     def reads(self, index) -> bool:
         return True
+
+    def starts_tail(self, index) -> bool:
+        return False
+
+    def updated(self, name, x, output):
+        return output
 
     def record(self, index, entering, leaving, context) -> None:
         for number, state in ((index, entering), (index + 1, leaving)):
@@ -50,16 +54,19 @@ class _Recording:
 
 
 class _TailAlone:
-    """The recorder while only the blocks of a tail run: they read a state that is mixed already."""
+    """The pass while only the blocks of a tail run: they read a state that is mixed already."""
 
-    def __init__(self, tail, grad: bool):
-        self.tail, self.grad = tail, grad
+    def __init__(self, tail):
+        self.tail = tail
 
     def reads(self, index) -> bool:
         return False
 
-    def mixed(self, state):
-        return state
+    def starts_tail(self, index) -> bool:
+        return False
+
+    def updated(self, name, x, output):
+        return output + self.tail.update(name, x) if self.tail.updates_layer(name) else output
 
 
 class StoredBase:
@@ -119,7 +126,7 @@ def hidden(layer, step: Step) -> torch.Tensor:
         return network.mix(step.output, network(taps))
     first = network.tail.first
     state = network.mix(step.states[first].float(), network(taps))
-    with layer.tape.using(_TailAlone(network.tail, torch.is_grad_enabled())):
+    with layer.tape.using(_TailAlone(network.tail)):
         return last_blocks(layer.base_layer, first, state, step)
 
 

@@ -27,7 +27,7 @@ class RefuseContinuousBatching:
             model.init_continuous_batching = self
 
     def __call__(self, *args, **kwargs):
-        if self.layer.active_network() is not None:
+        if self.layer.active_networks():
             raise NotImplementedError(MESSAGE)
         return type(self.model).init_continuous_batching(self.model, *args, **kwargs)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,11 +16,13 @@ from hf_qst.base_model.block_calls import hidden_of, with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.qst import continuous_batching
+from hf_qst.qst.base_pass import BasePass, Reader, Rows
 from hf_qst.qst.cache import with_side_layers
 from hf_qst.qst.frozen_head import LOSS_REQUEST
 from hf_qst.qst.hidden_states.replaceable_blocks import ReplaceableForward
+from hf_qst.qst.in_turn import InTurn
 from hf_qst.qst.side_block import BlockContext
-from hf_qst.qst.side_network import SideNetwork, Taps
+from hf_qst.qst.side_network import SideNetwork
 from hf_qst.qst.tail import key, linear_layers
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
@@ -45,37 +49,6 @@ class _GivenHidden(BaseModelOutputWithPastAndCrossAttentions):
     shared_kv_states = None  # of Gemma 4
 
 
-class _Recorder:
-    """One forward pass of the base: its taps, and what the side network makes of them."""
-
-    def __init__(self, network: SideNetwork, grad: bool, cache, num_layers: int):
-        self.network, self.grad, self.tail = network, grad, network.tail
-        self.cache, self.num_layers = cache, num_layers
-        self.taps = Taps()
-        self.stored = None  # states that stand in for those of the base's frozen blocks, which then do not run
-
-    def mixed(self, frozen: torch.Tensor) -> torch.Tensor:
-        """The last state of the base's frozen part [batch, seq, d] mixed with the side network's output."""
-        side = self.network(self.taps, self.cache, self.num_layers)
-        return self.network.mix(frozen.detach(), side.to(frozen.device))
-
-    def reads(self, index: int) -> bool:
-        """Whether anything of base block `index` is kept."""
-        return index in self.network.read_blocks
-
-    def replaced(self, index: int, entering: torch.Tensor) -> torch.Tensor | None:
-        """The output of base block `index`, which need not run then; None if it must."""
-        return None if self.stored is None else self.stored.leaving(index, entering)
-
-    def record(self, index: int, entering: torch.Tensor, leaving: torch.Tensor, context: BlockContext) -> None:
-        tapped = None if self.stored is None else self.stored.tapped(index, leaving.device)
-        if not self.grad:
-            return self.network.record(self.taps, index, entering, leaving, context, tapped)
-        # The base runs without gradients, but a trainable downsampler needs them for its weight.
-        with torch.enable_grad():
-            self.network.record(self.taps, index, entering.detach(), leaving.detach(), context, tapped)
-
-
 def _parameters_of(module: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(type(module).forward).parameters.values())[1:]
 
@@ -93,8 +66,8 @@ class _BlockHook:
         self.named = {p.name for p in signature if p.kind is not p.VAR_KEYWORD}
 
     def __call__(self, block, args, kwargs, output):
-        recorder = self.tape.current
-        if recorder is None or not recorder.reads(self.index):
+        running = self.tape.current
+        if running is None or not running.reads(self.index):
             return
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         states = arguments.pop(self.parameters[0]), hidden_of(output)
@@ -107,7 +80,7 @@ class _BlockHook:
             hidden_dtype=entering.dtype,
             length=entering.shape[1],
         )
-        recorder.record(self.index, entering, leaving, context)
+        running.record(self.index, entering, leaving, context)
 
 
 class _TailStart:
@@ -120,11 +93,11 @@ class _TailStart:
         self.index, self.tape = index, tape
 
     def __call__(self, block, args, kwargs):
-        recorder = self.tape.current
-        if recorder is None or recorder.tail is None or recorder.tail.first != self.index:
+        running = self.tape.current
+        if running is None or not running.starts_tail(self.index):
             return None
-        torch.set_grad_enabled(recorder.grad)
-        return with_first_argument(args, kwargs, recorder.mixed)
+        torch.set_grad_enabled(running.grad)
+        return with_first_argument(args, kwargs, partial(running.enter_tail, self.index))
 
 
 class _TailUpdate:
@@ -134,17 +107,15 @@ class _TailUpdate:
         self.name, self.tape = name, tape
 
     def __call__(self, linear, args, output):
-        recorder = self.tape.current
-        if recorder is None or recorder.tail is None:
-            return None
-        update = recorder.tail.update(self.name, args[0])
-        return None if update is None else output + update.to(output.device, output.dtype)
+        running = self.tape.current
+        return None if running is None else running.updated(self.name, args[0], output)
 
 
 class QSTLayer(StackLayer):
     """Wraps a decoder stack and mixes its output, or the state that enters its tail, with that of a side network.
 
-    The stack runs in evaluation mode, and without gradients but for the blocks of a tail.
+    The stack runs in evaluation mode, and without gradients but for the blocks of a tail. It runs once for all side
+    networks of a call: the active ones, whose mixes are averaged, or those that `adapter_names` asks for by row.
     """
 
     adapter_layer_names = ("qst_net",)
@@ -159,6 +130,9 @@ class QSTLayer(StackLayer):
         # Of a cache for the base alone; a block may have two of them.
         self.num_layers = max(len(stack.blocks), len(DynamicCache(config=stack.module.config).layers))
         self.tape = RunningForward()
+        self.requested = RunningForward()
+        """In place of the active adapters: a function of the number of rows that returns names with their `Rows`."""
+        self.in_turn = InTurn(self)
         self.hook_handles = [
             block.register_forward_hook(_BlockHook(i, block, self.tape, stack), with_kwargs=True)
             for i, block in enumerate(stack.blocks)
@@ -197,32 +171,91 @@ class QSTLayer(StackLayer):
             request.arrived = True
         if request is not None and request.hidden is not None:
             return _GivenHidden(last_hidden_state=request.hidden)
-        network = self.active_network()
-        if network is None:
-            output = self.base_layer(*args, **kwargs)
-        else:
-            output = self._side_tuned(network, self.base_arguments(args, kwargs))
+        output = self.in_turn.output(args, kwargs) if self.in_turn.runs else self._output(args, kwargs)
         if request is not None:
             request.hidden = output[0]
         return output
 
-    def _side_tuned(self, network: SideNetwork, kwargs: dict):
+    def _output(self, args: tuple, kwargs: dict):
+        named = self.base_arguments(args, kwargs)
+        networks = self._networks(named)
+        if not networks:
+            return self.base_layer(*args, **kwargs)
+        running, output = self.run_base(networks, named)
+        return with_last_hidden_state(output, running.leave(output[0]))
+
+    def _networks(self, kwargs: dict) -> list[tuple[str, Rows | None]]:
+        """The names of the side networks of this call, each with its rows (None for all)."""
+        if not (active := self.active_networks()):
+            return []
+        if self.requested.current is None:
+            networks = [(name, None) for name in active]
+        else:
+            inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+            networks = self.requested.current(len(inputs))
+        sharing = [name for name, rows in networks if rows is None]
+        if len(sharing) > 1:
+            self.refuse_tails(sharing, "these blocks would compute something else for each adapter")
+        return networks
+
+    def refuse_tails(self, names: Sequence[str], reason: str) -> None:
+        """Check that these networks can read one pass of the base over the same rows.
+
+        Raises:
+            ValueError: one has a tail; the message ends with the reason why that hinders it.
+        """
+        for name in names:
+            if (tail := self.networks[name].tail) is not None:
+                raise ValueError(
+                    f"the QST adapter {name!r} has a tail (tail_layers > 0), which changes the base's blocks from number "
+                    f"{tail.first} on, so {', '.join(map(repr, names))} cannot share one pass of the base: {reason}. Use it "
+                    f"alone (set_adapter({name!r})), or for rows of its own in a batch (adapter_names)"
+                )
+
+    def run_base(self, networks: list[tuple[str, Rows | None]], kwargs: dict) -> tuple[BasePass, object]:
+        """Run the stack once, with its arguments by name, for these networks; returns the pass and the stack's output."""
         if kwargs.get("cache") is not None:
             # The paged cache of continuous batching, which transformers passes through to each attention.
             raise NotImplementedError(continuous_batching.MESSAGE)
-        config = self.base_layer.config
         kwargs.pop("logits_to_keep", None)  # Gemma 4 leaves the other tokens out of its last blocks
         cache = kwargs.get("past_key_values")
+        chosen = [(name, rows, self.checked(name)) for name, rows in networks]
         if kwargs["use_cache"] or cache is not None:
-            cache = kwargs["past_key_values"] = with_side_layers(cache, config, self.num_layers, network.sources)
-
-        recorder = _Recorder(network, torch.is_grad_enabled(), cache, self.num_layers)
-        if network.hidden_states is not None and network.hidden_states.serves(self.base_layer, kwargs):
-            recorder.stored = network.hidden_states.stored(self, network, kwargs)
-        with self.tape.using(recorder), torch.no_grad():
+            owners = [(name, rows and rows.indices, network.sources) for name, rows, network in chosen]
+            cache = kwargs["past_key_values"] = with_side_layers(cache, self.base_layer.config, self.num_layers, owners)
+        stored = self._stored_states(chosen, kwargs)
+        readers, first, grad = [], self.num_layers, torch.is_grad_enabled()
+        for name, rows, network in chosen:
+            readers.append(Reader(name, network, rows, grad, cache, first, stored.get(name)))
+            first += len(network.sources)
+        running = BasePass(readers, grad)
+        with self.tape.using(running), torch.no_grad():
             output = self.base_layer(**kwargs)
+        return running, output
 
-        return output if recorder.tail is not None else with_last_hidden_state(output, recorder.mixed(output[0]))
+    def _stored_states(self, chosen: list[tuple[str, Rows | None, SideNetwork]], kwargs: dict) -> dict:
+        """By name, the states of this batch that stand in for the base's, if each of these networks has a cache of them."""
+        for _, rows, network in chosen:
+            cache = network.hidden_states
+            if rows is not None or cache is None or not cache.serves(self.base_layer, kwargs):
+                return {}
+        return {name: network.hidden_states.stored(self, network, kwargs) for name, _, network in chosen}
+
+    def network_of_loss(self) -> SideNetwork | None:
+        """The network whose settings the training loss follows; None where the model's own loss is used."""
+        active = self.active_networks()
+        if not active or self.requested.current is not None:
+            return None
+        if self.in_turn.runs:
+            return active[self.in_turn.turn]
+        # One that wants full logits decides for all that are averaged.
+        return min(active.values(), key=lambda network: network.chunked_loss)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        before = self.active_adapters
+        super().set_adapter(adapter_names, inference_mode)
+        if before != self.active_adapters:
+            self.in_turn.stop(self.active_adapters)
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+
 from hf_qst.base_model.architecture import one_stream
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.base_model.packed_weights import find_packed, keep_packed_weights
@@ -9,9 +12,11 @@ from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
 from hf_qst.qst.hidden_states.cache import HiddenStateCache
 from hf_qst.qst.layer import QSTLayer
+from hf_qst.qst.mixed_batches import adapters_by_row
 from hf_qst.qst.principal_directions import fit_principal
 from hf_qst.qst.side_block import reduction
 from hf_qst.qst.side_network import SideNetwork
+from hf_qst.qst.weight_average import add_average
 from hf_qst.tuner.stack_tuner import StackTuner
 
 
@@ -73,10 +78,37 @@ class QSTModel(StackTuner):
 
     def _make_layer(self, target, stack: DecoderStack) -> QSTLayer:
         layer = super()._make_layer(target, stack)
-        layer.hook_handles += FrozenHeadLoss(layer.active_network).install(self.model)
+        loss = FrozenHeadLoss(layer.network_of_loss)
+        layer.hook_handles += layer.in_turn.install(self.model, lambda: loss.install(self.model))
         layer.hook_handles += keep_packed_weights(target)
         layer.hook_handles.append(RefuseContinuousBatching(self.model, layer))
         return layer
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else adapters_by_row(self.model, self.stack_layer, names, kwargs):
+            yield
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose weights are a weighted average of those of others, at the cost of running one.
+
+        It is of use for side networks that started from the same weights, such as those of one training with several
+        learning rates; the average of others is noise. `set_adapter([...])` averages outputs, whatever the networks.
+
+        Args:
+            adapters (`list[str]`): names of the others, which have equal configurations where shapes depend on them.
+            weights (`list[float]`): one for each; their sum is 1.
+            adapter_name (`str`): of the new one; one that exists stays as it is.
+            combination_type (`str`): `"linear"`, of PEFT's types.
+
+        Raises:
+            ValueError: an unknown adapter or type, weights that do not fit, or networks that cannot be averaged.
+        """
+        if adapter_name not in self.peft_config:
+            add_average(self, adapters, weights, adapter_name, combination_type)
 
     def _start(self, peft_config, adapter_name: str, twin: SideNetwork | None) -> None:
         layer = self.stack_layer

@@ -42,14 +42,16 @@ class BlockContext:
         """cos and sin [batch, seq, 1, rotary_dim] for a side block; None for one without positions."""
         if not spec.rotary_dim or self.position_embeddings is None:
             return None
+        if torch.compiler.is_compiling():
+            return self._side_tables(spec, device, dtype)
         key = id(self.position_embeddings), device, dtype
-        if torch.compiler.is_compiling() or key not in self.side_tables:
-            tables = side_rotary(self.position_embeddings, spec)
-            tables = tuple(table[..., -self.length :, :].to(device, dtype).unsqueeze(-2) for table in tables)
-            if torch.compiler.is_compiling():
-                return tables
-            self.side_tables[key] = tables
+        if key not in self.side_tables:
+            self.side_tables[key] = self._side_tables(spec, device, dtype)
         return self.side_tables[key]
+
+    def _side_tables(self, spec: BlockSpec, device: torch.device, dtype: torch.dtype) -> tuple:
+        tables = side_rotary(self.position_embeddings, spec)
+        return tuple(table[..., -self.length :, :].to(device, dtype).unsqueeze(-2) for table in tables)
 
 
 def reduction(base: BlockSpec, side_heads: str) -> int:

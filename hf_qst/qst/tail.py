@@ -52,9 +52,12 @@ class Tail(nn.Module):
             for path, linear in linear_layers(blocks[i]):
                 self.updates[key(i, path)] = LowRank(*dense_shape(linear), rank, zero)
 
-    def update(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the output of the layer called `name` for its input x; None if it has no update."""
-        return self.updates[name](x) if name in self.updates else None
+    def updates_layer(self, name: str) -> bool:
+        return name in self.updates
+
+    def update(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the output of the layer called `name` for its input x."""
+        return self.updates[name](x)
 
 
 def linear_layers(block: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -60,21 +60,25 @@ class StackLayer(ManifestLayer):
             handle.remove()
         self.hook_handles = []
 
-    def active_network(self) -> nn.Module | None:
-        """The network in use, or None while adapters are disabled or there are none."""
+    def active_networks(self) -> dict[str, nn.Module]:
+        """The networks in use by name; none while adapters are disabled."""
         if getattr(self, "_is_replica", False):
             # Replicas share the hooks and run in threads.
             raise RuntimeError(
                 f"{self.method} does not run under nn.DataParallel; use one process a GPU (torchrun, accelerate launch)"
             )
         if self.disable_adapters:
-            return None
-        names = [name for name in self.active_adapters if name in self.networks]
-        if len(names) > 1:
+            return {}
+        return {name: self.checked(name) for name in self.active_adapters if name in self.networks}
+
+    def active_network(self) -> nn.Module | None:
+        """The network in use, or None while adapters are disabled or there are none."""
+        active = self.active_networks()
+        if len(active) > 1:
             raise ValueError(
-                f"{self.method} runs one network at a time, but {names} are active; call set_adapter(name)"
+                f"{self.method} runs one network at a time, but {list(active)} are active; call set_adapter(name)"
             )
-        return self.checked(names[0]) if names else None
+        return next(iter(active.values()), None)
 
     def base_arguments(self, args: tuple, kwargs: dict) -> dict:
         """All arguments of the stack by name; without a cache in training, where transformers makes one unless told."""

@@ -31,6 +31,7 @@ class Line:
         refuses: operations that are refused, with the error: "second", "disable", "delete", "unload", "merge_and_unload",
             "merge_adapter".
         edit: changes a setting of a saved configuration on which the shapes of the tensors depend, if there is one.
+        mixes: whether rows of one batch may have different adapters.
         dtype_of_base: whether the weights always have the base's dtype, because they stand in its weights' place.
     """
 
@@ -41,6 +42,7 @@ class Line:
     refuses: dict[str, type[Exception]] = field(default_factory=dict)
     edit: Callable[[dict], object] | None = None
     dtype_of_base: bool = False
+    mixes: bool = False
 
     def config(self, **changes):
         return self.config_class(**{"task_type": "CAUSAL_LM", **self.settings(), **changes})
@@ -94,12 +96,14 @@ LINES = {
         lambda: {"r": 4, "downsample_rank": 4},
         refuses=dict.fromkeys(["merge_and_unload", "merge_adapter"], SideNetworkMergeError),
         edit=lambda values: values.update(r=2),
+        mixes=True,
     ),
     "qst_tail": Line(
         QSTConfig,
         lambda: {"r": 4, "downsample_rank": 4, "tail_layers": 1, "tail_rank": 4},
         refuses=dict.fromkeys(["merge_and_unload", "merge_adapter"], SideNetworkMergeError),
         edit=lambda values: values.update(tail_rank=2),
+        mixes=True,
     ),
     "disp": Line(
         DISPConfig, identity={"keep_ratio": 1.0}, edit=lambda values: values.update(hypernetwork_input_size=16)

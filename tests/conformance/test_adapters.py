@@ -239,11 +239,27 @@ def test_on_adapters_of_another_method_it_is_refused(line, way):
     assert str(base) == before and list(getattr(base, "peft_config", {})) in ([], ["lora"])
 
 
-def test_different_adapters_in_one_batch_are_refused(line):
-    model = line.random()
-    for call in (model, model.generate):
-        with pytest.raises(NotImplementedError, match="cannot mix adapter_names in it; call set_adapter"):
-            call(input_ids=IDS, adapter_names=["default", "__base__"])
+def test_rows_of_a_batch_have_their_own_adapters_or_are_refused(line):
+    model = line.random().eval()
+    names = ["default", "__base__"]
+    if not line.mixes:
+        for call in (model, model.generate):
+            with pytest.raises(NotImplementedError, match="cannot mix adapter_names in it; call set_adapter"):
+                call(input_ids=IDS, adapter_names=names)
+        return
+    line.load_random(model, "second", 6)
+    rows = {"default": logits(model)}
+    model.set_adapter("second")
+    rows["second"] = logits(model)
+    with model.disable_adapter():
+        rows["__base__"] = logits(model)
+    for names in (["default", "second"], ["second", "__base__"], ["second", "second"]):
+        with torch.no_grad():
+            mixed = model(input_ids=IDS, adapter_names=names, use_cache=False).logits
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], rows[name][row], atol=1e-5, rtol=1e-5)
+    generated = model.generate(input_ids=IDS, adapter_names=["second", "default"], max_new_tokens=4)
+    assert torch.equal(generated[0], model.generate(input_ids=IDS, max_new_tokens=4)[0])
 
 
 def test_a_configuration_makes_the_same_adapter_twice(line):

@@ -71,9 +71,7 @@ class StoredStates:
 
 
 class _Recording:
-    """The recorder of a forward of the base alone, which keeps what a plan stores."""
-
-    tail = None
+    """A pass of the base that no network reads, which keeps what a plan stores."""
 
     def __init__(self, network, plan, storage: str):
         self.network, self.plan, self.storage = network, plan, storage
@@ -84,6 +82,12 @@ class _Recording:
 
     def replaced(self, index: int, entering: torch.Tensor) -> torch.Tensor | None:
         return entering if index >= self.plan.blocks else None
+
+    def starts_tail(self, index: int) -> bool:
+        return False
+
+    def updated(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output
 
     def record(self, index: int, entering, leaving: torch.Tensor, context) -> None:
         if index in self.plan.states:

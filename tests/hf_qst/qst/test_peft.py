@@ -100,14 +100,6 @@ def test_new_adapter_beside_a_trained_one_starts_at_the_base():
     assert torch.equal(logits(model), trained)
 
 
-def test_two_active_adapters_are_refused():
-    model = side_tuned("llama")
-    model.add_adapter("second", side_config())
-    model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="one network at a time"):
-        logits(model)
-
-
 def test_training_a_module_inside_the_base_is_refused():
     with pytest.raises(ValueError, match="embed_tokens"):
         get_peft_model(tiny("llama"), side_config(modules_to_save=["embed_tokens"]))
