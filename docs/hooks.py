@@ -25,6 +25,7 @@ PAGES = {
 LINK = re.compile(r"(?<!`)(!?\[[^\]]*\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 EXTERNAL = re.compile(r"[a-z]+:")
 SECTION = re.compile(r"^\{\{ README: (.+) \}\}$", re.MULTILINE)
+TYPE = re.compile(r"<code>(`[^<]*)</code>")
 SVG = re.compile(r"^!\[([^\]]*)\]\(([\w/]+\.svg)\)$", re.MULTILINE)
 
 
@@ -70,7 +71,9 @@ def notebook(path: Path) -> str:
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-        printed = "".join("".join(output.get("text", "")) for output in cell.get("outputs", ()) if output.get("name") == "stdout")
+        printed = "".join(
+            "".join(output.get("text", "")) for output in cell.get("outputs", ()) if output.get("name") == "stdout"
+        )
         parts += [f"```text\n{printed.rstrip()}\n```"] if printed else []
     return "\n\n".join(parts) + f"\n\nThe notebook is `{path.relative_to(ROOT)}`.\n"
 
@@ -107,4 +110,9 @@ def on_page_markdown(markdown, page, config, files):
     source = Path(page.file.abs_src_path)
     text = linked(markdown, source, page.file.src_uri)
     text = SECTION.sub(lambda found: linked(readme_section(found[1]), ROOT / "README.md", page.file.src_uri), text)
-    return SVG.sub(lambda found: (source.parent / found[2]).read_text(), text)
+    return SVG.sub(lambda found: f"<div>\n{(source.parent / found[2]).read_text()}</div>", text)
+
+
+def on_page_content(html, page, config, files):
+    """Takes the Markdown out of the types of parameters, which PEFT's form of docstrings has there."""
+    return TYPE.sub(lambda found: f"<code>{re.sub('[`*]', '', found[1])}</code>", html)
