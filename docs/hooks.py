@@ -30,9 +30,8 @@ SVG = re.compile(r"^!\[([^\]]*)\]\(([\w/]+\.svg)\)$", re.MULTILINE)
 
 
 def math(source, language, css_class, options, md, **kwargs):
-    """A fenced block of LaTeX as MathML, which browsers draw themselves; one equation a line."""
-    lines = [convert(line, display="block") for line in source.splitlines() if line.strip()]
-    return f'<div class="{css_class}">{"".join(lines)}</div>'
+    """A fenced block of LaTeX as MathML, which browsers draw themselves."""
+    return f'<div class="{css_class}">{convert(source, display="block")}</div>'
 
 
 def place(path: Path) -> str | None:
