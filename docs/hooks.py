@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 DOCS = Path(__file__).parent
@@ -25,6 +26,7 @@ PAGES = {
 LINK = re.compile(r"(?<!`)(!?\[[^\]]*\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 EXTERNAL = re.compile(r"[a-z]+:")
 SECTION = re.compile(r"^\{\{ README: (.+) \}\}$", re.MULTILINE)
+LOADED = re.compile(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^\"' >]+")
 TYPE = re.compile(r"<code>(`[^<]*)</code>")
 SVG = re.compile(r"^!\[([^\]]*)\]\(([\w/]+\.svg)\)$", re.MULTILINE)
 
@@ -115,3 +117,10 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(html, page, config, files):
     """Takes the Markdown out of the types of parameters, which PEFT's form of docstrings has there."""
     return TYPE.sub(lambda found: f"<code>{re.sub('[`*]', '', found[1])}</code>", html)
+
+
+def on_post_page(output, page, config):
+    """Refuses a page that would load something from another host."""
+    if found := LOADED.search(output):
+        raise PluginError(f"{page.file.src_uri} loads from the network: {found.group()}")
+    return output
