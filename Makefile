@@ -8,7 +8,7 @@ DOCS_STAMP := $(DOCS_VENV)/.installed
 # Interpreters for `make package-test`.
 PYTHONS ?= $(PYTHON)
 
-.PHONY: demo demo-real test lint bench docs docs-serve package-test clean
+.PHONY: demo demo-real test test-damage lint bench docs docs-serve package-test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -20,6 +20,9 @@ demo-real: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-damage: $(STAMP)
+	$(BIN)/python -m pytest tests/damage --cases 1000 --kills 50
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,6 +13,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, default=60, help="damaged copies of each kind of file that are tried")
+    parser.addoption("--kills", type=int, default=6, help="processes that are killed for each kind of work")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""How much of a mixture of experts mixed rank reaches, and what its weights take in 4 bits.
+"""How much of a mixture of experts mixed rank and DISP reach, and what its weights take in 4 bits.
 
 The models are built at their real shapes on the meta device, from the sizes that their authors published. The bytes in
 4 bits are counted by `four_bit_bytes`, which is compared with the bytes of a tiny model that was really quantised.
@@ -25,8 +25,9 @@ from transformers import (
 from benchmarks.common.command_line import parser_of
 from benchmarks.common.measure import RESULTS, environment, write_json
 from hf_qst import MixedRankConfig, quantize_experts
-from hf_qst.base_model import expert_shapes, find_blocks, fused_experts, stored_bytes
+from hf_qst.base_model import expert_shapes, find_blocks, find_decoder_stack, fused_experts, stored_bytes
 from hf_qst.mixed_rank import find_targets
+from hf_qst.pruning import PruningLayout
 
 RESULT = RESULTS / "compression_mixtures.json"
 SHAPES = {
@@ -88,6 +89,12 @@ def reach(model: PreTrainedModel) -> dict[str, float]:
     }
 
 
+def prunable(model: PreTrainedModel) -> float:
+    """The part of the parameters of its blocks that go with a channel that DISP can leave out."""
+    layout = PruningLayout.of(find_decoder_stack(model))
+    return 1 - sum(block.fixed for block in layout.blocks) / layout.total
+
+
 def sizes(model: PreTrainedModel) -> dict[str, float]:
     """Bytes of a model in bfloat16, as transformers loads it in 4 bits, and with its experts in 4 bits as well."""
     total = sum(p.numel() for p in model.parameters())
@@ -119,16 +126,16 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 def table(found: dict) -> str:
     rows = [
-        "| model | parameters | mixed rank reaches | of the blocks' matrices | without experts | bf16 | `load_in_4bit` | "
-        "`quantize_experts` |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | parameters | mixed rank reaches | of the blocks' matrices | without experts | DISP reaches of the blocks | "
+        "bf16 | `load_in_4bit` | `quantize_experts` |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, one in found["models"].items():
         gigabytes = " | ".join(f"{one['bytes'][key] / 1e9:.1f} GB" for key in one["bytes"])
         known = one["reach"]
         rows.append(
             f"| {name} | {known['parameters'] / 1e9:.1f}B | {known['part_of_model']:.1%} | {known['part_of_blocks']:.2%} | "
-            f"{known['part_of_model_without_experts']:.1%} | {gigabytes} |"
+            f"{known['part_of_model_without_experts']:.1%} | {one['pruned_part_of_blocks']:.2%} | {gigabytes} |"
         )
     tiny = found["tiny"]
     rows.append(
@@ -145,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     models = {}
     for name, config in SHAPES.items():
         model = on_meta(config())
-        models[name] = {"reach": reach(model), "bytes": sizes(model)}
+        models[name] = {"reach": reach(model), "pruned_part_of_blocks": prunable(model), "bytes": sizes(model)}
     found = {"environment": environment(torch.device("cpu")), "models": models, "tiny": check()}
     write_json(options.output, found)
     print(table(found))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hf_qst.base_model.experts import are_experts
 from hf_qst.base_model.linear_layers import is_linear
 
 
@@ -54,6 +55,9 @@ class Projections:
 
     Of the attention or what stands in its place, and of the MLP. A half that is not known has no layers: its readers
     are empty and its writer is None. Each of `mlp_in` holds `mlp_stacked` matrices, one behind the other (Phi-3: 2).
+
+    Of a mixture, `experts` is the path of the module that holds its experts; `mlp_in` and `mlp_out` are then those of the
+    expert that every token sees beside them, where there is one.
     """
 
     attention_in: tuple[str, ...] = ()
@@ -61,6 +65,7 @@ class Projections:
     mlp_in: tuple[str, ...] = ()
     mlp_out: str | None = None
     mlp_stacked: int = 1
+    experts: str = ""
 
     @property
     def attention_paths(self) -> tuple[str, ...]:
@@ -74,6 +79,11 @@ class Projections:
     def paths(self) -> tuple[str, ...]:
         """All of them: the matrices of a block that methods may change."""
         return *self.attention_paths, *self.mlp_paths
+
+    @property
+    def are_any(self) -> bool:
+        """Whether any layer is known."""
+        return bool(self.paths or self.experts)
 
     @property
     def of_one_input(self) -> list[tuple[str, ...]]:
@@ -95,6 +105,27 @@ class Projections:
 def host_of(path: str) -> str:
     """Path of the module that the layer `path` lies in; a layer of the block itself is its own host."""
     return path.rpartition(".")[0] or path
+
+
+def mixture(host: str) -> tuple[Projections, ...]:
+    """Experts in the module at this path, and the expert that every token sees beside them, under all its names."""
+    # Those with a gate first: without it, their other two matrices are the parts of an MLP that has none.
+    shared = (
+        ("shared_experts", "gate_proj up_proj"),
+        ("shared_expert", "gate_proj up_proj"),
+        ("shared_mlp", "gate_proj up_proj"),
+        ("shared_experts", "gate_up_proj"),
+        ("shared_experts", "up_proj"),
+    )
+    beside = tuple(
+        Projections(
+            mlp_in=tuple(f"{host}.{name}.{reader}" for reader in readers.split()),
+            mlp_out=f"{host}.{name}.down_proj",
+            experts=f"{host}.experts",
+        )
+        for name, readers in shared
+    )
+    return *beside, Projections(experts=f"{host}.experts")
 
 
 @dataclass(frozen=True)
@@ -167,11 +198,14 @@ class Architecture:
         known, found = dict(block.named_modules()), {}
         for candidate in (self.projections, *self.alternatives):
             halves = {
-                ("attention_in", "attention_out"): candidate.attention_paths,
-                ("mlp_in", "mlp_out", "mlp_stacked"): candidate.mlp_paths,
+                ("attention_in", "attention_out"): (candidate.attention_paths, ""),
+                ("mlp_in", "mlp_out", "mlp_stacked", "experts"): (candidate.mlp_paths, candidate.experts),
             }
-            for names, paths in halves.items():
-                if paths and names[0] not in found and all(is_linear(known.get(path)) for path in paths):
+            for names, (paths, experts) in halves.items():
+                is_there = (not experts or are_experts(known.get(experts))) and all(
+                    is_linear(known.get(path)) for path in paths
+                )
+                if (paths or experts) and names[0] not in found and is_there:
                     found |= {name: getattr(candidate, name) for name in names}
         return Projections(**found)
 

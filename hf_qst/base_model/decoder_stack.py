@@ -6,12 +6,13 @@ adds a row to it with `register_architecture`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from hf_qst.base_model.architecture import Architecture, BlockSpec, Projections, SequentialBlock
 from hf_qst.base_model.decoder_table import ARCHITECTURES, WRAPPERS
+from hf_qst.base_model.experts import read_residual
 from hf_qst.base_model.linear_layers import is_linear
 
 __all__ = [
@@ -60,8 +61,11 @@ class DecoderStack:
         return getattr(self.module, self.architecture.final_norm, None)
 
     def projections(self, block: nn.Module) -> Projections:
-        """The linear layers of this block that read from the residual or add to it, as far as they are known."""
-        return self.architecture.projections_of(block)
+        """The layers of this block that read from the residual or add to it, as far as they are known."""
+        names = self.architecture.projections_of(block)
+        if names.experts and not read_residual(block.get_submodule(names.experts), self.spec.hidden_size):
+            names = replace(names, experts="")
+        return names
 
     def attention_sources(self) -> list[int]:
         """For each block, the block whose attention mask and positions a causal attention there can use.

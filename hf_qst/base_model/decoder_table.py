@@ -7,6 +7,7 @@ To support another architecture, add a row here and, if its smallest configurati
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from hf_qst.base_model.architecture import (
     Architecture,
@@ -16,11 +17,13 @@ from hf_qst.base_model.architecture import (
     block_spec,
     first_of,
     first_stream,
+    mixture,
 )
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
 _SPLIT = Projections(_QKV, "self_attn.o_proj", _GATED, "mlp.down_proj")
+_MLP = Projections((), None, _GATED, "mlp.down_proj")
 _PLAIN_MLP = Projections(_QKV, "self_attn.o_proj", ("mlp.up_proj",), "mlp.down_proj")
 _FUSED_MLP = Projections(_QKV, "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj", mlp_stacked=2)
 _GATED_QKV = Projections((*_QKV, "self_attn.gate_proj"), "self_attn.o_proj", _GATED, "mlp.down_proj")
@@ -38,13 +41,19 @@ _GATED_DELTA_NET = Projections(
 )
 _GATED_DELTA_NET_FUSED = Projections(("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"), "linear_attn.out_proj")
 # Blocks that use keys and values of another, or keys as values.
-_SHARED_KV = {
-    "alternatives": (Projections(_QKV[:2], "self_attn.o_proj"), Projections(_QKV[:1], "self_attn.o_proj")),
-}
+_SHARED_KV = (Projections(_QKV[:2], "self_attn.o_proj"), Projections(_QKV[:1], "self_attn.o_proj"))
 _MAMBA = Projections(("mamba.in_proj",), "mamba.out_proj")
+_LFM2 = Projections(_QKV, "self_attn.out_proj", ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
+# Granite's shared expert is beside the module that holds the others.
+_GRANITE_SHARED = Projections(
+    _QKV, "self_attn.o_proj", ("shared_mlp.input_linear",), "shared_mlp.output_linear", mlp_stacked=2
+)
+_GRANITE = replace(_GRANITE_SHARED, experts="block_sparse_moe.experts")
 _CONV = Projections(("conv.in_proj",), "conv.out_proj")
 
 _EXPERTS = "the experts and their router"
+_ROUTER = "the router"
+_SHARED = "the router and the middle of the shared expert"
 _POST_NORM = "a norm after the addition mixes pruned and kept channels"
 _ADDS_INSIDE = "its layers add to the residual themselves, where pruned channels have no place"
 
@@ -168,8 +177,9 @@ def _rows(names: str, row: Architecture) -> dict[str, Architecture]:
     return dict.fromkeys(names.split(), row)
 
 
-def _moe(spec: Callable = block_spec, **changes) -> Architecture:
-    return _row(spec, **{"unpruned": _EXPERTS, **changes})
+def _moe(spec: Callable = block_spec, host: str = "mlp", **changes) -> Architecture:
+    alternatives = (*changes.pop("alternatives", ()), *mixture(host))
+    return _row(spec, **{"unpruned": _ROUTER, "alternatives": alternatives, **changes})
 
 
 _LOGIT_SCALE = lambda config: first_of(config, ("logit_scale",), 1.0)
@@ -203,10 +213,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ernie4_5": _row(),
     "gemma2": _row(_gemma),
     "gemma3_text": _row(lambda c: _gemma(c, qk_norm=True)),
-    "gemma3n_text": _row(lambda c: _gemma(c, qk_norm=True), state=first_stream, unpruned="the mixing of residual streams", **_SHARED_KV),
+    "gemma3n_text": _row(
+        lambda c: _gemma(c, qk_norm=True),
+        state=first_stream,
+        alternatives=_SHARED_KV,
+        unpruned="the mixing of residual streams",
+    ),
     **_rows(
         "gemma4_text gemma4_unified_text",
-        _row(lambda c: _gemma(c, qk_norm=True), unpruned=f"{_EXPERTS}, the embeddings of a block", **_SHARED_KV),
+        _row(
+            lambda c: _gemma(c, qk_norm=True),
+            projections=replace(_SPLIT, experts="experts"),
+            alternatives=(_SPLIT, *_SHARED_KV),
+            unpruned="the router, the middle of the MLP beside the experts, the embeddings of a block",
+        ),
     ),
     "granite": _row(logit_multiplier=_LOGITS_SCALING),
     "granite_swa": _row(logit_multiplier=_LOGITS_SCALING),
@@ -224,37 +244,56 @@ ARCHITECTURES: dict[str, Architecture] = {
         logit_multiplier=lambda c: first_of(c, ("dim_model_base",), c.hidden_size) / c.hidden_size,
     ),
     "youtu": _row(_latent, projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,)),
-    "doge": _moe(),
+    "doge": _row(unpruned=_EXPERTS),
     # mixtures of experts
     **_rows(
-        "aria_text dots1 ernie4_5_moe exaone_moe flex_olmo flint glm4_moe hunyuan_v1_moe hy_v3 kolibri1 mellum mimo_v2_flash minimax_m2 "
-        "minimax_m3_vl_text mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open qwen3_vl_moe_text",
+        "flex_olmo mellum mimo_v2_flash minimax_m2 mixtral olmoe phimoe qwen3_moe qwen3_vl_moe_text",
         _moe(),
     ),
-    **_rows("afmoe beam", _moe(projections=_GATED_QKV)),
-    "laguna": _moe(projections=Projections((*_QKV, "self_attn.g_proj"), "self_attn.o_proj", _GATED, "mlp.down_proj")),
+    **_rows(
+        "aria_text dots1 ernie4_5_moe exaone_moe flint glm4_moe hunyuan_v1_moe hy_v3 kolibri1 minimax_m3_vl_text qwen2_moe "
+        "solar_open",
+        _moe(unpruned=_SHARED),
+    ),
+    "afmoe": _moe(projections=_GATED_QKV, unpruned=_SHARED),
+    "beam": _moe(projections=_GATED_QKV),
+    "laguna": _moe(
+        projections=Projections((*_QKV, "self_attn.g_proj"), "self_attn.o_proj", _GATED, "mlp.down_proj"),
+        unpruned=_SHARED,
+    ),
     "gpt_oss": _moe(_half),
     "cohere2_moe": _moe(_cohere, logit_multiplier=_LOGIT_SCALE),
-    **_rows("granitemoe granitemoe_swa granitemoeshared", _moe(logit_multiplier=_LOGITS_SCALING)),
+    **_rows("granitemoe granitemoe_swa", _moe(host="block_sparse_moe", logit_multiplier=_LOGITS_SCALING)),
+    "granitemoeshared": _moe(
+        host="block_sparse_moe", projections=_GRANITE, unpruned=_SHARED, logit_multiplier=_LOGITS_SCALING
+    ),
     **_rows(
-        "axk1 deepseek_v3 glm4_moe_lite", _moe(_latent, projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,))
+        "axk1 deepseek_v3 glm4_moe_lite",
+        _moe(_latent, projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,), unpruned=_SHARED),
     ),
     **_rows(
         "axk2 deepseek_v32 glm_moe_dsa",
-        _moe(_latent, projections=_LATENT, pruning_refused="its choice of tokens is read from outside of the attention"),
+        _row(_latent, projections=_LATENT, pruning_refused="its choice of tokens is read from outside of the attention"),
     ),
-    "longcat_flash": _moe(
+    "longcat_flash": _row(
         _latent, projections=Projections(), pruning_refused="a block has two attentions", unreached=r"router\.classifier"
     ),
     "deepseek_v2": _moe(
-        lambda c: _latent(c, rotary="complex"), projections=_LATENT, alternatives=(_LATENT_PLAIN_QUERIES,)
+        lambda c: _latent(c, rotary="complex"),
+        projections=_LATENT,
+        alternatives=(_LATENT_PLAIN_QUERIES,),
+        unpruned=_SHARED,
     ),
-    "llama4_text": _moe(_complex, projections=_FEED_FORWARD),
-    "dbrx": _moe(
+    "llama4_text": _row(
+        _complex,
+        projections=_FEED_FORWARD,
+        unpruned=f"{_EXPERTS}, which are in a form of their own, and the shared expert",
+    ),
+    "dbrx": _row(
         lambda c: block_spec(c, norm="layer"), attention="norm_attn_norm", pruning_refused="its attention holds the norms of a block", stack="transformer", blocks="blocks", final_norm="norm_f",
         embeddings="wte", projections=Projections(),
     ),
-    "jetmoe": _moe(
+    "jetmoe": _row(
         lambda c: block_spec(c, head_dim=c.kv_channels), attention="self_attention", projections=Projections(),
         pruning_refused="its attention is a mixture of experts",
     ),
@@ -262,7 +301,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **_rows("qwen2_vl_text qwen2_5_vl_text", _row(_qwen2)),
     "qwen3_vl_text": _row(_qk_norm),
     # hybrids of attention and something else
-    **_rows("qwen3_5_moe_text qwen3_next", _moe(_qk_norm, **_DELTA)),
+    **_rows("qwen3_5_moe_text qwen3_next", _moe(_qk_norm, unpruned=_SHARED, **_DELTA)),
     "qwen3_5_text": _row(_qk_norm, **_DELTA),
     "olmo_hybrid": _row(
         _qk_norm,
@@ -272,16 +311,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         ),
     ),
-    **_rows(
-        "lfm2 lfm2_moe",
-        _row(
-            final_norm="embedding_norm",
-            projections=Projections(
-                _QKV, "self_attn.out_proj", ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2"
-            ),
-            alternatives=(_CONV,),
-        ),
-    ),
+    "lfm2": _row(final_norm="embedding_norm", projections=_LFM2, alternatives=(_CONV,)),
+    "lfm2_moe": _moe(host="feed_forward", final_norm="embedding_norm", projections=_LFM2, alternatives=(_CONV,)),
     "lfm3": _row(
         final_norm="embedding_norm",
         projections=Projections(
@@ -291,7 +322,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "bamba": _row(final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,)),
     "jamba": _moe(
-        _no_positions, final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,), unreached="dt_proj"
+        _no_positions, "feed_forward", final_norm="final_layernorm", projections=_FEED_FORWARD, alternatives=(_MAMBA,),
+        unreached="dt_proj",
     ),
     "falcon_h1": _row(
         final_norm="final_layernorm",
@@ -300,21 +332,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "granitemoehybrid": _moe(
         _no_positions,
-        projections=Projections(
-            _QKV, "self_attn.o_proj", ("shared_mlp.input_linear",), "shared_mlp.output_linear", mlp_stacked=2
-        ),
-        alternatives=(_MAMBA,),
+        "block_sparse_moe",
+        projections=_GRANITE,
+        alternatives=(_GRANITE_SHARED, _MAMBA),
+        unpruned=_SHARED,
         logit_multiplier=_LOGITS_SCALING,
     ),
-    "bailing_hybrid": _moe(_latent, projections=Projections((), None, _GATED, "mlp.down_proj")),
-    "kimi_linear": _moe(_no_positions, projections=Projections((), None, _GATED, "mlp.down_proj")),
+    "bailing_hybrid": _moe(_latent, projections=_MLP, unpruned=f"the attention, {_SHARED}"),
+    "kimi_linear": _moe(_no_positions, projections=_MLP, unpruned=f"the attention, {_SHARED}"),
     "nemotron_h": _moe(
-        _no_positions, attention="mixer", embeddings="embeddings", final_norm="norm_f",
-        pruning_refused="transformers saves it under other names than it has in memory",
+        _no_positions, "mixer", attention="mixer", embeddings="embeddings", final_norm="norm_f",
         projections=Projections(
             ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), "mixer.o_proj", ("mixer.up_proj",), "mixer.down_proj"
         ),
-        alternatives=(Projections(("mixer.in_proj",), "mixer.out_proj"),),
+        alternatives=(Projections(("mixer.in_proj",), "mixer.out_proj"),), unpruned=_SHARED,
     ),
     "recurrent_gemma": _row(
         _no_positions,

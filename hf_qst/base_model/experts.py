@@ -7,16 +7,22 @@ them as transformers' "eager" implementation does: expert after expert, on the t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from hf_qst.base_model.linear_layers import dense_shape, is_linear
 
 KIND = "split_experts"
 # Fused parameter of transformers' experts, and the name of the layer that holds one expert's part of it. The names
 # differ so that transformers' translation of checkpoints does not take the one for the other.
 _PARTS = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
-_PLAIN = vars(nn.Module()).keys()
+# transformers' implementations of experts that compute activation and gate apart from the products.
+_CHANGEABLE = ("eager", "grouped_mm", "batched_mm")
+# Of a module's attributes those that are not copied: every module's own, and what `hook_middle` puts there.
+_PLAIN = {*vars(nn.Module()), "_apply_gate"}
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -38,6 +44,135 @@ def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
         shape = tuple(sizes) if module.is_transposed else tuple(reversed(sizes))
         shapes |= {f"{index}.{_PARTS[name]}": shape for index in range(count)}
     return dict(sorted(shapes.items(), key=lambda item: int(item[0].split(".")[0])))
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Sizes of the experts of one layer: how many, their widths, and how many matrices read the input (2 with a gate)."""
+
+    count: int
+    inputs: int
+    middle: int
+    outputs: int
+    readers: int
+    biased: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ExpertSizes:
+        """Of fused experts, or of `SplitExperts`."""
+        first, last = _fused_names(module)
+        if isinstance(module, SplitExperts):
+            layers = [module[0].get_submodule(name) for name in module.names]
+            shapes, count, biased = [dense_shape(layer) for layer in layers], len(module), layers[0].bias is not None
+        else:
+            shapes = [expert_shapes(module)[f"0.{_PARTS[name]}"] for name in (first, last)]
+            count, biased = len(getattr(module, first)), getattr(module, f"{first}_bias", None) is not None
+        return cls(count, shapes[0][0], *shapes[1], 2 if module.has_gate else 1, biased)
+
+
+def are_experts(module: nn.Module | None) -> bool:
+    """Whether `module` holds experts, fused or split."""
+    return module is not None and (is_fused(module) or isinstance(module, SplitExperts))
+
+
+def read_residual(experts: nn.Module, hidden_size: int) -> bool:
+    """Whether the experts read channels of the residual and add to them: not of a smaller state, nor through a norm."""
+    return not experts.has_post_expert_norm and ExpertSizes.of(experts).inputs == hidden_size
+
+
+def layer_names(experts: nn.Module) -> tuple[str, str]:
+    """Names that the layers of each expert have in `SplitExperts`, in the order in which they run."""
+    first, last = _fused_names(experts)
+    return _PARTS[first], _PARTS[last]
+
+
+def has_plain_layers(experts: nn.Module) -> bool:
+    """Whether the experts are fused, or every layer of theirs is a linear one, quantised or not."""
+    split = isinstance(experts, SplitExperts)
+    return not split or all(is_linear(layer) for index in range(len(experts)) for layer in experts[index].children())
+
+
+def written_by(experts: nn.Module, middle: torch.Tensor) -> torch.Tensor:
+    """Of values of the middle channels [middle] those of the outputs of an expert's first matrix [readers * middle]."""
+    if not experts.has_gate:
+        return middle
+    return torch.cat([middle, middle]) if experts.is_concatenated else middle.repeat_interleave(2)
+
+
+def summed_by_middle(experts: nn.Module, outputs: torch.Tensor) -> torch.Tensor:
+    """Sums over the outputs of an expert's first matrix [readers * middle] that go with each middle channel [middle]."""
+    if not experts.has_gate:
+        return outputs
+    return outputs.unflatten(0, (2, -1)).sum(0) if experts.is_concatenated else outputs.unflatten(0, (-1, 2)).sum(1)
+
+
+def hook_middle(experts: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]):
+    """Put `change(middle)` in the place of the middle [rows, middle] of every expert; returns the hook's handle.
+
+    It is called once for all experts or once for each, as the experts' implementation has it. transformers' own classes
+    compute the usual gate without calling `_apply_gate`: there the activation is changed, which the other branch of the
+    gate then multiplies.
+
+    Raises:
+        ValueError: the experts run in an implementation that calls neither.
+    """
+    implementation = experts.config._experts_implementation
+    if not isinstance(experts, SplitExperts) and implementation not in (None, *_CHANGEABLE):
+        raise ValueError(
+            f"experts_implementation must be one of {', '.join(_CHANGEABLE)} where the middle channels of experts are "
+            f"gated or watched, got {implementation!r}; call model.set_experts_implementation"
+        )
+    gate = getattr(experts, "fused_class", type(experts))._apply_gate
+    name = "act_fn" if not experts.has_gate or gate.__module__ == "transformers.integrations.moe" else "_apply_gate"
+    found = getattr(experts, name)
+    if isinstance(found, nn.Module):
+        return found.register_forward_hook(OnOutput(change))
+    changed = found if isinstance(found, _Changed) else _Changed(experts, name)
+    changed.changes.append(change)
+    return _ChangeHandle(changed, change)
+
+
+@dataclass(frozen=True)
+class OnOutput:
+    """A class and no closure, so that models with the hook pickle and deep-copy."""
+
+    change: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, module, args, output):
+        return self.change(output)
+
+
+class _Changed:
+    """A function of experts with changes of its output, in the function's place until the last is removed."""
+
+    def __init__(self, experts: nn.Module, name: str):
+        self.experts, self.name, self.function = experts, name, getattr(experts, name)
+        self.is_method = name not in vars(experts)
+        self.changes: list[Callable] = []
+        setattr(experts, name, self)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        output = self.function(rows)
+        for change in self.changes:
+            output = change(output)
+        return output
+
+    def remove(self, change: Callable) -> None:
+        self.changes.remove(change)
+        if not self.changes:
+            delattr(self.experts, self.name)
+            if not self.is_method:
+                setattr(self.experts, self.name, self.function)
+
+
+@dataclass(frozen=True)
+class _ChangeHandle:
+    changed: _Changed
+    change: Callable
+
+    def remove(self) -> None:
+        if self.change in self.changed.changes:
+            self.changed.remove(self.change)
 
 
 class SplitExperts(nn.Module):
@@ -76,12 +211,17 @@ class SplitExperts(nn.Module):
     @property
     def in_features(self) -> int:
         """Width of what the experts are given."""
-        return next(iter(self[0].children())).in_features
+        return self[0].get_submodule(self.names[0]).in_features
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def out_features(self) -> int:
+        """Width of what the experts give."""
+        return self[0].get_submodule(self.names[-1]).out_features
+
+    @property
+    def names(self) -> tuple[str, str]:
         """Names of an expert's layers, in the order in which they run."""
-        return tuple(_PARTS[name] for name in _fused_names(self))
+        return layer_names(self)
 
     def __getitem__(self, index: int) -> nn.Module:
         return self._modules[str(index)]
@@ -90,13 +230,13 @@ class SplitExperts(nn.Module):
         return sum(name.isdigit() for name in self._modules)
 
     def forward(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
-        """[tokens, hidden], [tokens, k], [tokens, k] -> [tokens, hidden]; the index `len(self)` stands for no expert."""
+        """[tokens, d_in], [tokens, k], [tokens, k] -> [tokens, d_out]; the index `len(self)` stands for no expert."""
         self.last_routing = top_k_index if self.forced_routing is None else self.forced_routing
         chosen = self.last_routing.flatten()
         # Sorted by expert and within it by token, as in the loop of transformers' classes.
         order = chosen.argsort(stable=True)
         counts = chosen.bincount(minlength=len(self))[: len(self)].tolist()
-        total, start = torch.zeros_like(hidden_states), 0
+        total, start = hidden_states.new_zeros(len(hidden_states), self.out_features), 0
         for index, count in enumerate(counts):
             if not count and not _is_watched(self[index]):
                 continue
@@ -113,17 +253,20 @@ class SplitExperts(nn.Module):
     def _run(self, expert: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         first, last = (expert.get_submodule(name) for name in self.names)
         middle = first(inputs)
-        middle = self.fused_class._apply_gate(self, middle) if self.has_gate else self.act_fn(middle)
+        middle = self._apply_gate(middle) if self.has_gate else self.act_fn(middle)
         output = last(middle)
         return self.post_expert_norm(output) if self.has_post_expert_norm else output
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self.fused_class._apply_gate(self, gate_up)
 
     def describe(self) -> dict:
         return {"kind": KIND}
 
     @classmethod
     def from_description(cls, fused: nn.Module, description: dict) -> SplitExperts:
-        """Empty layers in the place of fused experts."""
-        return cls(fused, empty=True)
+        """Empty layers in the place of fused experts; experts that are split already stay."""
+        return fused if isinstance(fused, cls) else cls(fused, empty=True)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:

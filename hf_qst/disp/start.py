@@ -16,7 +16,7 @@ from hf_qst.calibration import as_batches
 from hf_qst.disp.selection import SelectionNetwork
 from hf_qst.pruning.by_scores import comparable_scores
 from hf_qst.pruning.layout import PruningLayout
-from hf_qst.pruning.scores import PRUNING_METHODS, PruningTask
+from hf_qst.pruning.scores import PRUNING_METHODS, PruningTask, experts_as_layers
 from hf_qst.tuner.stack_tuner import StackLayer
 
 # The largest logit, and logits for each standard deviation of the scores. At the paper's 3 a draw drops every twentieth
@@ -44,7 +44,7 @@ def start_from_scores(model: nn.Module, network: SelectionNetwork, data: Iterabl
     stack, config = find_decoder_stack(model), network.config
     batches = as_batches(data, argument="DISPConfig.calibration_data", model=model)
     task = PruningTask(model, stack, PruningLayout.of(stack), batches, config.seed)
-    with _without_adapters(model):
+    with _without_adapters(model), experts_as_layers(stack):
         scores = PRUNING_METHODS[config.starting_method].score(task)
     scores = comparable_scores(config.starting_method, scores, network.plan)
     network.start_at(start_logits(scores, network))

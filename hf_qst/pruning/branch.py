@@ -14,6 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from hf_qst.base_model.architecture import Projections, host_of
 from hf_qst.base_model.block_calls import with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack, UnsupportedArchitectureError, find_decoder_stack
+from hf_qst.base_model.experts import (
+    SplitExperts,
+    are_experts,
+    has_plain_layers,
+    is_fused,
+    layer_names,
+    written_by,
+)
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, empty_linear, float_dtype, is_linear, set_weights
 from hf_qst.base_model.packed_weights import drop_quantizer
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
@@ -48,7 +56,8 @@ class PrunedBranch(nn.Module):
 
     The module inside is the architecture's own with narrower linear layers. It is given the channels `input_index` of
     the normalised hidden states, so that a norm's statistics stay those of the full width; its output goes to the
-    channels `output_index`, the others are zero. Gao et al., arXiv 2410.11988, figure 2.
+    channels `output_index`, the others are zero. Gao et al., arXiv 2410.11988, figure 2. Experts of a mixture are held as
+    linear layers; the names of those that are alike in all experts start with `*` in a description.
 
     Made by `from_description` in the place of an architecture's module.
 
@@ -62,7 +71,7 @@ class PrunedBranch(nn.Module):
     def __init__(self, module: nn.Module, description: Mapping, full: Mapping[str, tuple[int, int]], device=None):
         super().__init__()
         self.module = module
-        self.linear = {name: dict(entry) for name, entry in description["linear"].items()}
+        self.described = {name: dict(entry) for name, entry in description["linear"].items()}
         self.hidden_size = description["hidden_size"]
         self.full = dict(full)
         for name in ("input", "output"):
@@ -81,8 +90,11 @@ class PrunedBranch(nn.Module):
             ReshapedModelError: a linear layer it names is not there, or is narrower.
         """
         device = next(unchanged.parameters()).device
+        if is_fused(unchanged):
+            unchanged = SplitExperts(unchanged)
         known, full = dict(unchanged.named_modules()), {}
-        for name, entry in description["linear"].items():
+        entries = of_each_expert(unchanged, description["linear"])
+        for name, entry in entries.items():
             if not is_linear(known.get(name)):
                 raise ReshapedModelError(f"a pruned branch names {name!r}, which is no linear layer of the model")
             full[name] = dense_shape(known[name])
@@ -90,15 +102,20 @@ class PrunedBranch(nn.Module):
                 raise ReshapedModelError(
                     f"a pruned branch describes {name!r} as {entry['shape']}, the model's is {list(full[name])}"
                 )
-        for name, entry in description["linear"].items():
+        for name, entry in entries.items():
             unchanged = exchanged(unchanged, name, _resized(known[name], *entry["shape"]))
         return cls(unchanged, description, full, device)
+
+    @property
+    def linear(self) -> dict[str, dict]:
+        """Description of each narrowed layer by its path in the module."""
+        return of_each_expert(self.module, self.described)
 
     def describe(self) -> dict:
         """What the branch is, as JSON-ready data; `from_description` makes an empty one of it."""
         return {
             "kind": KIND,
-            "linear": self.linear,
+            "linear": self.described,
             "input_width": None if self.input_index is None else len(self.input_index),
             "output_width": None if self.output_index is None else len(self.output_index),
             "hidden_size": self.hidden_size,
@@ -125,9 +142,11 @@ class PrunedBranch(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The module in the architecture's shapes: what was cut out is zero. Middle channels that stayed come first."""
-        module = copy.deepcopy(self.module)
-        for name, entry in self.linear.items():
-            narrow = self.module.get_submodule(name)
+        # Experts may have been fused again, as whoever makes a whole model dense begins with the innermost modules.
+        source = SplitExperts(self.module) if is_fused(self.module) else self.module
+        module = copy.deepcopy(source)
+        for name, entry in of_each_expert(module, self.described).items():
+            narrow = source.get_submodule(name)
             dense = _resized(narrow, *self.full[name])
             inputs = _places(self.input_index if entry["role"] == READ else None, narrow, dense, 0)
             stacked = entry.get("stacked", 1)
@@ -139,7 +158,14 @@ class PrunedBranch(nn.Module):
                 bias[outputs] = narrow.bias.detach()
             set_weights(dense, weight, bias)
             module = exchanged(module, name, dense)
-        return module
+        return module.to_dense() if isinstance(module, SplitExperts) else module
+
+
+def of_each_expert(module: nn.Module, entries: Mapping[str, object]) -> dict:
+    """The entries by the paths of single layers, those of all experts of `module` once for each."""
+    if not isinstance(module, SplitExperts):
+        return dict(entries)
+    return {name.replace("*", str(index)): entry for index in range(len(module)) for name, entry in entries.items()}
 
 
 def _places(
@@ -175,14 +201,16 @@ class _Branch:
     stacked: int = 1  # matrices that a layer which reads holds, one behind the other
 
 
-def _branches(names: Projections, masks: Mapping[str, torch.Tensor]) -> list[_Branch]:
+def _branches(block: nn.Module, names: Projections, masks: Mapping[str, torch.Tensor]) -> list[_Branch]:
     parts, every = {}, None
     if names.attention_out:
         parts |= dict.fromkeys(names.attention_in, (READ, masks["attention_in"], every))
         parts[names.attention_out] = (WRITE, every, masks["attention_out"])
     if names.mlp_out:
-        middle = masks["mlp_middle"]
-        parts |= dict.fromkeys(names.mlp_in, (READ, masks["mlp_in"], torch.cat([middle] * names.mlp_stacked)))
+        # Of a mixture's shared expert, the middle stays.
+        middle = every if names.experts else masks["mlp_middle"]
+        stacked = every if names.experts else torch.cat([middle] * names.mlp_stacked)
+        parts |= dict.fromkeys(names.mlp_in, (READ, masks["mlp_in"], stacked))
         parts[names.mlp_out] = (WRITE, middle, masks["mlp_out"])
     branches = []
     for host in names.hosts:
@@ -191,7 +219,20 @@ def _branches(names: Projections, masks: Mapping[str, torch.Tensor]) -> list[_Br
         written = next((outputs for role, _, outputs in linear.values() if role == WRITE), None)
         stacked = names.mlp_stacked if host in names.mlp_hosts else 1
         branches.append(_Branch(host, read, written, linear, stacked))
+    if names.experts:
+        branches.append(_experts_branch(block, names.experts, masks))
     return branches
+
+
+def _experts_branch(block: nn.Module, path: str, masks: Mapping[str, torch.Tensor]) -> _Branch:
+    experts, read, written = block.get_submodule(path), masks["mlp_in"], masks["mlp_out"]
+    first, last = (f"*.{name}" for name in layer_names(experts))
+    linear = {
+        first: (READ, read, written_by(experts, masks["mlp_middle"])),
+        last: (WRITE, masks["mlp_middle"], written),
+    }
+    stacked = 2 if experts.has_gate and experts.is_concatenated else 1
+    return _Branch(path, read, written, linear, stacked)
 
 
 def _index(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -207,12 +248,14 @@ def _pruned(module: nn.Module, branch: _Branch, hidden_size: int) -> nn.Module:
     """`module` with only the channels of the branch's masks; the same module if they keep everything."""
     if all(_index(mask) is None for _, *both in branch.linear.values() for mask in both):
         return module
+    if is_fused(module):
+        module = SplitExperts(module)
     known = dict(module.named_modules())
-    shapes = {name: dense_shape(known[name]) for name in branch.linear}
+    first = {name: dense_shape(known[name.replace("*", "0")]) for name in branch.linear}
     read, written = _index(branch.read), _index(branch.written)
     description = {
         "linear": {
-            name: {"role": role, "shape": [_width(i, shapes[name][0]), _width(o, shapes[name][1])]}
+            name: {"role": role, "shape": [_width(i, first[name][0]), _width(o, first[name][1])]}
             | ({"stacked": branch.stacked} if role == READ and branch.stacked > 1 else {})
             for name, (role, i, o) in branch.linear.items()
         },
@@ -221,7 +264,7 @@ def _pruned(module: nn.Module, branch: _Branch, hidden_size: int) -> nn.Module:
         "hidden_size": hidden_size,
     }
     pruned = PrunedBranch.from_description(module, description)
-    for name, (_, inputs, outputs) in branch.linear.items():
+    for name, (_, inputs, outputs) in of_each_expert(module, branch.linear).items():
         dense = known[name]
         weight, bias = dense_weight(dense), dense.bias
         if inputs is not None:
@@ -257,7 +300,7 @@ def prune_blocks(model: PreTrainedModel, masks: Sequence[Mapping[str, torch.Tens
     stack = find_prunable_stack(model)
     _check_masks(stack, masks)
     for block, chosen in zip(stack.blocks, masks, strict=True):
-        for branch in _branches(stack.projections(block), chosen):
+        for branch in _branches(block, stack.projections(block), chosen):
             module = block.get_submodule(branch.path)
             block.set_submodule(branch.path, _pruned(module, branch, stack.spec.hidden_size))
     if not any(isinstance(module, PrunedBranch) for module in model.modules()):
@@ -286,16 +329,20 @@ def find_prunable_stack(model: nn.Module) -> DecoderStack:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} shares parameters between its blocks, which pruning would cut twice"
         )
-    candidates = [path for names in (architecture.projections, *architecture.alternatives) for path in names.paths]
+    candidates = [
+        path
+        for names in (architecture.projections, *architecture.alternatives)
+        for path in (*names.paths, *([names.experts] if names.experts else []))
+    ]
     for i, block in enumerate(stack.blocks):
         known = dict(block.named_modules())
         for name in candidates:
             if _was_changed(known, name):
                 raise ValueError(
-                    f"block {i} of {type(model).__name__} has no plain linear layer {name!r}: it was pruned, compressed "
-                    "or wrapped before"
+                    f"block {i} of {type(model).__name__} has no plain linear layer or experts {name!r}: it was pruned, "
+                    "compressed or wrapped before"
                 )
-    if not any(stack.projections(block).paths for block in stack.blocks):
+    if not any(stack.projections(block).are_any for block in stack.blocks):
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} has no block whose attention or MLP pruning knows: a row of its type would name "
             "the linear layers that read from the residual and those that add to it"
@@ -304,9 +351,12 @@ def find_prunable_stack(model: nn.Module) -> DecoderStack:
 
 
 def _was_changed(known: Mapping[str, nn.Module], path: str) -> bool:
-    """Whether the linear layer at this path, or the module it lies in, was replaced by something of another library."""
+    """Whether the linear layer or experts at this path, or the module it lies in, was replaced by something of another library."""
+    if are_experts(known.get(path)):
+        return not has_plain_layers(known[path])
     if path in known:
-        return not is_linear(known[path])
+        # An architecture's own module here holds experts in a form of its own, which stay.
+        return not is_linear(known[path]) and not type(known[path]).__module__.startswith("transformers.models.")
     host = known.get(host_of(path))
     return host is not None and not type(host).__module__.startswith("transformers.")
 

@@ -13,7 +13,14 @@ from hf_qst.calibration import as_batches
 from hf_qst.pruning.branch import find_prunable_stack, prune_blocks
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
 from hf_qst.pruning.options import PruningOptions, parameter_budget
-from hf_qst.pruning.scores import PRUNING_METHODS, PruningTask, Scores, require_allocation
+from hf_qst.pruning.scores import (
+    PRUNING_METHODS,
+    PruningTask,
+    Scores,
+    expert_layers,
+    experts_as_layers,
+    require_allocation,
+)
 from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, widths_on_budget
 from hf_qst.tuner.config import is_count
 
@@ -122,12 +129,13 @@ def prune_model(
     batches = as_batches(calibration_data, model=model) if chosen.needs_data else None
     task = PruningTask(model, stack, PruningLayout.of(stack), batches, seed)
     with unpacked(model):
-        plan = SelectionMap.of(task.layout, options.selections, constraint)
-        owned = comparable_scores(method, chosen.score(task), plan, allocation)
-        widths = widths_on_budget(owned, plan, budget, width_multiple, min_width)
-        masks = masks_by_layer(plan, best_channels(owned, widths))
-        if chosen.keeps_means:
-            _add_means_to_biases(task, masks)
+        with experts_as_layers(stack):
+            plan = SelectionMap.of(task.layout, options.selections, constraint)
+            owned = comparable_scores(method, chosen.score(task), plan, allocation)
+            widths = widths_on_budget(owned, plan, budget, width_multiple, min_width)
+            masks = masks_by_layer(plan, best_channels(owned, widths))
+            if chosen.keeps_means:
+                _add_means_to_biases(task, masks)
         return prune_blocks(model, masks)
 
 
@@ -136,7 +144,10 @@ def _add_means_to_biases(task: PruningTask, masks: Sequence[Mapping[str, torch.T
     for block, statistics, mask in zip(task.stack.blocks, task.statistics, masks, strict=True):
         names = task.stack.projections(block)
         readers = {"attention_in": names.attention_in, "mlp_in": names.mlp_in}
-        readers["mlp_middle"] = (names.mlp_out,) if names.mlp_out else ()
+        readers["mlp_middle"] = (names.mlp_out,) if names.mlp_out and not names.experts else ()
+        if names.experts:
+            first, last = zip(*expert_layers(block, names), strict=True)
+            readers |= {"mlp_in": (*names.mlp_in, *first), "mlp_middle": last}
         for selection, paths in readers.items():
             for path in paths:
                 bias, mean = block.get_submodule(path).bias, statistics[path].mean

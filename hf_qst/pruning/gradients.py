@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 from hf_qst.calibration import calibration_mode, hooks
 from hf_qst.calibration.labels import label_count, labelled_batches, own_loss, same_problem
 from hf_qst.pruning.points import selection_points
-from hf_qst.pruning.scores import PruningTask, Scores, summed_over_weights
+from hf_qst.pruning.scores import PruningTask, Scores, expert_layers, summed_over_weights
 
 
 class _Taps:
@@ -59,23 +60,34 @@ def fisher_scores(task: PruningTask) -> Scores:
     "Optimal Brain Damage", 1989, for gates as in Molchanov et al., "Importance Estimation for Neural Network Pruning",
     CVPR 2019, equation 10. All selections have one unit, so they compete by loss for each weight.
     """
-    taps, handles = _Taps(), []
-    sums = [
-        {name: torch.zeros(task.layout.size(name, i), dtype=torch.float64) for name in task.layout.blocks[i].prunable}
-        for i in range(task.layout.num_layers)
-    ]
-
-    def receiver(total: torch.Tensor) -> Callable:
-        def receive(hidden: torch.Tensor, gradient: torch.Tensor) -> None:
-            total.add_((hidden.float() * gradient.float()).square().flatten(0, -2).sum(0).cpu())
-
-        return receive
-
-    for block, total in zip(task.stack.blocks, sums, strict=True):
-        for point in selection_points(block, task.stack):
-            handles.append(point.hook(functools.partial(taps.take, receiver(total[point.selection]))))
+    taps, handles, gates = _Taps(), [], []
+    for i, block in enumerate(task.stack.blocks):
+        points = selection_points(block, task.stack)
+        places = Counter(point.selection for point in points)
+        gates.append({name: _GateSquares(task.layout.size(name, i), count) for name, count in places.items()})
+        for point in points:
+            handles.append(point.hook(functools.partial(taps.take, gates[i][point.selection].receive)))
     counted = _back_propagate(task, "fisher", taps, handles)
-    return [{name: total / (2 * counted) for name, total in block.items()} for block in sums]
+    return [{name: gate.total / (2 * counted) for name, gate in block.items()} for block in gates]
+
+
+class _GateSquares:
+    """The sum over tokens of (x dL/dx)^2 for the gates [size] of a selection.
+
+    Where a selection acts in several `places`, such as before experts and before a shared one, what they give for a token
+    is added up first: the gate is the same. The middles of a token's experts count as different tokens'.
+    """
+
+    def __init__(self, size: int, places: int):
+        self.total, self.places = torch.zeros(size, dtype=torch.float64), places
+        self._rows, self._seen = 0.0, 0
+
+    def receive(self, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._rows = self._rows + (hidden.float() * gradient.float()).flatten(0, -2)
+        self._seen += 1
+        if self._seen == self.places:
+            self.total.add_(self._rows.square().sum(0).cpu())
+            self._rows, self._seen = 0.0, 0
 
 
 def taylor_scores(task: PruningTask) -> Scores:
@@ -99,7 +111,9 @@ def taylor_scores(task: PruningTask) -> Scores:
         return hook
 
     for i, block in enumerate(task.stack.blocks):
-        for path in task.stack.projections(block).paths:
+        names = task.stack.projections(block)
+        experts = [path for paths in expert_layers(block, names) for path in paths]
+        for path in (*names.paths, *experts):
             handles.append(block.get_submodule(path).register_forward_hook(on_forward((i, path))))
     counted = _back_propagate(task, "taylor", taps, handles)
     return summed_over_weights(

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_qst.base_model.architecture import Projections
 from hf_qst.base_model.decoder_stack import DecoderStack
+from hf_qst.base_model.experts import ExpertSizes
 from hf_qst.base_model.linear_layers import dense_shape, weight_count
 
 SELECTIONS = ("attention_in", "attention_out", "mlp_in", "mlp_middle", "mlp_out")
@@ -22,18 +23,23 @@ class BlockLayout:
     """Sizes of one block as far as pruning needs them.
 
     Parameters that a channel of a selection takes along: `read_width` of one that the attention reads, `written_width` of
-    one that it writes, both without the other half; an MLP has `mlp_inputs` matrices that read its input and
-    `middle_biases` biases of a middle channel, and `mlp_out_bias` is 1 if the layer that writes has a bias. `fixed`
-    counts what stays whatever is chosen: norms, biases of queries, keys and values, a recurrence, a router and experts.
-    A half that is not pruned counts as `fixed`, and its selections keep everything.
+    one that it writes, both without the other half; an MLP has `mlp_inputs` matrices that read its input, `mlp_outputs`
+    that write, and `middle_biases` biases of a middle channel; `mlp_out_biases` are those of a channel that it writes. Of
+    a mixture these count all experts, whose middle channels are chosen together; its shared expert, whose middle stays,
+    takes `shared_read` with a channel that the MLP reads and `shared_written` with one that it writes. `fixed` counts what
+    stays whatever is chosen: norms, biases of queries, keys and values, a recurrence, a router. A half that is not pruned
+    counts as `fixed`, and its selections keep everything.
     """
 
     intermediate_size: int
     read_width: int
     written_width: int
     mlp_inputs: int
+    mlp_outputs: int = 1
     middle_biases: int = 0
-    mlp_out_bias: int = 0
+    mlp_out_biases: int = 0
+    shared_read: int = 0
+    shared_written: int = 0
     fixed: int = 0
 
     @classmethod
@@ -45,11 +51,21 @@ class BlockLayout:
         if names.attention_out:
             sizes["read_width"] = sum(shapes[path][1] for path in names.attention_in)
             sizes["written_width"] = shapes[names.attention_out][0] + biased[names.attention_out]
-        if names.mlp_out:
+        if names.experts:
+            experts = ExpertSizes.of(known[names.experts])
+            biases = experts.count * experts.biased
+            sizes["intermediate_size"] = experts.middle
+            sizes["mlp_inputs"], sizes["mlp_outputs"] = experts.count * experts.readers, experts.count
+            sizes["middle_biases"], sizes["mlp_out_biases"] = experts.readers * biases, biases
+            if names.mlp_out:
+                sizes["shared_read"] = sum(shapes[path][1] for path in names.mlp_in)
+                sizes["shared_written"] = shapes[names.mlp_out][0]
+                sizes["mlp_out_biases"] += biased[names.mlp_out]
+        elif names.mlp_out:
             sizes["intermediate_size"] = shapes[names.mlp_out][0]
             sizes["mlp_inputs"] = len(names.mlp_in) * names.mlp_stacked
             sizes["middle_biases"] = sum(biased[path] for path in names.mlp_in) * names.mlp_stacked
-            sizes["mlp_out_bias"] = biased[names.mlp_out]
+            sizes["mlp_out_biases"] = biased[names.mlp_out]
         full = torch.tensor([[hidden_size] * 3 + [sizes["intermediate_size"], hidden_size]])
         pruned = int(cls(**sizes).parameters(full[0].unbind()))
         return cls(**sizes, fixed=weight_count(block) - pruned)
@@ -61,14 +77,17 @@ class BlockLayout:
         return (*attention, *(SELECTIONS[2:] if self.mlp_inputs else ()))
 
     def parameters(self, widths) -> torch.Tensor:
-        """Parameters left at these five widths: w1 r + w2 s + w4 (g w3 + b + w5) + c w5 + fixed; without an MLP no w5.
+        """Parameters left at these five widths: w1 r + w2 s + w4 (g w3 + b + e w5) + d w3 + c w5 + fixed.
+
+        `d` and `c` are of a shared expert and of biases; without an MLP `e` is 0.
 
         Fields and widths may be tensors with an entry for each block.
         """
         w1, w2, w3, w4, w5 = widths
-        written = (self.mlp_inputs > 0) * w5
-        mlp = w4 * (self.mlp_inputs * w3 + self.middle_biases + written) + self.mlp_out_bias * w5
-        return w1 * self.read_width + w2 * self.written_width + mlp + self.fixed
+        written = (self.mlp_inputs > 0) * self.mlp_outputs * w5
+        mlp = w4 * (self.mlp_inputs * w3 + self.middle_biases + written) + self.mlp_out_biases * w5
+        shared = self.shared_read * w3 + self.shared_written * w5
+        return w1 * self.read_width + w2 * self.written_width + mlp + shared + self.fixed
 
 
 @dataclass(frozen=True)
@@ -105,9 +124,9 @@ class PruningLayout:
         return {
             "attention_in": block.read_width,
             "attention_out": block.written_width,
-            "mlp_in": block.mlp_inputs * block.intermediate_size,
-            "mlp_middle": (block.mlp_inputs + 1) * self.hidden_size,
-            "mlp_out": block.intermediate_size,
+            "mlp_in": block.mlp_inputs * block.intermediate_size + block.shared_read,
+            "mlp_middle": (block.mlp_inputs + block.mlp_outputs) * self.hidden_size,
+            "mlp_out": block.mlp_outputs * block.intermediate_size + block.shared_written,
         }[selection]
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_qst.base_model.decoder_stack import DecoderStack
+from hf_qst.base_model.decoder_stack import DecoderStack, Projections
+from hf_qst.base_model.experts import enclosing_experts, is_fused, put_back, split, summed_by_middle
 from hf_qst.base_model.linear_layers import dense_weight
 from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode, first_input, hooks
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
@@ -32,17 +34,22 @@ class InputStatistics:
     @property
     def mean(self) -> torch.Tensor:
         """float32 [d_in]."""
-        return (self._sum / self.count).float()
+        return self._over_rows(self._sum).float()
 
     @property
     def second_moment(self) -> torch.Tensor:
         """float32 [d_in], uncentred."""
-        return (self._squares / self.count).float()
+        return self._over_rows(self._squares).float()
 
     @property
     def variance(self) -> torch.Tensor:
         """float32 [d_in]."""
-        return (self._squares / self.count - (self._sum / self.count).square()).clamp(min=0).float()
+        variance = self._over_rows(self._squares) - self._over_rows(self._sum).square()
+        return variance.clamp(min=0).float()
+
+    def _over_rows(self, total: torch.Tensor) -> torch.Tensor:
+        """The mean; of an expert that saw no token it is 0."""
+        return total / max(self.count, 1)
 
 
 @dataclass
@@ -50,7 +57,8 @@ class PruningTask:
     """What a pruning method is given.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): dense; a method leaves it as it is.
+        model ([`~transformers.PreTrainedModel`]):
+            Dense; a method leaves it as it is. The experts of a mixture are split (`experts_as_layers`).
         stack ([`DecoderStack`]): its blocks and what their linear layers are called.
         layout ([`PruningLayout`]): sizes of the selections.
         calibration_data (`list[dict]`, *optional*): batches of model inputs.
@@ -69,7 +77,7 @@ class PruningTask:
 
     @cached_property
     def statistics(self) -> list[dict[str, InputStatistics]]:
-        """For each block the statistics of its linear layers' inputs, by path inside the block.
+        """For each block the statistics of its linear layers' inputs, by path inside the block; experts are split.
 
         Raises:
             CalibrationError: the data do not reach a layer, or make it see NaN.
@@ -78,7 +86,9 @@ class PruningTask:
         found: list[dict[str, InputStatistics]] = [{} for _ in range(self.layout.num_layers)]
         firsts = {}
         for i, block in enumerate(found):
-            for paths in self.stack.projections(self.stack.blocks[i]).of_one_input:
+            names = self.stack.projections(self.stack.blocks[i])
+            experts = [(path,) for paths in expert_layers(self.stack.blocks[i], names) for path in paths]
+            for paths in (*names.of_one_input, *experts):
                 one = firsts[f"{prefix}.{i}.{paths[0]}"] = InputStatistics()
                 block.update(dict.fromkeys(paths, one))
         run = CalibrationRun(self.model, list(firsts))
@@ -92,11 +102,33 @@ class PruningTask:
             for batch in tqdm(self.calibration_data, desc="calibration", unit="batch", leave=False):
                 run(batch)
         for name, one in firsts.items():
-            if one.count == 0:
+            if one.count == 0 and enclosing_experts(self.model, name) is None:
                 raise CalibrationError(f"module {name!r} sees no rows of calibration_data")
-            if not one.second_moment.isfinite().all():
+            if one.count and not one.second_moment.isfinite().all():
                 raise CalibrationError(f"the inputs of module {name!r} hold NaN or infinite values")
         return found
+
+
+def expert_layers(block: nn.Module, names: Projections) -> list[tuple[str, str]]:
+    """Paths inside the block of the two layers of each of its experts, while they are split; none without experts."""
+    if not names.experts:
+        return []
+    experts = block.get_submodule(names.experts)
+    return [tuple(f"{names.experts}.{index}.{name}" for name in experts.names) for index in range(len(experts))]
+
+
+@contextmanager
+def experts_as_layers(stack: DecoderStack) -> Iterator[None]:
+    """The experts of all blocks as linear layers of their own for a while, which share the memory of the fused ones."""
+    taken = []
+    for block in stack.blocks:
+        path = stack.projections(block).experts
+        taken.append((block, split(block, [path] if path and is_fused(block.get_submodule(path)) else [])))
+    try:
+        yield
+    finally:
+        for block, fused in taken:
+            put_back(block, fused)
 
 
 Scores = list[dict[str, torch.Tensor]]
@@ -187,10 +219,20 @@ def summed_over_weights(
             of_block["attention_out"] = of(names.attention_out).sum(0)
         if names.mlp_out:
             mlp_in, mlp_out = [of(path) for path in names.mlp_in], of(names.mlp_out)
-            written = sum(part.sum(0).unflatten(0, (names.mlp_stacked, -1)).sum(0) for part in mlp_in)
             of_block["mlp_in"] = sum(part.sum(1) for part in mlp_in)
-            of_block["mlp_middle"] = mlp_out.sum(1) + (0 if middle_by_readers else written)
             of_block["mlp_out"] = mlp_out.sum(0)
+            if not names.experts:
+                written = sum(part.sum(0).unflatten(0, (names.mlp_stacked, -1)).sum(0) for part in mlp_in)
+                of_block["mlp_middle"] = mlp_out.sum(1) + (0 if middle_by_readers else written)
+        for first, last in expert_layers(block, names):
+            mlp_in, mlp_out = of(first), of(last)
+            written = summed_by_middle(block.get_submodule(names.experts), mlp_in.sum(0))
+            parts = {
+                "mlp_in": mlp_in.sum(1),
+                "mlp_middle": mlp_out.sum(1) + (0 if middle_by_readers else written),
+                "mlp_out": mlp_out.sum(0),
+            }
+            of_block |= {name: of_block.get(name, 0) + part for name, part in parts.items()}
         scores.append(of_block)
     return scores
 

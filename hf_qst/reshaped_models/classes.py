@@ -31,7 +31,9 @@ from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
 from hf_qst.reshaped_models.folder import check_folder, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
 from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
+from hf_qst.reshaped_models.tensor_names import names_in_memory
 from hf_qst.saved.manifest import CheckpointError
+from hf_qst.saved.whole_files import finish_interrupted
 from hf_qst.tuner.registration import IMPORT_REMINDER
 
 PLAIN_MODEL_TYPE = "hf_qst_reshaped"
@@ -122,15 +124,18 @@ class ReshapedModel:
             CheckpointError: naming the file and the tensor that is missing, extra, of another shape, dtype or content.
         """
         source = pretrained_model_name_or_path
+        if source is not None and finish_interrupted(source):
+            config = None  # the one that was read may be of the files before
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         if not isinstance(config, ReshapedConfig):
             config, kwargs = _load_config(cls.config_class, source if config is None else config, kwargs)
             kwargs.update(hub)
         config = copy.copy(config)
+        # Without a source the tensors come with the call (`state_dict=`).
+        tensors = None if source is None else check_folder(os.fspath(source), config.reshaped_modules, **hub)
         _require_saved_class(cls, config)
-        if source is not None:  # without one, the tensors come with the call (`state_dict=`)
-            tensors = check_folder(os.fspath(source), config.reshaped_modules, **hub)
-            _require_base_name(cls, config, tensors)
+        if tensors is not None:
+            tensors = names_in_memory(cls, config, tensors)
             leave_new_heads_unquantised(cls, config, tensors)
         config.transformers_weights = None
         model, loading_info = super().from_pretrained(
@@ -298,22 +303,6 @@ def _pass_over_in_initialisation(base: nn.Module, parent: str) -> None:
 
 def _depth(path: str) -> int:
     return path.count(".")
-
-
-def _require_base_name(model_class: type[PreTrainedModel], config: ReshapedConfig, tensors: set[str]) -> None:
-    """A class that calls its base model otherwise would find none of the tensors.
-
-    Raises:
-        CheckpointError: naming both names.
-    """
-    own = f"{model_class.base_model_prefix}."
-    inside = tuple(f"{path}." for path in config.reshaped_modules)
-    found = {name.partition(".")[0] for name in tensors if name.partition(".")[2].startswith(inside)}
-    if found and not any(name.startswith((own, *inside)) for name in tensors):
-        raise CheckpointError(
-            f"the files call the base model {min(found)!r}, {model_class.__name__} calls it "
-            f"{model_class.base_model_prefix!r} and would start from random values"
-        )
 
 
 def _require_loaded(model: PreTrainedModel, missing: set[str]) -> None:

@@ -12,9 +12,19 @@ import os
 import re
 from collections.abc import Callable
 
+from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from hf_qst.saved.manifest import CheckpointError, build, check, read_tensors, tensor_name
+from hf_qst.saved.manifest import (
+    CheckpointError,
+    build,
+    check,
+    check_settings,
+    describe_settings,
+    read_tensors,
+    require_entry,
+    tensor_name,
+)
 from hf_qst.saved.model_card import complete_card
 from hf_qst.saved.whole_files import whole_files, write_text
 
@@ -23,6 +33,9 @@ MANIFEST_VERSION = 1
 INDEX_NAME = "model.safetensors.index.json"
 # What transformers would load from a folder in place of, or beside, the files of the manifest.
 _WEIGHTS = re.compile(r"(pytorch_)?model\b.*\.(safetensors|bin)(\.index\.json)?")
+# The modules are compared by themselves, with an error that names the module.
+_FREE_SETTINGS = frozenset(("_name_or_path", "transformers_version", "reshaped_modules"))
+_TO_CHANGE = "To change a setting on purpose, pass it to from_pretrained, and save the model again."
 _CARD_MARK = "<!-- hf_qst reshaped model -->"
 _CARD = f"""
 {_CARD_MARK}
@@ -59,20 +72,17 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
     created = not os.path.isdir(directory)
     os.makedirs(directory, exist_ok=True)
     try:
-        with whole_files(directory) as staging:
+        with whole_files(directory, replaced=_WEIGHTS.fullmatch) as staging:
             save(staging)
             names = sorted(name for name in os.listdir(staging) if name.endswith(".safetensors"))
             if not names:
                 raise CheckpointError(f"{directory}: nothing was saved as safetensors, the only format with a manifest")
             files = {name: build(read_tensors(os.path.join(staging, name)), {})["tensors"] for name in names}
-            manifest = {"version": MANIFEST_VERSION, "modules": modules, "files": files}
+            settings = describe_settings(_read_json(os.path.join(staging, CONFIG_NAME)), _FREE_SETTINGS)
+            manifest = {"version": MANIFEST_VERSION, "modules": modules, "files": files, "settings": settings}
             write_text(os.path.join(staging, MANIFEST_NAME), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             imports, loader = how_to_load
             complete_card(directory, _CARD_MARK, _CARD.format(imports=imports, loader=loader), staging)
-            new = set(os.listdir(staging))
-        for name in set(os.listdir(directory)) - new:
-            if _WEIGHTS.fullmatch(name):
-                os.remove(os.path.join(directory, name))
     except BaseException:
         if created:
             with contextlib.suppress(OSError):  # something else was put there meanwhile
@@ -96,11 +106,16 @@ def check_folder(source: str, modules: dict, **hub) -> set[str]:
     """
     manifest_file = _locate(source, MANIFEST_NAME, hub)
     manifest = _read_json(manifest_file)
-    if manifest["version"] != MANIFEST_VERSION:
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != MANIFEST_VERSION:
         raise CheckpointError(
-            f"{manifest_file} is of version {manifest['version']!r}, this hf_qst reads {MANIFEST_VERSION}; update it"
+            f"{manifest_file} is of version {version!r}, this hf_qst reads {MANIFEST_VERSION}; update it"
         )
+    _validate(manifest, manifest_file)
     _check_modules(manifest["modules"], modules, source)
+    if "settings" in manifest:  # folders of version 0.1 have none
+        values = _read_json(_locate(source, CONFIG_NAME, hub))
+        check_settings(manifest["settings"], values, os.path.join(source, CONFIG_NAME), _TO_CHANGE)
     files = manifest["files"]
     for name, tensors in files.items():
         check({"tensors": tensors}, read_tensors(_locate(source, name, hub)), file=name)
@@ -132,6 +147,17 @@ def _read_json(path: str) -> dict:
             raise CheckpointError(f"{path} is not whole: {error}") from error
 
 
+def _validate(manifest: dict, path: str) -> None:
+    for part in ("modules", "files"):
+        if not isinstance(manifest.get(part), dict):
+            raise CheckpointError(f"{path} is damaged: {part} is {manifest.get(part)!r:.60}")
+    for file, tensors in manifest["files"].items():
+        if not isinstance(tensors, dict) or os.path.basename(file) != file:
+            raise CheckpointError(f"{path} is damaged: of file {file!r} it says {tensors!r:.60}")
+        for name, entry in tensors.items():
+            require_entry(name, entry, path)
+
+
 def _check_modules(saved: dict, found: dict, source: str) -> None:
     for path in sorted({*saved, *found}):
         if saved.get(path) != found.get(path):
@@ -141,7 +167,10 @@ def _check_modules(saved: dict, found: dict, source: str) -> None:
 
 
 def _check_index(index: dict, files: dict) -> None:
-    listed = {tensor_name(name): file for name, file in index.get("weight_map", {}).items()}
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{INDEX_NAME} is damaged: it does not list the file of each tensor")
+    listed = {tensor_name(name): file for name, file in weight_map.items()}
     held = {name: file for file, tensors in files.items() for name in tensors}
     if wrong := sorted({name for name, _ in listed.items() ^ held.items()}):
         raise CheckpointError(

@@ -10,14 +10,16 @@ The manifest is made when an adapter's tensors are collected for saving (`rememb
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
@@ -109,6 +111,76 @@ def check(
             raise CheckpointError(f"{file}: tensor {name!r} does not have the content that was saved (checksum)")
 
 
+def validate(manifest: object, file: str = CONFIG_NAME) -> None:
+    """Check that a manifest read from `file` has the form of one.
+
+    Raises:
+        CheckpointError: naming the file and the part that is missing or of another type.
+    """
+
+    def require(holder: object, name: str, kind: type | tuple[type, ...], place: str) -> object:
+        if not isinstance(holder, dict) or name not in holder:
+            raise CheckpointError(f"{file} is damaged: its manifest has no {place}")
+        if not isinstance(holder[name], kind) or isinstance(holder[name], bool):
+            raise CheckpointError(f"{file} is damaged: {place} of its manifest is {holder[name]!r:.60}")
+        return holder[name]
+
+    base = require(manifest, "base", dict, "base")
+    for name, value in base.items():
+        if not isinstance(value, (str, int, type(None))):
+            raise CheckpointError(f"{file} is damaged: base/{name} of its manifest is {value!r:.60}")
+    for name, entry in require(manifest, "tensors", dict, "tensors").items():
+        require_entry(name, entry, file)
+
+
+def require_entry(name: str, entry: object, file: str) -> None:
+    """Check that what a manifest in `file` says of tensor `name` has the form of `describe`.
+
+    Raises:
+        CheckpointError: naming the file and the tensor.
+    """
+    whole = (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("shape"), list)
+        and all(isinstance(size, int) for size in entry["shape"])
+    )
+    if not whole:
+        raise CheckpointError(f"{file} is damaged: its manifest says {entry!r:.60} of tensor {name!r}")
+
+
+def describe_settings(values: Mapping[str, object], free: Collection[str]) -> dict[str, str]:
+    """A checksum of each setting of a JSON file, but of those in `free`, which others may write."""
+    return {name: _checksum(value) for name, value in sorted(values.items()) if name not in free}
+
+
+def _checksum(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=lambda held: sorted(held) if isinstance(held, set) else str(held))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_settings(saved: object, values: Mapping[str, object], file: str, remedy: str) -> None:
+    """Check the settings of a file against the checksums that were saved with it.
+
+    Args:
+        saved: what `describe_settings` gave; settings without a checksum, of another version, are not checked.
+        values: the settings that were read; a missing one is None.
+        file: where they stand.
+        remedy: how to change one on purpose.
+
+    Raises:
+        CheckpointError: naming the file and the first setting that is not the one that was saved.
+    """
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{file} is damaged: its manifest holds no checksums of the settings")
+    for name, expected in saved.items():
+        if _checksum(values.get(name)) != expected:
+            raise CheckpointError(
+                f"{file}: {name} is {values.get(name)!r:.80}, which is not what was saved with the weights. {remedy}"
+            )
+
+
 def entries_below(manifest: Mapping, path: str) -> dict[str, dict]:
     """The entries of the tensors below the module `path`, by their names in it."""
     prefix = f"{path}."
@@ -166,7 +238,8 @@ def check_base(manifest: Mapping, base: Mapping[str, object]) -> None:
     for name, saved in manifest["base"].items():
         if base.get(name) != saved:
             raise CheckpointError(
-                f"this adapter was saved for a base with {name} {saved!r}, the given model has {base.get(name)!r}"
+                f"{CONFIG_NAME}: this adapter was saved for a base with {name} {saved!r}, the given model has "
+                f"{base.get(name)!r}"
             )
 
 

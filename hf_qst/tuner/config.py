@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
 
 from hf_qst.saved import manifest
 from hf_qst.saved.model_card import complete_card
-from hf_qst.saved.whole_files import whole_files
-from hf_qst.tuner.registration import HfQstPeftType, write_saved_name
+from hf_qst.saved.whole_files import whole_files, write_text
+from hf_qst.tuner.registration import HfQstPeftType, saved_name
 
 BUDGET_SCOPES = ("targets", "model")
 """What a `keep_ratio` is a part of: the weights a method may change, or all parameters of the model."""
+
+NOT_OF_THE_ADAPTER = frozenset(
+    ("auto_mapping", "base_model_name_or_path", "inference_mode", "manifest", "peft_type", "peft_version", "revision")
+)
+"""Entries of an `adapter_config.json` that may be changed after saving: where the base lies, and what PEFT writes."""
+_TO_CHANGE = "Undo the edit. To change a setting on purpose, set it on what PeftConfig.from_pretrained gives, and pass that as config."
 
 CARD_MARK = "<!-- hf_qst usage -->"
 CARD_TEXT = f"""
@@ -70,6 +76,16 @@ class MethodConfig(PeftConfig):
     card_remark: ClassVar[str] = ""
     """What the card of a saved adapter says of its method."""
 
+    def __new__(cls, *args, **values):
+        """Check what a file says of itself, while its values are as they stood there and before any is looked at."""
+        if (found := values.get("manifest")) is not None:
+            manifest.validate(found)
+            if "settings" in found:
+                defaults = {f.name: f.default_factory() for f in fields(cls) if f.default_factory is not MISSING}
+                values = {f.name: f.default for f in fields(cls)} | defaults | values
+                manifest.check_settings(found["settings"], values, manifest.CONFIG_NAME, _TO_CHANGE)
+        return super().__new__(cls)
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = HfQstPeftType(self.method)
@@ -114,7 +130,16 @@ class MethodConfig(PeftConfig):
         try:
             with whole_files(save_directory) as staging:
                 super().save_pretrained(staging, **kwargs)
-                write_saved_name(os.path.join(staging, CONFIG_NAME), self.peft_type)
+                self._complete(os.path.join(staging, manifest.CONFIG_NAME))
         finally:
             self.manifest = loaded
         complete_card(save_directory, CARD_MARK, CARD_TEXT.format(remark=self.card_remark))
+
+    def _complete(self, path: str) -> None:
+        """Put the saved name of the method and the checksums of the settings into an `adapter_config.json`."""
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        values["peft_type"] = saved_name(self.peft_type)
+        if values["manifest"] is not None:
+            values["manifest"]["settings"] = manifest.describe_settings(values, NOT_OF_THE_ADAPTER)
+        write_text(path, json.dumps(values, indent=2, sort_keys=True))

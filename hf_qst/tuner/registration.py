@@ -11,11 +11,9 @@ therefore carry the remedy inside that name.
 
 from __future__ import annotations
 
-import json
-
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from hf_qst.saved.whole_files import write_text
+from hf_qst.tuner.reading import check_what_peft_reads
 
 IMPORT_REMINDER = "run 'import hf_qst' before loading"
 """Part of the names in saved files that a process without this package looks up in vain and prints."""
@@ -61,16 +59,15 @@ def register_method(config_class: type, tuner_class: type) -> None:
     # transformers' delete_adapter builds the prefix as the lower-case name plus "_".
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_class.prefix
     METHODS[peft_type] = config_class, tuner_class
+    check_what_peft_reads(_container_of)
+
+
+def _container_of(saved: str) -> str | None:
+    """Name of the modules that hold a method's own tensors, by the `peft_type` in a file; None for another's method."""
+    known = METHODS.get(saved.partition(" ")[0])
+    return None if known is None else known[1]._container()
 
 
 def saved_name(peft_type: str) -> str:
     """The `peft_type` of an `adapter_config.json`: what PEFT's KeyError prints in a process without this package."""
     return f"{peft_type} ({IMPORT_REMINDER})"
-
-
-def write_saved_name(path: str, peft_type: str) -> None:
-    """Put the saved name of `peft_type` into an `adapter_config.json`."""
-    with open(path, encoding="utf-8") as file:
-        values = json.load(file)
-    values["peft_type"] = saved_name(peft_type)
-    write_text(path, json.dumps(values, indent=2, sort_keys=True))

@@ -206,9 +206,32 @@ def test_an_edited_manifest_is_refused(line, saved):
         with_peft(saved)
 
 
-def test_an_edited_setting_that_changes_shapes_is_refused(line, saved):
+def test_an_edited_setting_is_named(line, load, saved):
+    edit(saved, lambda values: values.update(init_weights=not values["init_weights"]))
+    with pytest.raises(CheckpointError, match=f"{CONFIG}: init_weights is .*, which is not what was saved"):
+        load(saved)
+
+
+def test_where_the_base_lies_may_be_edited(line, load, saved):
+    expected = logits(load(saved))
+    edit(saved, lambda values: values.update(base_model_name_or_path="elsewhere", revision="main"))
+    assert torch.equal(logits(load(saved)), expected)
+
+
+def test_a_setting_is_changed_on_purpose_in_memory(line, saved, tmp_path):
+    config = PeftConfig.from_pretrained(saved)
+    config.init_weights = not config.init_weights
+    model = PeftModel.from_pretrained(small(), saved, config=config)
+    model.save_pretrained(tmp_path / "again")
+    assert PeftConfig.from_pretrained(tmp_path / "again").init_weights == config.init_weights
+    assert torch.equal(logits(with_peft(tmp_path / "again")), logits(with_peft(saved)))
+
+
+def test_an_edited_setting_of_an_older_file_that_changes_shapes_is_refused(line, saved):
+    """Files of version 0.1 hold no checksums of their settings."""
     if line.edit is None:
         return
+    edit(saved, lambda values: values["manifest"].pop("settings"))
     edit(saved, line.edit)
     with pytest.raises(CheckpointError, match=r"the configuration asks for|rank_pattern says"):
         with_peft(saved)

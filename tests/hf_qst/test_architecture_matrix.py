@@ -13,7 +13,7 @@ import hf_qst
 from hf_qst import DISPConfig, MixedRankConfig, to_dense
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, WRAPPERS, find_decoder_stack
 from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
-from hf_qst.errors import BudgetError, CheckpointError, ReshapedModelError, UnsupportedArchitectureError
+from hf_qst.errors import BudgetError, ReshapedModelError, UnsupportedArchitectureError
 from hf_qst.qst.layer import _BlockHook
 from hf_qst.supported import PAGE, page
 from hf_qst.tuner.running_forward import RunningForward
@@ -91,6 +91,13 @@ def saved_and_loaded(name, model, folder):
 
 def assert_close(got, expected):
     torch.testing.assert_close(got, expected, atol=1e-4 * max(1.0, expected.abs().max().item()), rtol=1e-4)
+
+
+def assert_loaded_again(model, again, inputs):
+    """The same tensors; a product of loaded ones may round otherwise, as their memory is aligned otherwise."""
+    saved, loaded = model.state_dict(), again.state_dict()
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
+    assert_close(logits(again, inputs), logits(model, inputs))
 
 
 def test_every_type_is_here():
@@ -224,7 +231,7 @@ def test_pruned_model_is_what_training_saw_and_keeps_what_was_asked_for(name, tm
     assert_close(cut, masked)
     kept = sum(p.numel() for p in find_decoder_stack(small).blocks.parameters())
     assert keep_ratio - 0.002 < kept / full <= keep_ratio
-    assert torch.equal(logits(saved_and_loaded(name, small, tmp_path), inputs), cut)
+    assert_loaded_again(small, saved_and_loaded(name, small, tmp_path), inputs)
     assert_close(logits(to_dense(small), inputs), cut)
 
 
@@ -241,14 +248,7 @@ def test_compressed_model_is_saved_and_loaded(name, tmp_path):
     compressed = logits(model, inputs)
     small = model.merge_and_unload()
     assert_close(logits(small, inputs), compressed)
-    if name == "nemotron_h":  # whose files transformers writes under another name than it reads
-        with pytest.raises(CheckpointError, match="the files call the base model 'backbone'"):
-            saved_and_loaded(name, small, tmp_path)
-        return
-    again = saved_and_loaded(name, small, tmp_path)
-    saved, loaded = small.state_dict(), again.state_dict()
-    assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
-    assert_close(logits(again, inputs), logits(small, inputs))
+    assert_loaded_again(small, saved_and_loaded(name, small, tmp_path), inputs)
     if name == "falcon":  # whose linear layers are of a class of their own, which a product of factors does not know
         with pytest.raises(ReshapedModelError, match="FalconLinear"):
             to_dense(small)

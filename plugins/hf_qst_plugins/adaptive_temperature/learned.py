@@ -6,7 +6,6 @@ position of the token on its line. The probe is fitted once per model, on code t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,12 +14,12 @@ from enum import IntEnum
 import torch
 import torch.nn.functional as F
 
-from hf_qst.saved.whole_files import write_text
+from hf_qst.saved.json_files import read_json, write_json
 from hf_qst_plugins.adaptive_temperature.distribution import certainty
 from hf_qst_plugins.adaptive_temperature.policies import WINDOWS, TemperaturePolicy, positive, temperature_range
 from hf_qst_plugins.adaptive_temperature.rules import BlockState, Place, block_rule
 from hf_qst_plugins.adaptive_temperature.token_automaton import DeviceCopies, TokenAutomaton
-from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable, read_json, require_tokenizer
+from hf_qst_plugins.adaptive_temperature.vocabulary import VocabularyTable, require_tokenizer
 
 FORMAT_VERSION = 1
 
@@ -196,7 +195,7 @@ class DifficultyProbe:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the probe as JSON, completely or not at all."""
-        write_text(os.fspath(path), json.dumps({"version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n")
+        write_json(path, {"version": FORMAT_VERSION, **asdict(self)}, indent=1)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> DifficultyProbe:
@@ -207,7 +206,7 @@ class DifficultyProbe:
         """
         values = read_json(path)
         names = {"version", *cls.__dataclass_fields__}
-        if not isinstance(values, dict) or values.keys() != names or values.pop("version") != FORMAT_VERSION:
+        if values.keys() != names or values.pop("version") != FORMAT_VERSION:
             raise ValueError(f"{os.fspath(path)} is not a difficulty probe of version {FORMAT_VERSION}")
         return cls(**values)
 

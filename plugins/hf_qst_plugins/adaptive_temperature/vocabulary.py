@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import weakref
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hf_qst.saved.whole_files import write_text
+from hf_qst.saved.json_files import read_json, write_json
 from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.token_text import (
     WHITESPACE,
@@ -183,7 +182,7 @@ class VocabularyTable:
             "tab_width": self.tab_width,
             "texts": self.texts,
         }
-        write_text(os.fspath(path), json.dumps(values))
+        write_json(path, values)
 
     @classmethod
     def load(cls, path: str | os.PathLike, tokenizer=None) -> VocabularyTable:
@@ -199,7 +198,7 @@ class VocabularyTable:
         """
         values = read_json(path)
         fields = {"version", "tokenizer_hash", "adds_leading_space", "language", "tab_width", "texts"}
-        if not isinstance(values, dict) or values.keys() != fields or values["version"] != FORMAT_VERSION:
+        if values.keys() != fields or values["version"] != FORMAT_VERSION:
             raise ValueError(f"{os.fspath(path)} is not a vocabulary table of version {FORMAT_VERSION}")
         if tokenizer is not None:
             require_tokenizer(values["tokenizer_hash"], tokenizer_hash(tokenizer), os.fspath(path))
@@ -213,18 +212,6 @@ def require_tokenizer(saved: str, given: str, what: str) -> None:
         raise TokenizerMismatchError(
             f"{what} belongs to the tokenizer with hash {saved[:12]!r}, the given one has {given[:12]!r}"
         )
-
-
-def read_json(path: str | os.PathLike):
-    """The values in a JSON file.
-
-    Raises:
-        ValueError: the file is not JSON; the message names it.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from error
 
 
 def cache_folder() -> Path:
@@ -267,6 +254,6 @@ def _write_cache(path: Path, result: tuple[list[str | None], bool, str]) -> None
     values = {"version": FORMAT_VERSION, "tokenizer_hash": key, "adds_leading_space": leading_space, "texts": texts}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(os.fspath(path), json.dumps(values))
+        write_json(path, values)
     except OSError as error:
         logger.warning("the vocabulary table is not kept on disk, %s cannot be written: %s", path.parent, error)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from hf_qst.saved.json_files import with_checksum, without_checksum
+
 KEYS = ("task_id", "sample", "completion", "program_parses", "outcome", "detail", "tokens", "seconds")
 
 
@@ -21,7 +23,7 @@ def _parse(path: Path, data: bytes) -> tuple[dict, list[dict], int]:
     seen: set[tuple] = set()
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
-            record = json.loads(line)
+            record = without_checksum(json.loads(line), "the line")
             if number == 1:
                 settings = record["settings"]
                 continue
@@ -102,7 +104,9 @@ class SamplesFile:
         return samples
 
     def _write(self, record: Mapping) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")  # a single write, so that the line is complete
+        self._file.write(
+            json.dumps(with_checksum(record)).encode() + b"\n"
+        )  # a single write, so that the line is complete
 
     def append(self, sample: Mapping) -> None:
         """Write one sample, a mapping with the keys `KEYS`."""

@@ -41,5 +41,7 @@ def test_the_committed_figures_are_those_of_the_shapes():
     assert known.keys() == mixtures.SHAPES.keys()
     name = "gpt-oss-20b"
     assert known[name]["reach"] == mixtures.reach(mixtures.on_meta(mixtures.SHAPES[name]()))
+    assert known[name]["pruned_part_of_blocks"] == mixtures.prunable(mixtures.on_meta(mixtures.SHAPES[name]()))
     assert all(one["reach"]["part_of_blocks"] > 0.99 for one in known.values())
+    assert all(one["pruned_part_of_blocks"] > 0.99 for one in known.values())
     assert torch.get_default_device().type == "cpu"

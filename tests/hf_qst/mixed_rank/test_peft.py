@@ -384,6 +384,7 @@ def edited(directory, change_config=None, change_tensors=None):
     saved = json.loads(path.read_text())
     if change_config:
         change_config(saved)
+        del saved["manifest"]["settings"]  # as version 0.1 wrote it, where the setting itself is not checked
     path.write_text(json.dumps(saved))
     if change_tensors:
         tensors = load_file(directory / "adapter_model.safetensors")
