@@ -1,10 +1,14 @@
-# `make demo`, `make demo-real` and `make test` make the environment they need when there is none.
+# Each target makes the environment it needs when there is none.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_VENV ?= .docs-venv
+DOCS_STAMP := $(DOCS_VENV)/.installed
+# Interpreters for `make package-test`.
+PYTHONS ?= $(PYTHON)
 
-.PHONY: demo demo-real test test-damage lint bench clean
+.PHONY: demo demo-real test test-damage lint bench docs docs-serve package-test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -27,6 +31,20 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.side_tuning
 
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build
+
+docs-serve: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve
+
+package-test:
+	bash .ci/package-test $(PYTHONS)
+
+$(DOCS_STAMP): docs/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement docs/requirements.txt
+	touch $@
+
 $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -34,4 +52,4 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) $(DOCS_VENV) build demo_output

@@ -6,6 +6,7 @@ subpackage that says what it is for: `hf_qst.errors`, `hf_qst.pruning`, `hf_qst.
 
 import warnings
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from hf_qst.disp import DISPConfig
 from hf_qst.mixed_rank import MixedRankConfig, compress_model, rank_report
@@ -14,6 +15,10 @@ from hf_qst.qst import QSTConfig
 from hf_qst.reshaped_models import quantize_experts, to_dense
 from hf_qst.supported import register_architecture, supported_models
 from hf_qst.version import __version__
+
+if TYPE_CHECKING:
+    from hf_qst_plugins.adaptive_temperature import AdaptiveTemperatureLogitsProcessor, adaptive_generate_kwargs
+    from hf_qst_plugins.pruning import DISPCallback
 
 # The plugins import this package, so their names are looked up when they are first asked for.
 _OF_PLUGINS = {
@@ -65,7 +70,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _OF_PLUGINS:
         return getattr(import_module(_OF_PLUGINS[name]), name)
     for home, names in _MOVED.items():

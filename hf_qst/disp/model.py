@@ -27,8 +27,8 @@ class DISPModel(StackTuner):
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the base, in any floating dtype or quantised; it stays frozen.
-        config ([`DISPConfig`])
-        adapter_name (`str`)
+        config ([`DISPConfig`]): its settings.
+        adapter_name (`str`): the adapter's name.
     """
 
     prefix = "disp_"

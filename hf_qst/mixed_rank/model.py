@@ -39,7 +39,7 @@ class MixedRankModel(ManifestTuner):
     Args:
         model ([`~transformers.PreTrainedModel`]): the dense model.
         config ([`MixedRankConfig`]): is not changed; the model's own copy (`peft_config[name]`) holds the chosen ranks.
-        adapter_name (`str`)
+        adapter_name (`str`): the adapter's name.
     """
 
     prefix = "mixed_rank_"

@@ -5,7 +5,6 @@ Quantised factors do not train; their bias does.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.base_model.quantized_layers import dequantized, quantized, scheme_of
+from hf_qst.extras import require
 from hf_qst.mixed_rank.layer import LowRankLinear
 
 SCHEMES = ("nf4", "int8")
@@ -27,11 +27,7 @@ def require_available(scheme: str | None, model: nn.Module, mode: str = "replace
     """
     if scheme is None:
         return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"MixedRankConfig.quantize_factors={scheme!r} needs bitsandbytes: pip install bitsandbytes, or load the "
-            "saved smaller model with a quantization_config of another library"
-        )
+    require("bitsandbytes", f"MixedRankConfig.quantize_factors={scheme!r}")
     for name, module in model.named_modules():
         held = scheme_of(module) if mode == "replace" else None
         if held not in (None, scheme):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
@@ -9,7 +11,7 @@ from hf_qst.base_model.quantized_layers import stored_bytes
 from hf_qst.mixed_rank.layer import LowRankLinear
 
 
-def rank_report(model: nn.Module) -> list[dict]:
+def rank_report(model: nn.Module) -> list[dict[str, Any]]:
     """Name, shape [d_in, d_out], rank, rank as a part of the break-even rank, parameters and bytes of every linear
     layer.
 

@@ -109,7 +109,8 @@ def prune_model(
         BudgetError: even the least widths are more than `keep_ratio`.
         UnsupportedArchitectureError: no decoder this package knows, or a post-norm one.
         CalibrationError: the data cannot be used.
-        After an error the model is as before.
+
+    After an error the model is as before.
     """
     if method not in PRUNING_METHODS:
         raise ValueError(f"method must be one of {', '.join(PRUNING_METHODS)}, got {method!r}")

@@ -25,8 +25,8 @@ class QSTModel(StackTuner):
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the base, in any floating dtype or quantised.
-        config ([`QSTConfig`])
-        adapter_name (`str`)
+        config ([`QSTConfig`]): its settings.
+        adapter_name (`str`): the adapter's name.
     """
 
     prefix = "qst_"

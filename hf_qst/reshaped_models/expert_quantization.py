@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -11,6 +9,7 @@ from hf_qst.base_model.experts import SplitExperts, fused_experts, own_memory, s
 from hf_qst.base_model.offloading import require_weights
 from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
 from hf_qst.base_model.quantized_layers import attach_quantizer, find_quantizer, quantized
+from hf_qst.extras import require
 from hf_qst.reshaped_models.classes import reshape_model
 
 
@@ -55,8 +54,7 @@ def quantize_experts(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model has no such experts, or its other layers are quantised in another way.
         MissingWeightsError: weights are offloaded.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("quantize_experts needs bitsandbytes: pip install bitsandbytes")
+    require("bitsandbytes", "quantize_experts")
     settings = getattr(model.config, "quantization_config", None)
     double = getattr(settings, "bnb_4bit_use_double_quant", True)
     if settings is not None and getattr(settings, "bnb_4bit_quant_type", None) != "nf4":

@@ -65,7 +65,7 @@ def test_dependencies_point_one_way(package):
 
 
 # Folders of `hf_qst`, each of which may import those before it and the files beside it.
-ORDER = ["saved", "base_model", "calibration", "planning", "tuner", "reshaped_models", "pruning", "methods"]
+ORDER = ["extras", "saved", "base_model", "calibration", "planning", "tuner", "reshaped_models", "pruning", "methods"]
 METHODS = {tuner_class.__module__.split(".")[1] for _, tuner_class in registration.METHODS.values()}
 
 
@@ -109,6 +109,7 @@ def test_folders_import_one_way():
     assert {path.name for path in PACKAGES["hf_qst"].glob("*.py")} == {
         "__init__.py",
         "errors.py",
+        "extras.py",
         "version.py",
         "decoder_stack.py",
         "supported.py",

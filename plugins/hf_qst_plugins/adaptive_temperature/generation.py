@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import LogitsProcessorList
 
@@ -30,7 +31,7 @@ def _warn_greedy() -> None:
     )
 
 
-def adaptive_generate_kwargs(tokenizer, preset: str = "default", **over) -> dict:
+def adaptive_generate_kwargs(tokenizer, preset: str = "default", **over) -> dict[str, Any]:
     """The keyword arguments with which `model.generate` samples as in the paper.
 
         model.generate(**inputs, **adaptive_generate_kwargs(tokenizer), max_new_tokens=200)

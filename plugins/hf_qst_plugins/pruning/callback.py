@@ -19,9 +19,10 @@ from transformers import TrainerCallback
 
 from hf_qst.disp import DISPLayer, PruningReport
 from hf_qst.disp.start import rows_of, share_start, start_from_scores
+from hf_qst.extras import require
 from hf_qst.tuner.config import is_count, is_number
 from hf_qst.tuner.manifest_tuner import with_head
-from hf_qst_plugins.pruning.plots import plot_widths, require_matplotlib
+from hf_qst_plugins.pruning.plots import plot_widths
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class DISPCallback(TrainerCallback):
                 )
             _require_free(self.export_directory)
         if self.plot_directory is not None:
-            require_matplotlib()
+            require("matplotlib", "DISPCallback.plot_directory")
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         length = _length(train_dataloader)

@@ -11,15 +11,6 @@ from hf_qst.pruning.layout import SELECTIONS
 from hf_qst.saved.whole_files import whole_file
 
 
-def require_matplotlib() -> None:
-    """Check for matplotlib before training.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    import matplotlib.figure  # noqa: F401
-
-
 def plot_widths(masks: Sequence[Mapping[str, torch.Tensor]], path: str, title: str) -> None:
     """Draw the kept share of each selection by layer.
 

@@ -1,7 +1,6 @@
 """DISP's callback: exports, plots, schedules, what it says, and what it refuses."""
 
 import logging
-import sys
 
 import pytest
 import torch
@@ -61,9 +60,9 @@ def test_a_native_adapter_trains_and_hardens_without_an_export(tmp_path):
 
 
 def test_plots_without_matplotlib_are_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("hf_qst.extras.find_spec", lambda name: None)
     run = disp_trainer(with_disp(), tmp_path, DISPCallback(plot_directory=tmp_path / "plots", progress=False))
-    with pytest.raises(ImportError, match="matplotlib"):
+    with pytest.raises(ImportError, match=r"plot_directory needs matplotlib: pip install"):
         run.train()
     assert run.state.global_step == 0
 

@@ -269,7 +269,7 @@ def test_two_quantisations_in_one_model_are_refused(scheme, loading, tmp_path):
 
 
 def test_missing_library_is_named_before_any_work(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_qst.extras.find_spec", lambda name: None)
     data = iter([{"input_ids": IDS}])
     with pytest.raises(ImportError, match=r"quantize_factors='nf4' needs bitsandbytes: pip install"):
         compress_model(tiny("llama"), config(quantize_factors="nf4", calibration_data=data))

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from hf_qst.extras import require
 from hf_qst.saved.whole_files import whole_file, write_text
 from hf_qst.tuner.config import is_count
 from hf_qst_plugins.adaptive_temperature.rules import TokenRule, block_rule, line_rule
@@ -94,7 +95,12 @@ class DifficultyTable:
         return "\n".join(lines) + "\n"
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write `difficulty.md`, `difficulty.json` and `difficulty.png`; returns their paths."""
+        """Write `difficulty.md`, `difficulty.json` and `difficulty.png`; returns their paths.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        require("matplotlib", "difficulty.png")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"difficulty.{suffix}" for suffix in ("md", "json", "png")]

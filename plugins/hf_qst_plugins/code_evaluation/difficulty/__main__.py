@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_qst.extras import require
+
 from . import measure_difficulty
 
 
@@ -23,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    require("matplotlib", "--output")  # before the model runs
     paths = [path for root in args.files for path in (sorted(root.rglob("*.py")) if root.is_dir() else [root])]
     files = [(str(path), path.read_text(encoding="utf-8", errors="replace")) for path in paths[: args.limit]]
     dtype = torch.float32 if args.device == "cpu" else "auto"
