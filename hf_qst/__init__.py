@@ -15,11 +15,12 @@ from hf_qst.reshaped_models import quantize_experts, to_dense
 from hf_qst.supported import register_architecture, supported_models
 from hf_qst.version import __version__
 
-# The plugins import this package, so their names are looked up when they are first asked for.
-_OF_PLUGINS = {
+# The plugins import this package, so their names are looked up when they are first asked for; a plan is not always made.
+_LATER = {
     "AdaptiveTemperatureLogitsProcessor": "hf_qst_plugins.adaptive_temperature",
     "DISPCallback": "hf_qst_plugins.pruning",
     "adaptive_generate_kwargs": "hf_qst_plugins.adaptive_temperature",
+    "plan": "hf_qst.planning",
 }
 # Names that were here, and where they are now.
 _MOVED = {
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "adaptive_generate_kwargs",
     "compress_model",
+    "plan",
     "prune_model",
     "quantize_experts",
     "rank_report",
@@ -64,8 +66,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in _OF_PLUGINS:
-        return getattr(import_module(_OF_PLUGINS[name]), name)
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     for home, names in _MOVED.items():
         if name in names:
             warnings.warn(f"hf_qst.{name} has moved: import it from {home}", FutureWarning, stacklevel=2)
