@@ -3,11 +3,12 @@
 from importlib import import_module
 
 from hf_qst.planning.saved_bytes import SavedForBackward
+from hf_qst.planning.simulation import PlanError
 
 # Loaded when they are first asked for.
-_LATER = {"Plan": "planner", "PlanError": "planner", "chip_names": "chips", "plan": "planner"}
+_LATER = {"Plan": "planner", "chip_names": "chips", "plan": "planner"}
 
-__all__ = ["SavedForBackward", *_LATER]
+__all__ = ["PlanError", "SavedForBackward", *_LATER]
 
 
 def __getattr__(name: str):

@@ -47,20 +47,20 @@ def announce(model, inputs: dict, device: torch.device) -> None:
     Raises:
         PlanError, ValueError: there is no plan; the message says why.
     """
-    for parameter in model.parameters():
-        if (
-            hasattr(parameter, "ds_id")
-            or type(parameter).__name__ == "DTensor"
-            or type(parameter.data).__name__ == "DTensor"
-        ):
-            raise ValueError("its parameters are sharded")
+    # Loaded for the first training alone.
+    from hf_qst.planning.chips import chip_of
+    from hf_qst.planning.planner import Planner, Run
+    from hf_qst.planning.table import gigabytes
+
+    if any(hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise ValueError("its parameters are sharded")
     if is_offloaded(model):
         raise ValueError("its weights are offloaded")
     rows, tokens = next(v.shape[:2] for v in inputs.values() if isinstance(v, torch.Tensor) and v.dim() > 1)
-    chip = chip_of(device) if device.type == "cuda" else chip_of("cpu")
+    chip = chip_of(device if device.type == "cuda" else "cpu")
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     run = Run(model, None, rows, tokens, chip, False, False, "adamw", None, model.dtype, autocast)
-    plan = Planner(run, padded="attention_mask" in inputs, limit=SECONDS).plan(inputs)
+    plan = Planner(run, padded="attention_mask" in inputs, limit=SECONDS).plan(inputs, timed=False)
     sizes = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in plan.bytes.items())
     trained, every = plan.parameters["trained"], sum(plan.parameters.values()) - plan.parameters["trained"]
     message = (

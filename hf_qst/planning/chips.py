@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,6 +51,13 @@ class Chip:
     def usable(self) -> int | None:
         """Bytes that a run can take."""
         return None if self.memory is None else int(USABLE * self.memory)
+
+    def with_ceilings(self) -> Chip:
+        """This chip; a processor's ceilings are measured when they are first asked for, in a tenth of a second."""
+        if self.kernels == "cuda":
+            return self
+        products, moved = _measured()
+        return replace(self, products=products, wide_products=products, moved=moved, source="measured here")
 
     def seconds(self, operations) -> float | None:
         """Time of a run's operations, each as fast as the ceilings allow: `TracedRun.operations`."""
@@ -123,17 +130,18 @@ def _present(device: torch.device) -> Chip:
     return Chip(**{**vars(known), "name": found.name, "memory": found.total_memory})
 
 
-@functools.cache
 def _processor() -> Chip:
-    """This machine's processor: its memory, and a product and a copy measured once, in a tenth of a second."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return Chip("CPU", "cpu", memory, launch=2e-6)
+
+
+@functools.cache
+def _measured() -> tuple[float, float]:
+    """Operations a second of a product and bytes a second of a copy on this machine's processor."""
     one = torch.ones(768, 768)
     source, target = torch.empty(2**25, dtype=torch.uint8), torch.empty(2**25, dtype=torch.uint8)
-    multiplied = _best(lambda: torch.mm(one, one))
-    copied = _best(lambda: target.copy_(source))
-    products = 2 * 768**3 / multiplied
-    moved = 2 * source.numel() / copied
-    return Chip("CPU", "cpu", memory, products, products, moved, 2e-6, "measured here")
+    multiplied, copied = _best(lambda: torch.mm(one, one)), _best(lambda: target.copy_(source))
+    return 2 * 768**3 / multiplied, 2 * source.numel() / copied
 
 
 def _best(call, repeats: int = 4) -> float:

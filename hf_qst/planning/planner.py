@@ -23,7 +23,7 @@ from hf_qst.planning.model_parts import (
     weight_bytes,
     with_head,
 )
-from hf_qst.planning.simulation import Simulation
+from hf_qst.planning.simulation import PlanError, Simulation
 from hf_qst.planning.table import as_table
 
 FULL = "full"
@@ -35,10 +35,6 @@ OPTIMIZERS: dict[str, Callable[[int, int], float]] = {
     "sgd": lambda n, k: 0,
 }
 _ROUND = 64  # tokens, to which the longest sequence is rounded down
-
-
-class PlanError(ValueError):
-    """A run that cannot be planned; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -237,9 +233,17 @@ class Planner:
             self.simulation.forget_gradients()
         return self._runs[key]
 
-    def bytes_of(self, traced: traced_run.TracedRun) -> dict[str, int]:
+    def work(self, batch: int, sequence: int) -> dict[str, int] | None:
+        """Bytes of what a method does instead of training steps; None where it trains."""
+        count = getattr(self.run.method, "planned_work", None)
+        return None if count is None or self.run.inference else count(self.model, batch, sequence)
+
+    def bytes_of(self, batch: int, sequence: int, inputs: Mapping | None = None) -> dict[str, int]:
         """All bytes at the moment that takes most."""
         fixed = weight_bytes(self.twin)
+        if (work := self.work(batch, sequence)) is not None:
+            return {**fixed, **work}
+        traced = self.traced(batch, sequence, inputs)
         if self.run.inference:
             return {**fixed, **traced.at_peak}
         count = OPTIMIZERS[self.run.optimizer]
@@ -251,12 +255,14 @@ class Planner:
         return {**fixed, **states, **at_peak}
 
     def total(self, batch: int, sequence: int) -> int:
-        return sum(self.bytes_of(self.traced(batch, sequence)).values())
+        return sum(self.bytes_of(batch, sequence).values())
 
-    def plan(self, inputs: Mapping | None = None) -> Plan:
+    def plan(self, inputs: Mapping | None = None, timed: bool = True) -> Plan:
+        """The plan, for batches of the run's size or for `inputs`; `timed`: with an estimate of seconds."""
         run, chip = self.run, self.run.chip
-        traced = self.traced(run.batch, run.sequence, inputs)
-        sizes = {kind: size for kind, size in self.bytes_of(traced).items() if size}
+        sizes = {kind: size for kind, size in self.bytes_of(run.batch, run.sequence, inputs).items() if size}
+        # Nothing is traced where a method counts its work by itself.
+        traced = self._runs.get((run.batch, run.sequence), traced_run.TracedRun({}))
         trained = sum(p.numel() for p in self.twin.parameters() if p.requires_grad)
         total = sum(sizes.values())
         return Plan(
@@ -274,8 +280,8 @@ class Planner:
             memory=chip.memory,
             fits={name: total <= usable for name, usable in _limits(chip).items()},
             products=traced.products,
-            seconds=chip.seconds(traced.operations),
-            ceilings=chip.source,
+            seconds=chip.with_ceilings().seconds(traced.operations) if timed and traced.operations else None,
+            ceilings=chip.with_ceilings().source if timed else "",
         )
 
     def searched(self, made: Plan) -> Plan:

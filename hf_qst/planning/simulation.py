@@ -32,6 +32,10 @@ _aten = torch.ops.aten
 _BLOCK, _NESTED_BLOCK = 64, 256
 
 
+class PlanError(ValueError):
+    """A run that cannot be planned; the message says why."""
+
+
 class Simulation:
     """A copy of a model with fake tensors, on which training steps and prompts can be run.
 
@@ -128,8 +132,20 @@ class Simulation:
             stack.enter_context(stands_for_plain_tensors())
             stack.enter_context(_stand_ins(self.kernels, self.padded))
             stack.enter_context(self.mode)
-            stack.enter_context(torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None))
+            stack.enter_context(_autocast(autocast, self.kernels))
             yield
+
+
+@contextmanager
+def _autocast(dtype: torch.dtype | None, kernels: str) -> Iterator[None]:
+    """Autocast for the fake tensors, which are on a CPU; libraries that ask find it enabled on the real device."""
+    before = torch.is_autocast_enabled("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", dtype is not None and kernels == "cuda")
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 def _is_four_bit(module: nn.Module) -> bool:

@@ -70,6 +70,17 @@ class MethodConfig(PeftConfig):
     card_remark: ClassVar[str] = ""
     """What the card of a saved adapter says of its method."""
 
+    memory_options: ClassVar[dict[str, object] | None] = None
+    """Fields and the values of them that take least memory; None where gradient checkpointing is what saves it."""
+
+    def planned_model(self, model, inference: bool):
+        """For a plan: the model that runs, made of an empty one; None for what `get_peft_model` makes."""
+        return None
+
+    def planned_work(self, model, rows: int, tokens: int) -> dict[str, int] | None:
+        """For a plan: bytes of what is done instead of training steps, by what they are for; None for training."""
+        return None
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = HfQstPeftType(self.method)
