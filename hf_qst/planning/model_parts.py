@@ -164,5 +164,7 @@ def adapter_file_bytes(model: nn.Module) -> int:
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    # Not `state_dict()`: bitsandbytes' layers read their scales for it.
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     name = next(iter(model.peft_config))
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return get_peft_model_state_dict(model, tensors, adapter_name=name, save_embedding_layers=False)

@@ -305,30 +305,39 @@ class Planner:
 
 
 def largest_size(total: Callable[[int], int], usable: int, known: int, step: int = 1, tries: int = 8) -> int:
-    """The largest multiple of `step` at which `total` is within `usable`; 0 if it never is.
+    """The largest multiple of `step` at which `total` is within `usable`, to one part in a hundred; 0 if it never is.
 
-    `total` grows with its argument, nearly as a line or a parabola, so a few secants are enough.
+    `total` grows with its argument nearly as a parabola, so it is solved for the one through the three nearest points.
     """
-    low, low_total = step, total(step)
-    if low_total > usable:
+    sizes = {step: total(step)}
+    if sizes[step] > usable:
         return 0
-    high = max(known // step * step, 2 * step)
-    high_total = total(high)
-    too_large = None
+    middle = max(known // step * step, 2 * step)
+    for size in (middle, 2 * middle):
+        sizes[size] = total(size)
     for _ in range(tries):
-        slope = max(1.0, (high_total - low_total) / (high - low))
-        guess = int(low + (usable - low_total) / slope) // step * step
-        if high_total <= usable:
-            low, low_total = high, high_total
-        else:
-            too_large = high if too_large is None else min(too_large, high)
-        if too_large is not None:
-            if too_large - low <= step:
+        low = max(size for size, taken in sizes.items() if taken <= usable)
+        above = [size for size, taken in sizes.items() if taken > usable]
+        guess = max(low + step, int(_root(sizes, usable)) // step * step)
+        if above:
+            if min(above) - low <= max(step, low // 100):
                 break
-            guess = min(guess, too_large - step)
-        guess = max(guess, low + step)
-        high, high_total = guess, total(guess)
-    return high if high_total <= usable else low
+            guess = min(guess, min(above) - step)
+        sizes[guess] = total(guess)
+        if sizes[guess] <= usable and usable - sizes[guess] <= (usable - sizes[step]) // 100:
+            break
+    return max(size for size, taken in sizes.items() if taken <= usable)
+
+
+def _root(sizes: Mapping[int, int], usable: int) -> float:
+    """Where the parabola through the three points nearest to `usable` reaches it."""
+    a, b, c = sorted(sorted(sizes, key=lambda size: abs(sizes[size] - usable))[:3])
+    first, second = (sizes[b] - sizes[a]) / (b - a), (sizes[c] - sizes[b]) / (c - b)
+    bend = max(0.0, (second - first) / (c - a))
+    slope, rest = first - bend * (a + b), sizes[a] - first * a + bend * a * b - usable
+    if bend * c < 1e-6 * max(slope, 1.0):
+        return -rest / max(slope, 1e-9)
+    return (-slope + math.sqrt(max(0.0, slope**2 - 4 * bend * rest))) / (2 * bend)
 
 
 def _limits(chip: Chip) -> dict[str, int]:
@@ -359,7 +368,10 @@ def _wrapped(model: nn.Module, method: PeftConfig, inference: bool) -> nn.Module
         method.calibration_data = None  # there are no weights to calibrate
     own = getattr(method, "planned_model", None)
     made = None if own is None else own(model, inference)
-    return get_peft_model(model, method) if made is None else made
+    if made is not None:
+        return made
+    with torch.device("meta"):
+        return get_peft_model(model, method)
 
 
 def _other_runs(run: Run) -> dict[str, Run]:

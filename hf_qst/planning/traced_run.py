@@ -197,8 +197,12 @@ def prompt(
         with allocations:
             output = simulation.model(**fakes, use_cache=True)
             held = {t.untyped_storage()._cdata for t in _cached(output)}
-            owners = {id(allocations.by_key[key]) for key in held if key in allocations.by_key}
-    return _result(allocations, lambda record, at: CACHE if id(record) in owners else None)
+            owners = {
+                id(allocations.by_key[key]): allocations.by_key[key].size for key in held & allocations.by_key.keys()
+            }
+    run = _result(allocations, lambda record, at: CACHE if id(record) in owners else None)
+    run.at_peak[CACHE] = sum(owners.values())  # as it is at the end: each token that follows needs all of it
+    return run
 
 
 def _fakes(simulation: Simulation, inputs: Mapping) -> dict:

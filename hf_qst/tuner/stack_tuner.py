@@ -215,7 +215,9 @@ class StackTuner(ManifestTuner):
         layer = target
         if not isinstance(target, self.tuner_layer_cls):
             layer = self._make_layer(target, stack)
-            layer.hook_handles.append(self.model.register_forward_pre_hook(Announcement(), with_kwargs=True))
+            # Before hooks of a method that change the arguments.
+            said = self.model.register_forward_pre_hook(Announcement(), prepend=True, with_kwargs=True)
+            layer.hook_handles.append(said)
             self._replace_module(parent, target_name, layer, target)
         same = (name for name, config in self.peft_config.items() if config is peft_config and name in layer.networks)
         twin = next((layer.networks[name] for name in same if name != adapter_name), None)
