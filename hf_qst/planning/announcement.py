@@ -59,7 +59,7 @@ def announce(model, inputs: dict, device: torch.device) -> None:
     rows, tokens = next(v.shape[:2] for v in inputs.values() if isinstance(v, torch.Tensor) and v.dim() > 1)
     chip = chip_of(device if device.type == "cuda" else "cpu")
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    run = Run(model, None, rows, tokens, chip, False, False, "adamw", None, model.dtype, autocast)
+    run = Run(model, None, rows, tokens, chip, False, False, "adamw", None, False, model.dtype, autocast)
     plan = Planner(run, padded="attention_mask" in inputs, limit=SECONDS).plan(inputs, timed=False)
     sizes = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in plan.bytes.items())
     trained, every = plan.parameters["trained"], sum(plan.parameters.values()) - plan.parameters["trained"]

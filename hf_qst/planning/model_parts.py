@@ -22,7 +22,9 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError, find_decoder_stack, text_config
+from hf_qst.base_model.experts import fused_experts, split
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
+from hf_qst.base_model.quantized_layers import put_experts_in_nf4
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}
 
@@ -34,7 +36,9 @@ def config_of(model_or_config) -> PretrainedConfig:
     return model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
 
 
-def empty_model(config: PretrainedConfig, dtype: torch.dtype, quantization_config=None, task_type=None) -> nn.Module:
+def empty_model(
+    config: PretrainedConfig, dtype: torch.dtype, quantization_config=None, task_type=None, experts: bool = False
+) -> nn.Module:
     """The model of a configuration on the meta device.
 
     Args:
@@ -42,6 +46,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, quantization_confi
         dtype: of what is not quantised.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): how linear layers are loaded.
         task_type (`str`, *optional*): PEFT's; `"SEQ_CLS"` makes a classifier.
+        experts (`bool`): whether the experts of a mixture are in 4 bits too.
 
     Raises:
         ValueError: transformers has no model with a head for this configuration.
@@ -62,6 +67,9 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, quantization_confi
         quantizer.preprocess_model(model, dtype=dtype, device_map=None)
         quantizer.postprocess_model(model)
         model.hf_quantizer = quantizer
+    if experts:
+        split(model, fused_experts(model))
+        put_experts_in_nf4(model, getattr(quantization, "bnb_4bit_use_double_quant", True))
     model.requires_grad_(False)
     return model
 

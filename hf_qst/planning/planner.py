@@ -105,6 +105,7 @@ class Run:
     gradient_checkpointing: bool
     optimizer: str
     quantization_config: object
+    quantize_experts: bool
     dtype: torch.dtype
     autocast: torch.dtype | None = None
 
@@ -126,6 +127,7 @@ def plan(
     gradient_checkpointing: bool = False,
     optimizer: str = "adamw",
     quantization_config=None,
+    quantize_experts: bool = False,
     dtype: torch.dtype | None = None,
     search: bool = True,
 ) -> Plan:
@@ -148,6 +150,7 @@ def plan(
         gradient_checkpointing (`bool`): of the base, as `TrainingArguments` has it.
         optimizer (`str`): `"adamw"`, `"adamw_8bit"` or `"sgd"`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): by default the configuration's own.
+        quantize_experts (`bool`): the experts of a mixture in 4 bits as well, by [`hf_qst.quantize_experts`].
         dtype (`torch.dtype`, *optional*):
             Of the weights; by default the configuration's, or on a CPU float32. With 16 bits the step is one under
             autocast.
@@ -162,14 +165,16 @@ def plan(
     """
     run = _checked(
         model_or_config, method, batch, sequence, device, inference, gradient_checkpointing, optimizer,
-        quantization_config, dtype,
+        quantization_config, quantize_experts, dtype,
     )  # fmt: skip
     planner = Planner(run)
     made = planner.plan()
     return planner.searched(made) if search else made
 
 
-def _checked(source, method, batch, sequence, device, inference, checkpointing, optimizer, quantization, dtype) -> Run:
+def _checked(
+    source, method, batch, sequence, device, inference, checkpointing, optimizer, quantization, experts, dtype
+) -> Run:
     for name, value in (("batch", batch), ("sequence", sequence)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -195,7 +200,7 @@ def _checked(source, method, batch, sequence, device, inference, checkpointing, 
     autocast = dtype if dtype in (torch.bfloat16, torch.float16) and not inference else None
     return Run(
         source if wrapped else config, method, batch, sequence, chip, inference, checkpointing, optimizer, quantization,
-        dtype, autocast,
+        experts, dtype, autocast,
     )  # fmt: skip
 
 
@@ -350,7 +355,8 @@ def _prepared(run: Run) -> nn.Module:
     if isinstance(run.source, nn.Module):
         return run.source
     method = run.method
-    model = empty_model(run.source, run.dtype, run.quantization_config, getattr(method, "task_type", None))
+    task = getattr(method, "task_type", None)
+    model = empty_model(run.source, run.dtype, run.quantization_config, task, run.quantize_experts)
     if method == FULL:
         model.requires_grad_(True)
     elif method is not None:
