@@ -26,35 +26,36 @@ from benchmarks.common.tables import markdown
 from benchmarks.side_tuning.bases import SHAPES
 from benchmarks.side_tuning.methods import LORA_RANK
 from hf_qst import DISPConfig, MixedRankConfig, QSTConfig, plan
-from hf_qst.planning import CARDS, chip_names
+from hf_qst.planning import cards_for, chip_names
 
 GB = 10**9
 OUT = RESULTS / "plan.json"
-_LLAMA_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 # The published shapes of Llama 3.2 1B, Llama 3.1 8B and 70B, Qwen3 32B and Qwen3 30B-A3B.
 MODELS = {
-    "1B": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, rope_parameters=_LLAMA_ROPE,
-    ),
-    "8B": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, rope_parameters=_LLAMA_ROPE,
-    ),
-    "32B": lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
-    ),
-    "70B": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, rope_parameters=_LLAMA_ROPE,
-    ),
-    "30B-A3B": lambda: Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
-        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
-        norm_topk_prob=True, tie_word_embeddings=False,
-    ),
+    "1B": (LlamaConfig, {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    }),
+    "8B": (LlamaConfig, {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    }),
+    "32B": (Qwen3Config, {
+        "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+    }),
+    "70B": (LlamaConfig, {
+        "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8,
+    }),
+    "30B-A3B": (Qwen3MoeConfig, {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False,
+    }),
 }  # fmt: skip
+# LoRA's blocks are alike, so a deep model follows from two shallow ones; a side network's are not.
+SHALLOW = (4, 6)
 # Attention alone in a mixture, whose experts are no linear layers for PEFT.
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -108,23 +109,41 @@ def planned(config, method, batch: int, seq: int, checkpointing: bool):
     )  # fmt: skip
 
 
+def config_of(model: str, **changes):
+    kind, sizes = MODELS[model]
+    return kind(**{**sizes, **changes})
+
+
+def sizes_of(model: str, name: str, tokens: int) -> dict[str, float]:
+    """Bytes of a step on one sequence, by what they are for."""
+    make, checkpointing = METHODS[name]
+
+    def of(**changes) -> dict:
+        return planned(config_of(model, **changes), make(model), 1, tokens, checkpointing).bytes
+
+    if make is side:
+        return of()
+    few, more = (of(num_hidden_layers=depth) for depth in SHALLOW)
+    blocks = (config_of(model).num_hidden_layers - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0])
+    return {kind: few.get(kind, 0) + blocks * (more.get(kind, 0) - few.get(kind, 0)) for kind in {*few, *more}}
+
+
 def memory(models: list[str], lengths: list[int], rows: list[dict]) -> list[dict]:
     """One sequence a step: bytes of each model, length and method; those in `rows` are not planned again."""
     have = {(row["model"], row["tokens"], row["method"]): row for row in rows}
-    wanted = [(m, n, name) for m in models for n in lengths for name in METHODS]
+    wanted = [(model, tokens, name) for model in models for tokens in lengths for name in METHODS]
     for model, tokens, name in tqdm(wanted, desc="plans", unit="run"):
-        make, checkpointing = METHODS[name]
         if (model, tokens, name) not in have:
-            found = planned(MODELS[model](), make(model), 1, tokens, checkpointing)
-            row = {"model": model, "tokens": tokens, "method": name, "total": found.total, "bytes": found.bytes}
-            have[model, tokens, name] = row | {"fits": found.fits, "seconds": found.seconds}
+            sizes = sizes_of(model, name, tokens)
+            row = {"model": model, "tokens": tokens, "method": name, "total": sum(sizes.values()), "bytes": sizes}
+            have[model, tokens, name] = row | {"fits": cards_for(row["total"])}
     return list(have.values())
 
 
 def memory_table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
-        cards = [f"{size} GB" for size in CARDS if row["fits"][f"{size} GB"]]
+        cards = [card for card, fits in row["fits"].items() if fits]
         smallest = cards[0] if cards else "none"
         lines.append([row["model"], f"{row['tokens']:,}", row["method"], f"{row['total'] / GB:.1f}", smallest])
     return markdown(["model", "tokens", "method", "GB", "smallest card"], lines, text=1)

@@ -6,7 +6,7 @@ from hf_qst.planning.saved_bytes import SavedForBackward
 from hf_qst.planning.simulation import PlanError
 
 # Loaded when they are first asked for.
-_LATER = {"CARDS": "chips", "Plan": "planner", "chip_names": "chips", "plan": "planner"}
+_LATER = {"Plan": "planner", "cards_for": "chips", "chip_names": "chips", "plan": "planner"}
 
 __all__ = ["PlanError", "SavedForBackward", *_LATER]
 

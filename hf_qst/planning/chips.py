@@ -99,6 +99,11 @@ _CHIPS = {
 }
 
 
+def cards_for(size: float) -> dict[str, bool]:
+    """Whether a run of this many bytes fits cards of 16, 24, 48 and 80 GB."""
+    return {f"{card} GB": size <= USABLE * card * GIB for card in CARDS}
+
+
 def chip_names() -> list[str]:
     """Chips whose ceilings are known."""
     return list(_CHIPS)

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from hf_qst.planning import traced_run
-from hf_qst.planning.chips import CARDS, GIB, USABLE, Chip, chip_of
+from hf_qst.planning.chips import CARDS, GIB, USABLE, Chip, cards_for, chip_of
 from hf_qst.planning.model_parts import (
     adapter_file_bytes,
     config_of,
@@ -56,7 +56,8 @@ class Plan:
         products (`float`): floating-point operations in matrix products.
         seconds (`float`, *optional*): of a step or a prompt; None where the chip's ceilings are not known.
         ceilings (`str`): where these are from.
-        largest (`dict[str, dict]`): for the device and the cards the largest `"batch"` and `"sequence"` that fit; 0: none.
+        largest (`dict[str, dict]`): for the device, or the cards where its size is not known, the largest `"batch"` and
+            `"sequence"` that fit; 0: none.
         savings (`dict[str, int]`): bytes that another option would save.
     """
 
@@ -185,17 +186,19 @@ def _checked(
         raise ValueError(f"method must be None for a model with adapters, got {method!r}")
     if not wrapped and method is None and not inference:
         raise ValueError("method must be a PEFT configuration or 'full', got None; None is for inference=True")
+    if wrapped and source.training == inference:
+        needed = "evaluation" if inference else "training"
+        raise ValueError(
+            f"model_or_config must be in {needed} mode for this plan: call model.{'eval' if inference else 'train'}()"
+        )
     if not (method is None or method == FULL or isinstance(method, PeftConfig)):
         raise ValueError(f"method must be a PEFT configuration, 'full' or None, got {method!r}")
     chip, config = chip_of(device), config_of(source)
     if dtype is None:
-        default = torch.float32 if chip.kernels == "cpu" else torch.bfloat16
-        own = getattr(source, "dtype", None) if isinstance(source, nn.Module) else getattr(config, "dtype", None)
-        dtype = (
-            own
-            if isinstance(own, torch.dtype) and (chip.kernels != "cpu" or isinstance(source, nn.Module))
-            else default
-        )
+        # A configuration's type is that of its checkpoint; a CPU computes in float32.
+        said = isinstance(source, nn.Module) or chip.kernels == "cuda"
+        own = getattr(source if isinstance(source, nn.Module) else config, "dtype", None) if said else None
+        dtype = own or (torch.float32 if chip.kernels == "cpu" else torch.bfloat16)
     # Trained parts are in float32, and 16-bit weights are trained under autocast.
     autocast = dtype if dtype in (torch.bfloat16, torch.float16) and not inference else None
     return Run(
@@ -230,6 +233,8 @@ class Planner:
             try:
                 inputs = inputs or {"input_ids": ids, **more}
                 self._runs[key] = trace(self.simulation, inputs, vocabulary(self.model), self.run.autocast, self.limit)
+            except TimeoutError as error:
+                raise PlanError(f"no plan for {type(with_head(self.model)).__name__}: {error}") from error
             except Exception as error:  # of torch, transformers or the model's own code
                 raise PlanError(
                     f"no plan for {type(with_head(self.model)).__name__}: its code does not run without values "
@@ -283,7 +288,7 @@ class Planner:
             kept_peak=traced.kept_peak,
             adapter_file=adapter_file_bytes(self.twin) if isinstance(self.twin, PeftModel) else None,
             memory=chip.memory,
-            fits={name: total <= usable for name, usable in _limits(chip).items()},
+            fits={**({} if chip.usable is None else {chip.name: total <= chip.usable}), **cards_for(total)},
             products=traced.products,
             seconds=chip.with_ceilings().seconds(traced.operations) if timed and traced.operations else None,
             ceilings=chip.with_ceilings().source if timed else "",
@@ -346,8 +351,10 @@ def _root(sizes: Mapping[int, int], usable: int) -> float:
 
 
 def _limits(chip: Chip) -> dict[str, int]:
-    cards = {f"{size} GB": int(USABLE * size * GIB) for size in CARDS}
-    return cards if chip.usable is None else {chip.name: chip.usable, **cards}
+    """Bytes that a run can take on the device, or on all cards where its size is not known: each asks for some ten runs."""
+    if chip.usable is not None:
+        return {chip.name: chip.usable}
+    return {f"{card} GB": int(USABLE * card * GIB) for card in CARDS}
 
 
 def _prepared(run: Run) -> nn.Module:

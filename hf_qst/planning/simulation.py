@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import masking_utils
 
 from hf_qst.base_model.bare_calls import stands_for_plain_tensors
 from hf_qst.base_model.offloading import has_values
@@ -174,6 +173,8 @@ def _stand_ins(kernels: str, padded: bool) -> Iterator[None]:
 
     A mode of torch would not do: it is off in the backward pass, in which checkpointed blocks run again.
     """
+    from transformers import masking_utils
+
     places = [
         (F, "scaled_dot_product_attention", partial(attention, kernels)),
         (F, "grouped_mm", grouped_product),

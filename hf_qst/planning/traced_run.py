@@ -89,7 +89,7 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if time.monotonic() > self.deadline:
-            raise TimeoutError("it takes longer than it may")
+            raise TimeoutError("following its operations takes longer than it may")
         out = function(*args, **kwargs)
         self.time += 1
         known = {t.untyped_storage()._cdata for t in tensors(args, kwargs)}

@@ -205,3 +205,29 @@ def test_inference_with_a_smaller_model_is_planned_at_its_size(method):
     dense, small = (plan(config, m, 2, 16, "cpu", inference=True, search=False) for m in (None, method))
     assert small.parameters["blocks"] == pytest.approx(0.5 * dense.parameters["blocks"], rel=0.05)
     assert small.bytes["KV cache"] == dense.bytes["KV cache"]
+
+
+def test_what_is_said_at_the_start_changes_nothing_in_a_training(caplog):
+    losses = {}
+    for level in (logging.INFO, logging.ERROR):
+        caplog.set_level(level, "hf_qst.planning")
+        model = side_tuned("llama", downsample_dropout=0.3, side_checkpointing=True).train()
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        losses[level] = []
+        for _ in range(2):
+            loss = model(input_ids=token_batch(), labels=token_batch()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[level].append(loss.item())
+    assert len([r for r in caplog.records if r.name == "hf_qst.planning.announcement"]) == 1
+    assert losses[logging.INFO] == losses[logging.ERROR]
+
+
+def test_a_model_must_be_in_the_mode_of_its_plan():
+    model = side_tuned("llama")
+    with pytest.raises(ValueError, match=r"must be in training mode for this plan: call model\.train\(\)"):
+        plan(model.eval(), None, 2, 16, "cpu", search=False)
+    with pytest.raises(ValueError, match=r"must be in evaluation mode for this plan: call model\.eval\(\)"):
+        plan(model.train(), None, 2, 16, "cpu", inference=True, search=False)
