@@ -25,7 +25,7 @@ class Work:
         products (`int`): floating-point operations of matrix products, two for each multiplication and addition.
         moved (`int`): bytes read and written.
         workspace (`int`): bytes allocated and freed inside.
-        wide (`bool`): whether the products are in float32.
+        wide (`bool`): whether nothing that is multiplied is in 16 bits.
     """
 
     products: int
@@ -51,7 +51,8 @@ def work_of(function, args: Sequence, kwargs: dict, out, kernels: str) -> Work:
         products = formula(*args, **kwargs, out_val=out)
         if _is_causal(function, args, kwargs):
             products //= 2
-    return Work(products, moved + more, workspace, bool(made) and made[0].dtype == torch.float32)
+    narrow = any(t.dtype in (torch.bfloat16, torch.float16) for t in given)
+    return Work(products, moved + more, workspace, not narrow)
 
 
 def tensors(args: Sequence, kwargs: dict) -> list[torch.Tensor]:

@@ -61,6 +61,8 @@ def test_kept_bytes_are_those_of_a_real_step(name, kind):
         model = real(name, copy.copy(method), checkpointing)
         expected = measured(model)
     except (AttributeError, BudgetError, UnsupportedArchitectureError, ValueError) as error:
+        if name in FAST:
+            raise
         pytest.skip(f"{kind} does not run on {name}: {error}")
     planned = lambda: plan(
         tiny_config(name), method, ROWS, TOKENS, "cpu", gradient_checkpointing=checkpointing, search=False
