@@ -17,14 +17,17 @@ from hf_qst.supported import register_architecture, supported_models
 from hf_qst.version import __version__
 
 if TYPE_CHECKING:
+    from hf_qst.planning import plan
     from hf_qst_plugins.adaptive_temperature import AdaptiveTemperatureLogitsProcessor, adaptive_generate_kwargs
     from hf_qst_plugins.pruning import DISPCallback
+    from hf_qst_plugins.side_networks import train_together
 
-# The plugins import this package, so their names are looked up when they are first asked for.
-_OF_PLUGINS = {
+# The plugins import this package, so their names are looked up when they are first asked for; a plan is not always made.
+_LATER = {
     "AdaptiveTemperatureLogitsProcessor": "hf_qst_plugins.adaptive_temperature",
     "DISPCallback": "hf_qst_plugins.pruning",
     "adaptive_generate_kwargs": "hf_qst_plugins.adaptive_temperature",
+    "plan": "hf_qst.planning",
     "train_together": "hf_qst_plugins.side_networks",
 }
 # Names that were here, and where they are now.
@@ -60,6 +63,7 @@ __all__ = [
     "__version__",
     "adaptive_generate_kwargs",
     "compress_model",
+    "plan",
     "prune_model",
     "quantize_experts",
     "rank_report",
@@ -71,8 +75,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in _OF_PLUGINS:
-        return getattr(import_module(_OF_PLUGINS[name]), name)
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     for home, names in _MOVED.items():
         if name in names:
             warnings.warn(f"hf_qst.{name} has moved: import it from {home}", FutureWarning, stacklevel=2)

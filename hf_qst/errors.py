@@ -6,6 +6,7 @@ from hf_qst.base_model.offloading import MissingWeightsError
 from hf_qst.calibration import CalibrationError
 from hf_qst.disp.selection import UndecidableError
 from hf_qst.mixed_rank import NoDenseWeightsError
+from hf_qst.planning import PlanError
 from hf_qst.qst import HiddenStateCacheError, SideNetworkMergeError
 from hf_qst.reshaped_models import ReshapedModelError
 from hf_qst.saved.manifest import CheckpointError
@@ -17,6 +18,7 @@ __all__ = [
     "HiddenStateCacheError",
     "MissingWeightsError",
     "NoDenseWeightsError",
+    "PlanError",
     "ReshapedModelError",
     "SideNetworkMergeError",
     "UndecidableError",

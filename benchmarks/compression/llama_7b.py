@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.common.timing import processor_clock
-from hf_qst.calibration import CHUNK_COLUMNS, CrossMoment, SecondMoment
-from hf_qst.mixed_rank import ROWS_PER_DIMENSION, least_squares_factors, output_energies
+from hf_qst.calibration import CrossMoment, SecondMoment
+from hf_qst.mixed_rank import InputGroup, double_products, least_squares_factors, output_energies, workload
 
 BLOCKS, HIDDEN, INNER, HEADS_OUT = 32, 4096, 11008, 32000
 # Layers that share an input, with the number of layers of each: what has one statistic.
@@ -32,36 +32,17 @@ ASSUMED_GPU = {
 
 
 # How the model would be compressed: calibration tokens, part kept, bytes that statistics may take at once.
+_OF_WIDTH = ("factors_bytes", "hidden_states_bytes", "kept_in_a_block_bytes")
 PLAN = {"tokens": 128 * 2048, "keep": 0.4, "memory_limit": 16 * 2**30}
 
 
 def arithmetic(tokens: int, keep: float, memory_limit: int) -> dict:
     """Operations and bytes of each stage of a compression with these values of `PLAN`."""
-    weights = BLOCKS * sum(d_in * d_out * count for d_in, d_out, count in GROUPS.values())
-    entries = BLOCKS * sum(d_in * d_in for d_in, _, _ in GROUPS.values())  # of all second moments, in float64
-    # Of a symmetric product only the blocks on and above the diagonal are computed.
-    upper = BLOCKS * sum(d_in * (d_in + CHUNK_COLUMNS) // 2 for d_in, _, _ in GROUPS.values())
-    # The first stage passes over a part of the rows, once for the statistics that fit the limit at a time. The
-    # compensation runs each block once in the dense model and once in the compressed one; attention is not counted.
-    part = min(1.0, ROWS_PER_DIMENSION * INNER / tokens)
-    passes = part * -(-8 * entries // memory_limit) + 1 + keep
-    kept = {"dense": 3 * HIDDEN + INNER, "compressed": 4 * HIDDEN + 2 * INNER}
-    return {
-        "tokens": tokens,
-        "target_weights": weights,
-        "forward_passes": passes,
-        "forward_operations": passes * 2 * weights * tokens,
-        # Stage 1 takes C of the dense inputs, stage 3 C and K of the compressed model's.
-        "moment_operations": 2 * ((1 + part) * upper + entries) * tokens,
-        "double_operations": BLOCKS * sum(count * _products(d_in, d_out) for d_in, d_out, count in GROUPS.values()),
-        "eigenproblems": BLOCKS * sum(count for _, _, count in GROUPS.values()),
-        "weights_bytes_bf16": 2 * (weights + 2 * HEADS_OUT * HIDDEN),
-        "factors_bytes_bf16": int(2 * keep * weights),
-        "hidden_states_bytes_bf16": 2 * 2 * tokens * HIDDEN,
-        "kept_in_a_block_bytes_bf16": sum(min(2 * tokens * width, memory_limit) for width in kept.values()),
-        "moments_bytes": min(8 * entries, memory_limit),
-        "largest_layer_bytes": 8 * (3 * INNER**2 + 4 * INNER * HIDDEN),
-    }
+    block = [InputGroup(d_in, (d_out,) * count) for d_in, d_out, count in GROUPS.values()]
+    counted = workload([block] * BLOCKS, HIDDEN, tokens, keep, memory_limit)
+    named = {f"{name}_bf16" if name in _OF_WIDTH else name: value for name, value in counted.items()}
+    head = 2 * HEADS_OUT * HIDDEN
+    return {"tokens": tokens, **named, "weights_bytes_bf16": 2 * (counted["target_weights"] + head)}
 
 
 def rates(size: int = 2048, repeats: int = 3) -> dict[str, float]:
@@ -121,13 +102,8 @@ def predict(speeds: dict[str, float], layer_seconds: dict[str, float]) -> dict:
 
 def assumed_layer_seconds() -> dict[str, float]:
     """Of a GPU: energies, factors, their balance and a solve as three eigenproblems of 4096, plus the products."""
-    products = {name: _products(d_in, d_out) for name, (d_in, d_out, _) in GROUPS.items()}
+    products = {name: double_products(d_in, d_out) for name, (d_in, d_out, _) in GROUPS.items()}
     return {name: 3 * ASSUMED_GPU["eigh_4096"] + ops / ASSUMED_GPU["double"] for name, ops in products.items()}
-
-
-def _products(d_in: int, d_out: int) -> float:
-    """Operations of a layer's float64 products: the solve, K W, and twice (energies, factors) what makes the problem."""
-    return 2 / 3 * d_in**3 + 6 * d_in * d_in * d_out
 
 
 def measured(size: int, widths: Sequence[int], done: dict, save: Callable[[dict], None]) -> dict:
@@ -164,4 +140,7 @@ def _layer_seconds(shape: tuple[int, int, int], layers: Sequence[dict], speed: f
     spent = {tuple(layer["shape"]): sum(layer["seconds"][k] for k in ("energies", "factors")) for layer in layers}
     d_in, d_out, _ = shape
     square = (layers[0]["shape"][0],) * 2
-    return spent.get((d_in, d_out)) or spent[square] + (_products(d_in, d_out) - _products(HIDDEN, HIDDEN)) / speed
+    return (
+        spent.get((d_in, d_out))
+        or spent[square] + (double_products(d_in, d_out) - double_products(HIDDEN, HIDDEN)) / speed
+    )

@@ -6,7 +6,8 @@ see less, or something else, once a kernel is called in the module's place. Wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -15,6 +16,18 @@ from torch.nn.modules import module as _module
 from hf_qst_kernels.dispatch import every_operation_counts, runs_triton
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+_simulated = False
+
+
+@contextmanager
+def stands_for_plain_tensors() -> Iterator[None]:
+    """Inside, tensors without values count as plain ones: a plan takes the path that the real run will take."""
+    global _simulated
+    before, _simulated = _simulated, True
+    try:
+        yield
+    finally:
+        _simulated = before
 
 
 def kernel_replaces(op: str, sizes: Mapping[str, int] | None, hidden: torch.Tensor, *modules: nn.Module) -> bool:
@@ -40,14 +53,17 @@ def are_bare(hidden: torch.Tensor, *modules: nn.Module) -> bool:
 
     Plain are tensors of `hidden`'s dtype, with memory, and of no subclass (sharded, quantised, fake).
     """
-    if torch.compiler.is_compiling() or every_operation_counts() or _module._has_any_global_hook():
+    if torch.compiler.is_compiling() or _module._has_any_global_hook():
+        return False
+    if every_operation_counts() and not _simulated:
         return False
     tensors = [hidden]
     for module in modules:
         if not is_bare(module):
             return False
         tensors += module._parameters.values()
-    return all(t is None or (type(t) in _PLAIN and t.dtype == hidden.dtype and not t.is_meta) for t in tensors)
+    plain = all(t is None or _simulated or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+    return plain and all(t is None or t.dtype == hidden.dtype for t in tensors)
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
+from hf_qst.base_model.offloading import has_values
 
 KIND = "split_experts"
 # Fused parameter of transformers' experts, and the name of the layer that holds one expert's part of it. The names
@@ -235,7 +236,7 @@ class SplitExperts(nn.Module):
         chosen = self.last_routing.flatten()
         # Sorted by expert and within it by token, as in the loop of transformers' classes.
         order = chosen.argsort(stable=True)
-        counts = chosen.bincount(minlength=len(self))[: len(self)].tolist()
+        counts = self._counts(chosen)
         total, start = hidden_states.new_zeros(len(hidden_states), self.out_features), 0
         for index, count in enumerate(counts):
             if not count and not _is_watched(self[index]):
@@ -249,6 +250,13 @@ class SplitExperts(nn.Module):
             total.index_add_(0, tokens, output.to(total.dtype))
         self.running = None
         return total
+
+    def _counts(self, chosen: torch.Tensor) -> list[int]:
+        """How often each expert was chosen; in a plan, which knows no choices, all alike."""
+        if has_values(chosen):
+            return chosen.bincount(minlength=len(self))[: len(self)].tolist()
+        ends = [chosen.numel() * index // len(self) for index in range(len(self) + 1)]
+        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
     def _run(self, expert: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         first, last = (expert.get_submodule(name) for name in self.names)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class MissingWeightsError(ValueError):
     """A model's weights were to be read, and are not in memory."""
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor can be read; one on the meta device and a fake one (of a plan, a trace) have a shape alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def require_weights(model: nn.Module, wanted_by: str) -> None:

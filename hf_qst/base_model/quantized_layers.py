@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
+from hf_qst.base_model.experts import SplitExperts
 from hf_qst.base_model.linear_layers import dense_weight, float_dtype
 
 # Outlier columns of the inputs are multiplied in 16 bits, as with transformers' own 8-bit loading.
@@ -55,6 +56,16 @@ def quantized(part: nn.Linear, scheme: str, double: bool = True) -> nn.Linear:
         made.bias = part.bias
     made.register_load_state_dict_pre_hook(_take_quantized)
     return made.train(part.training)
+
+
+def put_experts_in_nf4(model: nn.Module, double: bool) -> None:
+    """Quantise the plain layers of all split experts, in place; on the meta device to layers without weights."""
+    for experts in model.modules():
+        if isinstance(experts, SplitExperts):
+            for index in range(len(experts)):
+                for name, layer in list(experts[index].named_children()):
+                    if type(layer) is nn.Linear:
+                        setattr(experts[index], name, quantized(layer, "nf4", double))
 
 
 def dequantized(part: nn.Linear) -> nn.Linear:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from hf_qst.disp.estimators import ESTIMATORS
 from hf_qst.disp.hypernetwork import HYPERNETWORKS
+from hf_qst.pruning.by_scores import prune_evenly
 from hf_qst.pruning.layout import SELECTIONS
 from hf_qst.pruning.options import check_options
 from hf_qst.pruning.scores import PRUNING_METHODS
@@ -115,6 +116,10 @@ class DISPConfig(MethodConfig):
         if self.calibration_data is not None and self.start_scores == "none":
             raise ValueError("DISPConfig.calibration_data is not used with start_scores='none': leave it out")
         self._require("seed", is_count(self.seed, 0), "an integer of at least 0")
+
+    def planned_model(self, model, inference: bool):
+        """For a plan of inference: pruned to the budget, by the same part everywhere."""
+        return prune_evenly(model, self) if inference else None
 
     @property
     def starting_method(self) -> str | None:

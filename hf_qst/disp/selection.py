@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from hf_qst.base_model.offloading import has_values
 from hf_qst.disp.config import DISPConfig
 from hf_qst.disp.estimators import ESTIMATORS, THRESHOLDS
 from hf_qst.disp.hypernetwork import make_hypernetwork
@@ -87,7 +88,7 @@ class SelectionNetwork(nn.Module):
     @property
     def is_hardened(self) -> bool:
         """Whether the choice was made for good. Reads one number, for which a GPU finishes what it is doing."""
-        return bool(self.kept[0] != _UNDECIDED)
+        return has_values(self.kept) and bool(self.kept[0] != _UNDECIDED)
 
     @property
     def awaits_start(self) -> bool:

@@ -17,6 +17,7 @@ from hf_qst.mixed_rank.sensitivity import fisher_weights
 from hf_qst.mixed_rank.stage_configs import AllocationConfig, CompensationConfig, DecompositionConfig, ResidualConfig
 from hf_qst.mixed_rank.target_weights import TargetWeights
 from hf_qst.mixed_rank.targets import find_targets
+from hf_qst.mixed_rank.workload import InputGroup, double_products, workload
 from hf_qst.reshaped_models import register_kind
 from hf_qst.tuner.registration import register_method
 
@@ -33,6 +34,7 @@ __all__ = [
     "CompressionResults",
     "Decomposition",
     "DecompositionConfig",
+    "InputGroup",
     "LayerSpectrum",
     "LowRankLinear",
     "MixedRankConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "allocate_ranks",
     "compress",
     "compress_model",
+    "double_products",
     "factorize",
     "find_targets",
     "fisher_weights",
@@ -55,4 +58,5 @@ __all__ = [
     "output_error",
     "rank_report",
     "replace_in_order",
+    "workload",
 ]

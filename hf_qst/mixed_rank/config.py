@@ -21,6 +21,7 @@ from hf_qst.mixed_rank.stage_configs import (
     ResidualConfig,
     StageConfig,
 )
+from hf_qst.mixed_rank.workload import blocks_of, with_uniform_ranks, workload
 from hf_qst.tuner.config import BUDGET_SCOPES, MethodConfig, is_count, is_number
 
 logger = logging.getLogger(__name__)
@@ -234,6 +235,22 @@ class MixedRankConfig(MethodConfig):
             allocation=allocation,
             compensation=dataclasses.replace(compensation, method=method, steps=steps, lr=rate),
         )
+
+    def planned_model(self, model, inference: bool):
+        """For a plan: with factors of one part of every layer, or the dense model that is compressed."""
+        return with_uniform_ranks(model, self) if inference else model
+
+    def planned_work(self, model, rows: int, tokens: int) -> dict[str, int]:
+        """For a plan: bytes of statistics, of states and activations, of one layer's matrices and of the factors."""
+        width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
+        blocks, hidden = blocks_of(model, self), model.config.get_text_config().hidden_size
+        counted = workload(blocks, hidden, rows * tokens, self.keep_ratio, self.memory_limit, width)
+        return {
+            "input statistics": counted["moments_bytes"],
+            "states and activations": counted["hidden_states_bytes"] + counted["kept_in_a_block_bytes"],
+            "matrices of one layer": counted["largest_layer_bytes"],
+            "factors": counted["factors_bytes"],
+        }
 
     def changed(self, **changes) -> MixedRankConfig:
         """A copy with other values of these fields, which are taken as they are."""

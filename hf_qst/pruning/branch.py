@@ -267,11 +267,11 @@ def _pruned(module: nn.Module, branch: _Branch, hidden_size: int) -> nn.Module:
     for name, (_, inputs, outputs) in of_each_expert(module, branch.linear).items():
         dense = known[name]
         weight, bias = dense_weight(dense), dense.bias
-        if inputs is not None:
-            weight = weight[inputs.to(weight.device)]
-        if outputs is not None:
-            weight = weight[:, outputs.to(weight.device)]
-            bias = None if bias is None else bias[outputs.to(bias.device)]
+        if (index := _index(inputs)) is not None:
+            weight = weight[index.to(weight.device)]
+        if (index := _index(outputs)) is not None:
+            weight = weight[:, index.to(weight.device)]
+            bias = None if bias is None else bias[index.to(bias.device)]
         narrow = pruned.module.get_submodule(name)
         set_weights(narrow, weight, bias)
         narrow.requires_grad_(dense.weight.requires_grad)

@@ -139,6 +139,21 @@ def prune_model(
         return prune_blocks(model, masks)
 
 
+def prune_evenly(model: PreTrainedModel, options: PruningOptions) -> PreTrainedModel:
+    """The sizes of a pruned model without a choice: the first channels of each selection stay, on the budget.
+
+    Args:
+        model: also without weights.
+        options ([`PruningOptions`] or a configuration with its fields)
+    """
+    stack = find_prunable_stack(model)
+    plan = SelectionMap.of(PruningLayout.of(stack), options.selections, options.constraint)
+    scores = [torch.linspace(1, 0, size, dtype=torch.float64) for size in plan.sizes]
+    budget = parameter_budget(model, stack, options)
+    widths = widths_on_budget(scores, plan, budget, options.width_multiple, options.min_width)
+    return prune_blocks(model, masks_by_layer(plan, best_channels(scores, widths)))
+
+
 def _add_means_to_biases(task: PruningTask, masks: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """b + mean(x) W over the removed inputs, where a layer has a bias: what they gave on average stays."""
     for block, statistics, mask in zip(task.stack.blocks, task.statistics, masks, strict=True):

@@ -66,7 +66,7 @@ class BlockLayout:
             sizes["mlp_inputs"] = len(names.mlp_in) * names.mlp_stacked
             sizes["middle_biases"] = sum(biased[path] for path in names.mlp_in) * names.mlp_stacked
             sizes["mlp_out_biases"] = biased[names.mlp_out]
-        full = torch.tensor([[hidden_size] * 3 + [sizes["intermediate_size"], hidden_size]])
+        full = torch.tensor([[hidden_size] * 3 + [sizes["intermediate_size"], hidden_size]], device="cpu")
         pruned = int(cls(**sizes).parameters(full[0].unbind()))
         return cls(**sizes, fixed=weight_count(block) - pruned)
 

@@ -132,6 +132,13 @@ class QSTConfig(MethodConfig):
         "It is a side network, which cannot be merged into the base model; the base stays as it is and is needed to run it."
     )
     not_saved: ClassVar[tuple[str, ...]] = ("calibration_data", "hidden_state_cache", "target_modules")
+    memory_options: ClassVar[dict[str, object]] = {
+        "side_checkpointing": True,
+        "downsample": "avgpool",
+        "tap_storage": "int8",
+        "chunked_loss": True,
+        "tail_layers": 0,
+    }
 
     def __post_init__(self):
         super().__post_init__()

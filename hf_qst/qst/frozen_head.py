@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_qst_kernels
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, find_decoder_stack, text_config
+from hf_qst.base_model.offloading import has_values
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing, nf4_weight
 from hf_qst.qst.hidden_states.refusals import check_labels as check_labels_of_stored
 
@@ -246,6 +247,10 @@ def computes_plain_loss(model: nn.Module) -> bool:
     targets = {"labels": tokens, "num_items_in_batch": 15}
     request = LossRequest(**targets, hidden=hidden)
     expected = request.loss(head, logit_transform(model))
+    inputs, handle = [], head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    own, asked = model.__dict__.get("_loss_function"), []
+    # Some classes compute a loss of another kind by themselves.
+    model._loss_function = lambda *args, **kwargs: asked.append(True) or (own or ForCausalLMLoss)(*args, **kwargs)
     try:
         loss = model.forward(
             input_ids=tokens, attention_mask=mask, use_cache=False, **targets, **{LOSS_REQUEST: request}
@@ -254,8 +259,18 @@ def computes_plain_loss(model: nn.Module) -> bool:
         # It reads more of its stack's output, or needs more arguments, than a plain language model.
         logger.info("%s cannot be tried on hidden states alone: %s", type(model).__name__, error)
         return False
-    if loss is None or not request.arrived:
+    finally:
+        handle.remove()
+        model.__dict__.pop("_loss_function")
+        if own is not None:
+            model._loss_function = own
+    if loss is None or not request.arrived or not asked:
         return False
+    if not has_values(loss):
+        # In a plan there are no values to compare; whether the head reads the stack's output can be seen.
+        given = hidden.untyped_storage()._cdata
+        multiplied = logit_transform(model).multiplier != 1.0
+        return multiplied or any(x.untyped_storage()._cdata == given for x in inputs)
     return bool((loss.float() - expected.float()).abs() <= _TOLERANCE * expected.abs())
 
 

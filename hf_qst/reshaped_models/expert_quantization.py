@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_qst.base_model.experts import SplitExperts, fused_experts, own_memory, split
 from hf_qst.base_model.offloading import require_weights
 from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
-from hf_qst.base_model.quantized_layers import attach_quantizer, find_quantizer, quantized
+from hf_qst.base_model.quantized_layers import attach_quantizer, find_quantizer, put_experts_in_nf4
 from hf_qst.extras import require
 from hf_qst.reshaped_models.classes import reshape_model
 
@@ -64,12 +63,7 @@ def quantize_experts(model: PreTrainedModel) -> PreTrainedModel:
         )
     require_weights(model, "quantize_experts")
     split(model, _paths(model))
-    for experts in model.modules():
-        if isinstance(experts, SplitExperts):
-            for index in range(len(experts)):
-                for name, layer in list(experts[index].named_children()):
-                    if type(layer) is nn.Linear:
-                        setattr(experts[index], name, quantized(layer, "nf4", double))
+    put_experts_in_nf4(model, double)
     quantizer = find_quantizer(model)
     model.hf_quantizer = quantizer
     model = reshape_model(model)

@@ -76,6 +76,17 @@ class MethodConfig(PeftConfig):
     card_remark: ClassVar[str] = ""
     """What the card of a saved adapter says of its method."""
 
+    memory_options: ClassVar[dict[str, object] | None] = None
+    """Fields and the values of them that take least memory; None where gradient checkpointing is what saves it."""
+
+    def planned_model(self, model, inference: bool):
+        """For a plan: the model that runs, made of an empty one; None for what `get_peft_model` makes."""
+        return None
+
+    def planned_work(self, model, rows: int, tokens: int) -> dict[str, int] | None:
+        """For a plan: bytes of what is done instead of training steps, by what they are for; None for training."""
+        return None
+
     def __new__(cls, *args, **values):
         """Check what a file says of itself, while its values are as they stood there and before any is looked at."""
         if (found := values.get("manifest")) is not None:

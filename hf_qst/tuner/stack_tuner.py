@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
+from hf_qst.planning.announcement import Announcement
 from hf_qst.tuner.manifest_tuner import ManifestLayer, ManifestTuner
 
 logger = logging.getLogger(__name__)
@@ -218,6 +219,9 @@ class StackTuner(ManifestTuner):
         layer = target
         if not isinstance(target, self.tuner_layer_cls):
             layer = self._make_layer(target, stack)
+            # Before hooks of a method that change the arguments.
+            said = self.model.register_forward_pre_hook(Announcement(), prepend=True, with_kwargs=True)
+            layer.hook_handles.append(said)
             self._replace_module(parent, target_name, layer, target)
         same = (name for name, config in self.peft_config.items() if config is peft_config and name in layer.networks)
         twin = next((layer.networks[name] for name in same if name != adapter_name), None)
