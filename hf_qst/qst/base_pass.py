@@ -116,12 +116,12 @@ class Reader:
         # A copy for each network, which keeps its own rotary tables in it until the backward pass.
         context = replace(context) if self.rows is None else self.rows.of_context(context)
         entering = self.of(entering) if index == 0 else entering
-        tapped = None if self.stored is None else self.stored.tapped(index, leaving.device)
+        known = () if self.stored is None else (self.stored.tapped(index, leaving.device),)
         if not self.grad:
-            return self.network.record(self.taps, index, entering, self.of(leaving), context, tapped)
+            return self.network.record(self.taps, index, entering, self.of(leaving), context, *known)
         # The base runs without gradients, but a trainable downsampler needs them for its weight.
         with torch.enable_grad():
-            self.network.record(self.taps, index, entering.detach(), self.of(leaving).detach(), context, tapped)
+            self.network.record(self.taps, index, entering.detach(), self.of(leaving).detach(), context, *known)
 
     def updated(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The output of the base's layer called `name` for input x, with this network's low-rank update."""

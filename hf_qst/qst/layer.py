@@ -57,11 +57,14 @@ class _BlockHook:
     """Forward hook of base block `index`. A class, not a closure, so that models can be pickled and copied."""
 
     def __init__(self, index: int, block: nn.Module, tape: RunningForward, stack: DecoderStack):
-        self.index, self.row, self.width = index, stack.architecture, stack.spec.hidden_size
+        row = stack.architecture
+        # Not the row itself, which does not pickle.
+        self.index, self.state, self.width = index, row.state, stack.spec.hidden_size
+        self.mask, self.mask_hides, self.positions = row.mask, row.mask_hides, row.positions
         self.tape = tape
         signature = _parameters_of(block)
         self.parameters = [p.name for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        attention = dict(block.named_modules()).get(self.row.attention)
+        attention = dict(block.named_modules()).get(row.attention)
         signature += [] if attention is None else _parameters_of(attention)
         self.named = {p.name for p in signature if p.kind is not p.VAR_KEYWORD}
 
@@ -71,11 +74,11 @@ class _BlockHook:
             return
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         states = arguments.pop(self.parameters[0]), hidden_of(output)
-        entering, leaving = (self.row.state(state, self.width) for state in states)
-        mask = argument(arguments, self.row.mask)
+        entering, leaving = (self.state(state, self.width) for state in states)
+        mask = argument(arguments, self.mask)
         context = BlockContext(
-            attention_mask=~mask if self.row.mask_hides and mask is not None else mask,
-            position_embeddings=argument(arguments, self.row.positions),
+            attention_mask=~mask if self.mask_hides and mask is not None else mask,
+            position_embeddings=argument(arguments, self.positions),
             attention_kwargs={k: v for k, v in arguments.items() if k in _FORWARDED or k not in self.named},
             hidden_dtype=entering.dtype,
             length=entering.shape[1],
