@@ -12,6 +12,7 @@ from hf_qst.qst import (
     HiddenStateCacheConfig,
     fill_hidden_state_cache,
     hidden_state_cache,
+    learn_apart,
     set_hidden_state_cache,
 )
 from tests.architectures import digest, in_nf4, side_layers, side_network, side_tuned, tiny, token_batch
@@ -453,3 +454,25 @@ def test_ranks_divide_the_filling(tmp_path):
     assert counts(model).missing == 0
     with pytest.raises(ValueError, match=r"rank must be in \[0, world_size=2\), got 2"):
         fill_hidden_state_cache(model, batches, rank=2, world_size=2)
+
+
+@pytest.mark.parametrize("second", [{"r": 4}, {"r": 2, "readout_every": 1}], ids=["same reads", "other reads"])
+def test_several_networks_that_learn_apart_read_stored_states(tmp_path, second):
+    def two(folder):
+        model = model_with(folder)
+        torch.manual_seed(6)
+        cache = None if folder is None else HiddenStateCacheConfig(folder, "full")
+        model.add_adapter("second", QSTConfig(task_type="CAUSAL_LM", init_weights=False, hidden_state_cache=cache, **second))
+        return model.train(), learn_apart(model, ["default", "second"])
+
+    plain, of_plain = two(None)
+    cached, of_cached = two(tmp_path)
+    loss_of(plain)
+    expected = {name: loss.item() for name, loss in of_plain.losses.items()}
+    for time in range(3):
+        rows = rows_run(cached)
+        loss_of(cached)
+        assert {name: loss.item() for name, loss in of_cached.losses.items()} == pytest.approx(expected, abs=1e-6)
+        if time == 2:
+            assert not rows
+    assert expected["default"] != expected["second"]
