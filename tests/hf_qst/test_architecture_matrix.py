@@ -137,7 +137,7 @@ def test_side_tuning_starts_at_the_base_and_learns_from_its_loss(name):
         own = model.eval()(**inputs, use_cache=False).loss
     model.train()
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm3d):
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)):
             module.eval()  # of a vision tower, which would see the batch otherwise
     loss = model(**inputs).loss
     torch.testing.assert_close(loss.detach(), own, atol=1e-6, rtol=2e-5)
