@@ -69,21 +69,24 @@ def picture(result: dict, path: Path) -> None:
     points: dict[str, list[tuple[int, float]]] = {}
     tasks = {int(key.split(", ")[1]): task for key, task in result["tasks"].items() if key.startswith(f"{PICTURED}, ")}
     for steps, task in sorted(tasks.items()):
+        start = task["base"]["loss"]
         for name, runs in best_runs(task["runs"]).items():
-            points.setdefault(name, []).append((steps, mean(run["loss"] for run in runs)))
+            points.setdefault(name, [(0, start)]).append((steps, mean(run["loss"] for run in runs)))
     cost = result.get("cost", {})
     shown = {name: points[SAME_LOSS.get(name, name)] for name in cost if SAME_LOSS.get(name, name) in points}
     if not shown:
         return
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    longest = max(steps for those in shown.values() for steps, _ in those)
+    longest = max(tasks)
     for number, (name, those) in enumerate(shown.items()):
         style = {"marker": "osD^v<>pP*Xd"[number % 12], "label": name, "color": f"C{number % 10}"}
-        steps, losses = zip(*sorted(those), strict=True)
+        steps, losses = zip(*those, strict=True)
         left.plot([count * cost[name]["seconds"] for count in steps], losses, **style)
         if longest in steps:
             right.plot(cost[name]["kept_bytes"] / MIB, losses[steps.index(longest)], linestyle="", **style)
     left.set(xlabel="seconds of training", ylabel="held-out loss, nats per token")
-    right.set(xlabel="MiB kept for the backward pass", xscale="log", title=f"{longest} steps")
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="MiB kept for the backward pass", title=f"{longest} steps")
     right.legend(fontsize=8)
     save_figure(figure, path)
