@@ -28,8 +28,9 @@ def test_generate_prints_and_records(hf_qst_command, inputs, tmp_path):
     assert code == 0, err
     rows = record_of(tmp_path / "out")["before"]["completions"]
     assert [row["prompt"] for row in rows] == ["t3 t4", "t3 t4", "t5", "t5"]
-    assert out == "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
-    assert hf_qst_command(*argv)[1] == out and hf_qst_command(*argv, "--seed", "1")[1] != out
+    printed = "".join(f"{row['prompt']}{row['text']}\n\n" for row in rows)
+    assert out == f"{printed}report: {tmp_path / 'out' / 'report.html'}\n"
+    assert hf_qst_command(*argv)[1] == printed and hf_qst_command(*argv, "--seed", "1")[1] != printed
 
 
 def test_recorded_temperatures_are_those_at_which_tokens_were_drawn(hf_qst_command, tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def test_help_of_each_command(name, capsys):
 def documented_commands():
     """(command, its options) wherever a page or a docstring names it."""
     pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", *(ROOT / "plugins").rglob("*.py")]
-    pattern = re.compile(r"hf-qst ((?!COMMAND)[a-z-]+)((?:\\\n|[^`\n])*)")
+    pattern = re.compile(r"hf-qst ([a-z][a-z-]*)((?:\\\n|[^`\n])*)")
     for page in pages:
         for name, rest in pattern.findall(page.read_text()):
             if options := re.findall(r"--([a-z][a-z_.-]+)", rest):
