@@ -34,7 +34,9 @@ INDEX_NAME = "model.safetensors.index.json"
 # What transformers would load from a folder in place of, or beside, the files of the manifest.
 _WEIGHTS = re.compile(r"(pytorch_)?model\b.*\.(safetensors|bin)(\.index\.json)?")
 # The modules are compared by themselves, with an error that names the module; a wrong type is refused before.
-_FREE_SETTINGS = frozenset(("_name_or_path", "model_type", "transformers_version", "reshaped_modules"))
+_FREE_SETTINGS = frozenset(
+    ("_name_or_path", "model_type", "reshaped_modules", "transformers_version", "transformers_weights")
+)
 _TO_CHANGE = "To change a setting on purpose, pass it to from_pretrained, and save the model again."
 _CARD_MARK = "<!-- hf_qst reshaped model -->"
 _CARD = f"""
