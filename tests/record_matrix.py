@@ -62,7 +62,8 @@ def summary(types: dict[str, dict]) -> dict:
     }
     counts = {method: sum(all(map(works, said[method])) for said in lines.values()) for method in METHODS}
     causal = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in hf_qst.supported_models()]
-    listed = {method: sum(works(hf_qst.supported_models()[kind][method]) for kind in causal) for method in METHODS}
+    said = {kind: types.get(kind, hf_qst.supported_models()[kind]) for kind in causal}
+    listed = {method: sum(works(row[method]) for row in said.values()) for method in METHODS}
     passed = {method: sum(works(row[method]) for row in types.values()) for method in METHODS}
     return {
         "lines": lines, "lines_that_work": counts, "types_tried": len(types), "types_that_work": passed,
