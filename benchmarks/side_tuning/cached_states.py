@@ -80,8 +80,6 @@ class Arithmetic:
         with torch.no_grad(), self.layer.tape.using(self):
             self.output = self.layer.base_layer(input_ids=ids, use_cache=False)[0]
 
-    tail = None
-
     def reads(self, index: int) -> bool:
         return index in self.network.read_blocks
 

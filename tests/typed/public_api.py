@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_type
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 import hf_qst
 from hf_qst import (
@@ -14,6 +14,7 @@ from hf_qst import (
     MixedRankConfig,
     QSTConfig,
     adaptive_generate_kwargs,
+    train_together,
 )
 from hf_qst.errors import BudgetError, CheckpointError
 from hf_qst_plugins.code_evaluation import Problem, Report, evaluate, pass_at_k, read_problems
@@ -38,6 +39,10 @@ def models(model: PreTrainedModel, batches: list[Mapping[str, object]]) -> None:
         assert_type(hf_qst.quantize_experts(hf_qst.to_dense(model)), PreTrainedModel)
     except (BudgetError, CheckpointError) as error:
         assert_type(str(error), str)
+
+
+def training(trainer: Trainer) -> None:
+    train_together(trainer, ["slow", "fast"], learning_rates={"fast": 1e-3})
 
 
 def decoding(model: PreTrainedModel, tokenizer: object, folder: Path) -> None:

@@ -270,3 +270,28 @@ def test_reloaded_adapters_train_on_together(tmp_path):
     run.train()
     for name in ("default", "wide"):
         assert_equal(weights(loaded, name), weights(alone(name, tmp_path).model, name))
+
+
+def test_several_networks_learn_from_stored_states(tmp_path):
+    """From the second epoch on no block of the base runs; each network reads what it reads of its own stored states."""
+    settings = {"default": {}, "wide": {"side_every": 2, "readout_every": 1}, "narrow": {"downsample": "avgpool"}}
+
+    def model(names, folder):
+        return with_adapters(names, settings, hidden_state_cache=None if folder is None else str(tmp_path / folder))
+
+    together = model(settings, "states")
+    run = plain_trainer(together, tmp_path / "run", **SHARED)
+    train_together(run)
+    ran = []
+    layer = side_layers(together)[0]
+    layer.make_blocks_replaceable()
+    own = layer.blocks[0].forward.forward
+    layer.blocks[0].forward.forward = lambda *args, **kwargs: ran.append(run.state.global_step) or own(*args, **kwargs)
+    run.train()
+    # 32 examples in batches of 8; in the fifth step each network compares one stored example with the base.
+    assert set(ran) == {0, 1, 2, 3, 4} and ran.count(4) == len(settings)
+    for name in settings:
+        alone = plain_trainer(model([name], None), tmp_path / name, **SHARED)
+        alone.train()
+        for key, value in weights(alone.model, name).items():
+            torch.testing.assert_close(weights(together, name)[key], value, atol=1e-4, rtol=1e-3, msg=key)
