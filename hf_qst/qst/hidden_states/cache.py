@@ -116,22 +116,27 @@ class HiddenStateCache:
     def __init__(self, config: HiddenStateCacheConfig, stack, tail_layers: int):
         refusals.check_stack(stack, tail_layers)
         self.config = config
+        self._start()
+
+    def _start(self) -> None:
         self.counts = Counts()
-        self.separate = refusals.separates_packed(stack)
+        self._base = None  # the tensors that were hashed last, and their fingerprint
+        self._separates = None  # whether the base keeps packed sequences apart, once it is known
+        self._said = False
         self._forget()
 
     def _forget(self) -> None:
         self.shards: Shards | None = None
         self.plan = None
-        self._stamp, self._checked, self._said = None, False, False
+        self._stamp, self._checked = None, False
 
     def __getstate__(self):
         # A copy opens the folder again.
-        return {"config": self.config, "separate": self.separate}
+        return {"config": self.config}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, counts=Counts())
-        self._forget()
+        self.__dict__.update(state)
+        self._start()
 
     def close(self) -> None:
         """Write what is not written yet."""
@@ -162,10 +167,10 @@ class HiddenStateCache:
             HiddenStateCacheError: stored states would be wrong in this call; or the stored ones are not the base's.
         """
         refusals.check_call(layer.base_layer, inputs)
-        examples = examples_of(inputs, self.separate)
+        self.open(layer, network, inputs["input_ids"].device)
+        examples = self.examples(layer, network, inputs)
         if not examples:
             return None  # nothing but padding
-        self.open(layer, network, inputs["input_ids"].device)
         parts = {example.key: self.shards.get(example.key) for example in examples}
         if not self._checked and any(found is not None for found in parts.values()):
             self._check(layer, network, inputs, examples, parts)
@@ -187,16 +192,17 @@ class HiddenStateCache:
         if self._stamp is None:
             # Once before any state is replaced: blocks show the form of their output, and bitsandbytes packs its weights.
             layer.make_blocks_replaceable()
-            whole = _Recording(network, fingerprints.Plan(len(layer.blocks), (), {}), "full")
-            with layer.tape.using(whole):
-                stack(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-        stamp = fingerprints.stamp(modules.values(), network.downsample), autocast
+            self._last_state(layer, network, input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+        tensors = fingerprints.stamp(modules.values(), network.downsample)
+        stamp = tensors, autocast
         if stamp == self._stamp:
             return
         self.close()
         storage, root = self.config.storage, Path(self.config.folder)
         self.plan = fingerprints.plan_of(network)
-        described = fingerprints.description(self.plan, stack, storage, str(autocast))
+        if self._base is None or self._base[0] != tensors:
+            self._base = tensors, fingerprints.base_fingerprint(stack)
+        described = fingerprints.description(self.plan, self._base[1], storage, str(autocast))
         folder = root / fingerprints.digest(described)[:32]
         parts = [part for name in self.plan.names for part in part_names(name, storage)]
         self.shards = Shards(folder, root, self.config.size_limit, parts, self.counts)
@@ -205,9 +211,36 @@ class HiddenStateCache:
         logger.info("hidden-state cache: %s holds %d examples", folder, len(self.shards))
         self._stamp, self._checked = stamp, False
 
+    def examples(self, layer, network, inputs: dict) -> list[Example]:
+        """The examples of a batch, see `hf_qst.qst.hidden_states.examples`."""
+        packed = inputs.get("position_ids") is not None and inputs.get("attention_mask") is None
+        if packed and self._separates is None:
+            # Whether a sequence depends on the one in front of it. Attention keeps them apart by their positions in most
+            # types, but not in all; convolutions and recurrences do not.
+            device = inputs["input_ids"].device
+            places = torch.zeros(1, 2, dtype=torch.long, device=device)
+            one, other = (
+                self._last_state(
+                    layer, network, input_ids=torch.tensor([[first, 4]], device=device), position_ids=places
+                )
+                for first in (3, 5)
+            )
+            self._separates = bool((one - other)[:, 1].norm() <= 1e-3 * one[:, 1].norm())
+        return examples_of(inputs, bool(self._separates))
+
+    def _last_state(self, layer, network, **inputs) -> torch.Tensor:
+        """The last state [batch, seq, d] that is stored of anything, computed by the base, in which every block runs."""
+        last, count = network.places[-1], len(layer.blocks)
+        recording = _Recording(network, fingerprints.Plan(count, (last,), {}), "full")
+        with layer.tape.using(recording):
+            layer.base_layer(**inputs, use_cache=False)
+        return recording.parts[f"state.{last}"]
+
     def _check(self, layer, network, inputs: dict, examples: list[Example], parts: dict[bytes, Parts | None]) -> None:
         """Compare one stored example with the base, once in each process."""
-        example = next(example for example in examples if parts[example.key] is not None)
+        # Of packed sequences one with others in front of it.
+        found = (example for example in examples if parts[example.key] is not None)
+        example = max(found, key=lambda example: example.start)
         ((_, computed),) = self.compute(layer, network, inputs, [example])
         length = example.stop - example.start
         whole = [Example(0, 0, length, example.key)]

@@ -2,7 +2,7 @@
 
 An example is a row up to its last token that is no padding: what stands behind a token does not change the token's states.
 Padding in front shifts the positions and belongs to the key. Of a packed row, in which `position_ids` start anew with each
-sequence and there is no mask, each sequence is an example of its own, where the base keeps them apart as well.
+sequence and there is no mask, each sequence is an example of its own if the base keeps them apart.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from hf_qst.calibration import as_batches
 from hf_qst.qst.hidden_states import refusals
 from hf_qst.qst.hidden_states.cache import HiddenStateCache, StoredStates
 from hf_qst.qst.hidden_states.config import HiddenStateCacheConfig, HiddenStateCacheError
-from hf_qst.qst.hidden_states.examples import Example, examples_of
+from hf_qst.qst.hidden_states.examples import Example
 from hf_qst.qst.hidden_states.shards import folder_bytes
 from hf_qst.qst.layer import QSTLayer
 from hf_qst.tuner.manifest_tuner import with_head
@@ -155,7 +155,7 @@ class _Filling:
         """The batches with the examples that are not stored, each once."""
         seen, todo = set(), []
         for inputs in batches:
-            found = {example.key: example for example in examples_of(inputs, self.cache.separate)}
+            found = {example.key: example for example in self.cache.examples(self.layer, self.network, inputs)}
             new = {key: example for key, example in found.items() if key not in seen}
             seen |= new.keys()
             wanted = [example for key, example in new.items() if self.shards.get(key) is None]

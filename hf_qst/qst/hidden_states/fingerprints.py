@@ -92,14 +92,14 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def description(plan: Plan, stack: nn.Module, storage: str, compute: str) -> dict:
+def description(plan: Plan, base: str, storage: str, compute: str) -> dict:
     """All that states which fit each other have in common; its digest is their folder's name.
 
     Args:
+        base: its fingerprint.
         compute: the dtype of autocast, under which the base runs.
     """
     taps = {str(i): tap for i, tap in plan.taps.items()}
-    base = base_fingerprint(stack)
     return {
         "format": FORMAT_VERSION,
         "base": base,

@@ -50,13 +50,6 @@ def check_stack(stack: DecoderStack, tail_layers: int) -> None:
         refuse("blocks of the tail read keys and values of blocks below it, which are not stored")
 
 
-def separates_packed(stack: DecoderStack) -> bool:
-    """Whether the blocks keep the sequences of a packed row apart: attention does, convolutions and recurrences do not."""
-    types = getattr(stack.module.config, "layer_types", None) or []
-    mixers = [m for block in stack.blocks for m in block.modules() if isinstance(m, nn.Conv1d)]
-    return not mixers and all(str(kind).endswith("attention") and kind != "linear_attention" for kind in types)
-
-
 def check_call(stack: nn.Module, inputs: Mapping) -> None:
     """Check a call of the stack: its inputs, and that the base computes the same function every time.
 
