@@ -462,7 +462,9 @@ def test_several_networks_that_learn_apart_read_stored_states(tmp_path, second):
         model = model_with(folder)
         torch.manual_seed(6)
         cache = None if folder is None else HiddenStateCacheConfig(folder, "full")
-        model.add_adapter("second", QSTConfig(task_type="CAUSAL_LM", init_weights=False, hidden_state_cache=cache, **second))
+        model.add_adapter(
+            "second", QSTConfig(task_type="CAUSAL_LM", init_weights=False, hidden_state_cache=cache, **second)
+        )
         return model.train(), learn_apart(model, ["default", "second"])
 
     plain, of_plain = two(None)
