@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-EXTRAS = {"bitsandbytes": "quantized", "matplotlib": "plots"}
+EXTRAS = {
+    "bitsandbytes": "quantized",
+    "datasets": "cli",
+    "jsonargparse": "cli",
+    "lm_eval": "evaluate",
+    "matplotlib": "plots",
+}
 """The extra of each such package, as in `setup.cfg`."""
 
 

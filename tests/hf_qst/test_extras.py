@@ -18,7 +18,8 @@ ELSEWHERE = {"triton", "vllm", "datasets", "jsonargparse", "lm_eval"}
 
 
 def names_of(requirements):
-    return {line.split(">")[0].split("[")[0].strip() for line in requirements.strip().splitlines()}
+    """Import names: a hyphen of a distribution is an underscore there."""
+    return {line.split(">")[0].split("[")[0].strip().replace("-", "_") for line in requirements.strip().splitlines()}
 
 
 def imported(path):
@@ -41,7 +42,8 @@ def test_every_import_is_required_or_has_an_extra():
 @pytest.mark.parametrize(("package", "extra"), extras.EXTRAS.items())
 def test_error_names_the_extra_that_brings_the_package(package, extra, monkeypatch):
     assert package in names_of(SETTINGS["options.extras_require"][extra])
-    extras.require(package, "this")  # both are in the environment of the tests
+    if package != "lm_eval":  # the others are in the environment of the tests
+        extras.require(package, "this")
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(ImportError) as raised:
         extras.require(package, "this")

@@ -17,6 +17,8 @@ COMMANDS = {
     "evaluate-code": "pass@k on programming problems; executes the completions in a sandbox",
     "generate": "Complete prompts, at one temperature or adaptively",
     "bench": "Speed and memory of a model",
+    "plan": "What a run will take: parameters, bytes, an estimate of seconds",
+    "cache": "Store a base's hidden states, so that fine-tuning runs it once",
     "models": "Which method works with which type of model",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
@@ -168,7 +169,5 @@ class Options:
 
     def as_dict(self) -> dict:
         """All options as JSON-ready values, as `--config` takes them."""
-        import yaml
-
-        text = self._arguments.parser.dump(self._plain, skip_validation=True)
-        return {name: value for name, value in yaml.safe_load(text).items() if name != "config"}
+        text = self._arguments.parser.dump(self._plain, format="json", skip_validation=True)
+        return {name: value for name, value in json.loads(text).items() if name != "config"}

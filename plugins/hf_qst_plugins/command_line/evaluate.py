@@ -8,7 +8,8 @@ hf-qst evaluate --model smaller --tasks '[my_task]' --task_folder tasks/
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+
+from hf_qst.extras import require
 
 from .arguments import Arguments
 from .errors import UsageError
@@ -52,8 +53,11 @@ def prepare(options) -> Job:
     require_free(options.output_dir, options.overwrite, required=False)
     if options.data is None and not options.tasks:
         raise UsageError("data", "it must be given, or --tasks")
-    if options.tasks and find_spec("lm_eval") is None:
-        raise UsageError("tasks", "they need lm-evaluation-harness: pip install 'hf_qst[evaluate]'")
+    if options.tasks:
+        try:
+            require("lm_eval", "a task")
+        except ImportError as error:
+            raise UsageError("tasks", error) from error
     tokenizer = tokenizer_of(options)
     texts = {}
     if options.data is not None:

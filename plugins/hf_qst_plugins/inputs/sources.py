@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hf_qst.extras import require
+
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 
 
@@ -80,9 +82,11 @@ def _data_set(name: str, split: str, subset: str | None) -> list[dict]:
     if looks_local and not path.is_dir():
         raise DataError(f"there is no file or folder {name!r}")
     try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{name!r} is no file or folder; a data set needs the package 'datasets'") from None
+        require("datasets", f"{name!r} is no file or folder, and a data set")
+    except ImportError as error:
+        raise DataError(str(error)) from error
+    import datasets
+
     try:
         if path.is_dir():
             loaded = datasets.load_from_disk(name)

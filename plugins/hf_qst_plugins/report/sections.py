@@ -248,6 +248,36 @@ def speed(record: dict, charts: list[dict]) -> str:
     return _section("Speed", table(head, rows, "speed"))
 
 
+def plan(record: dict, charts: list[dict]) -> str:
+    """What a run will take."""
+    found = record.get("plan")
+    if not found:
+        return ""
+    chart = _chart(
+        charts,
+        "bars",
+        "Bytes at the moment that takes most",
+        categories=list(found["bytes"]),
+        series=[{"name": "bytes", "values": list(found["bytes"].values())}],
+        y="bytes",
+    )
+    rows = [[f"parameters, {name}", count] for name, count in found["parameters"].items()]
+    rows += [[f"bytes, {name}", size] for name, size in found["bytes"].items()]
+    rows += [["bytes, together", found["total"]], ["seconds, an estimate", found["seconds"]]]
+    fits = [[f"fits {name}", "yes" if fits else "no"] for name, fits in found["fits"].items()]
+    return _section("Plan", chart, table(["", ""], rows + fits, "plan"))
+
+
+def cache(record: dict, charts: list[dict]) -> str:
+    """What filling a hidden-state cache took."""
+    found = record.get("cache")
+    if not found:
+        return ""
+    return _section(
+        "Stored hidden states", table(["", ""], [[k.replace("_", " "), v] for k, v in found.items()], "cache")
+    )
+
+
 def options(record: dict, charts: list[dict]) -> str:
     """Every option, and the files that were written."""
     rows = [
@@ -272,6 +302,8 @@ SECTIONS: tuple[Callable[[dict, list[dict]], str], ...] = (
     linear_layers,
     layers,
     speed,
+    plan,
+    cache,
     code,
     tasks,
     completions,
