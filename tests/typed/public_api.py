@@ -32,6 +32,7 @@ def models(model: PreTrainedModel, batches: list[Mapping[str, object]]) -> None:
     assert_type(hf_qst.__version__, str)
     assert_type(hf_qst.supported_models(), dict[str, dict[str, str]])
     hf_qst.register_architecture("my_llama", "llama")
+    hf_qst.plan(model, "qst", batch=1, sequence=512)
     hf_qst.compress_model(model, MixedRankConfig(keep_ratio=0.5), batches)
     assert_type(hf_qst.rank_report(model), list[dict[str, Any]])
     try:
