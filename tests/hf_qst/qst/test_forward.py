@@ -224,7 +224,7 @@ def test_side_block_reads_the_output_of_its_own_base_block(changed):
     recorded = network.record
     indices = []
 
-    def corrupt(taps, index, entering, leaving, context):
+    def corrupt(taps, index, entering, leaving, context, tapped=None):
         indices.append(index)
         recorded(taps, index, entering, leaving + torch.randn_like(leaving) if index == changed else leaving, context)
 
@@ -243,7 +243,7 @@ def test_states_after_the_first_tap_are_the_bases_own():
     network = side_network(model)
     seen, recorded = [], network.record
 
-    def record(taps, index, entering, leaving, context):
+    def record(taps, index, entering, leaving, context, tapped=None):
         seen.extend([entering, leaving] if index == 0 else [leaving])
         recorded(taps, index, entering, leaving, context)
 
