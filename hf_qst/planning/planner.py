@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -168,9 +170,22 @@ def plan(
         model_or_config, method, batch, sequence, device, inference, gradient_checkpointing, optimizer,
         quantization_config, quantize_experts, dtype,
     )  # fmt: skip
-    planner = Planner(run)
-    made = planner.plan()
-    return planner.searched(made) if search else made
+    with _without_warnings():
+        planner = Planner(run)
+        made = planner.plan()
+        return planner.searched(made) if search else made
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """What the methods warn of is for the training itself."""
+    package = logging.getLogger("hf_qst")
+    before = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(before)
 
 
 def _checked(

@@ -16,7 +16,7 @@ from .loading import batches, model_of, plan_of_model, texts_of, tokenizer_of
 from .measures import measure, pad_token_id
 from .methods import add_method, directory_sizes
 from .options import CalibrationOptions, DataOptions, ModelOptions, SampleOptions
-from .training import add_training, train, training_arguments
+from .training import add_training, expected, train, training_arguments
 
 
 def add_arguments(arguments: Arguments) -> None:
@@ -30,7 +30,7 @@ def add_arguments(arguments: Arguments) -> None:
 
 def prepare(options) -> Job:
     settings, checkpoint = training_arguments(options)
-    options.build(QSTConfig, task_type="CAUSAL_LM", calibration_data=None)
+    method = options.build(QSTConfig, task_type="CAUSAL_LM", calibration_data=None)
     tokenizer = tokenizer_of(options)
     texts = texts_of(options, tokenizer)
 
@@ -50,6 +50,11 @@ def prepare(options) -> Job:
         record.content["files"] = directory_sizes(options.output_dir)
 
     def plan():
-        return [plan_of_model(options), *texts.plan(), f"learns: a side network, {options.output_dir} gets the adapter"]
+        return [
+            plan_of_model(options),
+            *texts.plan(),
+            f"learns: a side network, {options.output_dir} gets the adapter",
+            *expected(options, method, settings),
+        ]
 
     return Job(plan, work, options.output_dir, checkpoints=True)

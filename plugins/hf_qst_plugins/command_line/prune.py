@@ -25,7 +25,7 @@ from .loading import batches, plan_of_model, texts_of, tokenizer_of
 from .measures import pad_token_id
 from .methods import add_method, make_smaller
 from .options import CalibrationOptions, DataOptions, ModelOptions, SampleOptions
-from .training import add_training, train, training_arguments
+from .training import add_training, expected, train, training_arguments
 
 _OF_SCORES = set(signature(prune_model).parameters)
 _OF_DISP = {f.name for f in fields(DISPConfig)}
@@ -58,7 +58,7 @@ def _by_training(options) -> Job:
     _refuse(options, {"allocation"}, "it is of the methods that score; leave it out with --method disp")
     settings, checkpoint = training_arguments(options)
     method = {"task_type": "CAUSAL_LM", "seed": options.seed}
-    options.build(DISPConfig, **method)
+    config = options.build(DISPConfig, **method)
     tokenizer = tokenizer_of(options)
     texts = texts_of(options, tokenizer)
 
@@ -76,6 +76,7 @@ def _by_training(options) -> Job:
             plan_of_model(options),
             *texts.plan(),
             f"learns: widths that keep {options.keep_ratio:.0%}, {options.output_dir} gets the smaller model",
+            *expected(options, config, settings),
         ]
 
     work = make_smaller(options, tokenizer, texts.held_out, shrink, str(settings.device))

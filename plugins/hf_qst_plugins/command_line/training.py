@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_qst_plugins.inputs import Collator
+from hf_qst import plan
+from hf_qst.planning import PlanError
+from hf_qst_plugins.inputs import Collator, model_path, quantization_config
 
 from .arguments import Arguments
+from .errors import one_line
 from .folders import checkpoint_to_resume
 from .measures import pad_token_id
 
@@ -35,6 +39,20 @@ def training_arguments(options) -> tuple[TrainingArguments, Path | None]:
     checkpoint = checkpoint_to_resume(options.output_dir, options.resume, options.overwrite)
     more = {} if "dataloader_pin_memory" in options.given else {"dataloader_pin_memory": options.use_cpu is False}
     return options.build(TrainingArguments, **more), checkpoint
+
+
+def expected(options, method, settings: TrainingArguments) -> list[str]:
+    """What a step of the training should take, by `hf_qst.plan`; the reason where it cannot tell."""
+    quantization = quantization_config(options.quantization, torch.bfloat16)
+    try:
+        made = plan(
+            model_path(options.model), method, settings.per_device_train_batch_size, options.max_length,
+            str(settings.device), gradient_checkpointing=settings.gradient_checkpointing,
+            quantization_config=quantization, search=False,
+        )  # fmt: skip
+    except PlanError as error:
+        return [f"no plan of a step: {one_line(error)}"]
+    return ["", *str(made).splitlines()]
 
 
 def train(model, settings: TrainingArguments, rows, held_out, tokenizer, checkpoint, callbacks: Sequence = ()) -> dict:

@@ -217,3 +217,5 @@ def test_dry_run_checks_all_and_writes_nothing(hf_qst_command, on_model, tmp_pat
     assert code == 0
     assert "LlamaForCausalLM, 123,328 parameters" in out and "rows" in out
     assert not (tmp_path / "out").exists()
+    if name != "compress":
+        assert "kept for the backward pass" in out and "seconds, an estimate" in out
