@@ -15,8 +15,10 @@ from tests.tiny_decoders import tiny_config, tiny_decoder
 
 ROWS, TOKENS = 2, 40
 FAST = ["llama", "qwen3_moe", "gemma3_text", "gpt2"]
-# Blocks that ask for values: how many tokens go to an expert.
-READS_VALUES = {"dbrx", "jetmoe", "longcat_flash"}
+# Blocks that ask for values: how many tokens go to an expert, to which language a row belongs.
+READS_VALUES = {"dbrx", "jetmoe", "longcat_flash", "qwen4_exp_text", "xmod"}
+# A grouped projection is a linear layer by its class and no plain product, so PEFT's LoRA fails on it.
+WITHOUT_LORA = {"deepseek_v4"}
 # Inside models of text and images.
 INSIDE = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
 EACH = [
@@ -57,6 +59,10 @@ def real(name: str, method, checkpointing: bool):
 @pytest.mark.parametrize("name", EACH)
 def test_kept_bytes_are_those_of_a_real_step(name, kind):
     method, checkpointing = METHODS[kind](), kind.endswith("checkpointed")
+    if name in WITHOUT_LORA and kind.startswith("lora"):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            measured(real(name, method, checkpointing))
+        return
     try:
         model = real(name, copy.copy(method), checkpointing)
         expected = measured(model)
