@@ -203,6 +203,8 @@ def _require_saved_class(model_class: type, config: ReshapedConfig) -> None:
         ReshapedModelError: naming both classes.
     """
     saved = config.saved_class
+    if not isinstance(saved, (str, type(None))):
+        raise CheckpointError(f"config.json is damaged: saved_class is {saved!r:.60}")
     if saved is None:  # folders without the field have the class's name alone
         name = (config.architectures or [""])[0].removeprefix(CLASS_PREFIX)
         saved = name if name and not hasattr(transformers, name) else None

@@ -35,7 +35,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"(pytorch_)?model\b.*\.(safetensors|bin)(\.index\.json)?")
 # The modules are compared by themselves, with an error that names the module; a wrong type is refused before.
 _FREE_SETTINGS = frozenset(
-    ("_name_or_path", "model_type", "reshaped_modules", "transformers_version", "transformers_weights")
+    ("_name_or_path", "model_type", "reshaped_modules", "saved_class", "transformers_version", "transformers_weights")
 )
 _TO_CHANGE = "To change a setting on purpose, pass it to from_pretrained, and save the model again."
 _CARD_MARK = "<!-- hf_qst reshaped model -->"

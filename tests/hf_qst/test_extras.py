@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT / "setup.cfg")
 # Triton is looked for by the kernels' dispatch, which has another way without it; vLLM loads its adapter itself, and its
-# base classes are imported by the user's module. The command line has usage errors of its own for what it needs.
-ELSEWHERE = {"triton", "vllm", "datasets", "jsonargparse", "lm_eval"}
+# base classes are imported by the user's module.
+ELSEWHERE = {"triton", "vllm"}
 
 
 def names_of(requirements):

@@ -56,7 +56,8 @@ def process(*argv, **arguments) -> subprocess.Popen:
     places = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, "-m", "hf_qst_plugins.command_line", *map(str, argv)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        # One thread, as in the tests themselves: with two, sums have another order and other last bits.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
