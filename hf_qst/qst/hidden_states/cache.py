@@ -193,6 +193,8 @@ class HiddenStateCache:
             # Once before any state is replaced: blocks show the form of their output, and bitsandbytes packs its weights.
             layer.make_blocks_replaceable()
             self._last_state(layer, network, input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+            if network.tail is not None:
+                refusals.check_below_tail(layer.hook_handles, network.tail.first)
         tensors = fingerprints.stamp(modules.values(), network.downsample)
         stamp = tensors, autocast
         if stamp == self._stamp:

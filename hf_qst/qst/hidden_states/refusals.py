@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from hf_qst.base_model.architecture import one_stream
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.qst.hidden_states.config import HiddenStateCacheError
+from hf_qst.qst.hidden_states.replaceable_blocks import ReplaceableForward
 
 # Arguments of a stack on which an example's key depends, or which follow from those.
 KNOWN = (
@@ -48,6 +49,20 @@ def check_stack(stack: DecoderStack, tail_layers: int) -> None:
     shared = getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None)
     if tail_layers and shared:
         refuse("blocks of the tail read keys and values of blocks below it, which are not stored")
+
+
+def check_below_tail(handles: Iterable, first: int) -> None:
+    """Check that the blocks of a tail, from number `first` on, get nothing but a state from the block below them.
+
+    Raises:
+        HiddenStateCacheError
+    """
+    for handle in handles:
+        if isinstance(handle, ReplaceableForward) and handle.index < first and handle.hands_on:
+            refuse(
+                f"block {handle.index} hands on tensors beside its state, which the blocks of the tail read and which are not "
+                "stored"
+            )
 
 
 def check_call(stack: nn.Module, inputs: Mapping) -> None:

@@ -6,6 +6,7 @@ them. The hooks of the blocks run as always.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from hf_qst.tuner.running_forward import RunningForward
@@ -24,6 +25,9 @@ class ReplaceableForward:
         self.own = "forward" in block.__dict__
         self.forward = block.forward
         self.form: tuple[type, int] | None = None  # of a tuple or list, and how many entries it had
+        self.hands_on = (
+            False  # whether it returned tensors beside the state and attention weights [batch, heads, seq, seq]
+        )
         block.forward = self
 
     def __call__(self, *args, **kwargs):
@@ -33,6 +37,8 @@ class ReplaceableForward:
         if state is None:
             output = self.forward(*args, **kwargs)
             self.form = (type(output), len(output)) if isinstance(output, (tuple, list)) else None
+            others = () if self.form is None else output[1:]
+            self.hands_on = any(isinstance(part, torch.Tensor) and part.dim() != 4 for part in others)
             return output
         if self.form is None:
             return state
