@@ -21,6 +21,7 @@ from hf_qst.saved.manifest import (
     check,
     check_settings,
     describe_settings,
+    load_json,
     read_tensors,
     require_entry,
     tensor_name,
@@ -80,7 +81,7 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
             if not names:
                 raise CheckpointError(f"{directory}: nothing was saved as safetensors, the only format with a manifest")
             files = {name: build(read_tensors(os.path.join(staging, name)), {})["tensors"] for name in names}
-            settings = describe_settings(_read_json(os.path.join(staging, CONFIG_NAME)), _FREE_SETTINGS)
+            settings = describe_settings(load_json(os.path.join(staging, CONFIG_NAME)), _FREE_SETTINGS)
             manifest = {"version": MANIFEST_VERSION, "modules": modules, "files": files, "settings": settings}
             write_text(os.path.join(staging, MANIFEST_NAME), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             imports, loader = how_to_load
@@ -107,7 +108,7 @@ def check_folder(source: str, modules: dict, **hub) -> set[str]:
         CheckpointError: naming the file and the tensor or module that is not what was saved.
     """
     manifest_file = _locate(source, MANIFEST_NAME, hub)
-    manifest = _read_json(manifest_file)
+    manifest = load_json(manifest_file)
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != MANIFEST_VERSION:
         raise CheckpointError(
@@ -116,13 +117,13 @@ def check_folder(source: str, modules: dict, **hub) -> set[str]:
     _validate(manifest, manifest_file)
     _check_modules(manifest["modules"], modules, source)
     if "settings" in manifest:  # folders of version 0.1 have none
-        values = _read_json(_locate(source, CONFIG_NAME, hub))
+        values = load_json(_locate(source, CONFIG_NAME, hub))
         check_settings(manifest["settings"], values, os.path.join(source, CONFIG_NAME), _TO_CHANGE)
     files = manifest["files"]
     for name, tensors in files.items():
         check({"tensors": tensors}, read_tensors(_locate(source, name, hub)), file=name)
     if len(files) > 1:
-        _check_index(_read_json(_locate(source, INDEX_NAME, hub)), files)
+        _check_index(load_json(_locate(source, INDEX_NAME, hub)), files)
     for name in sorted(set(os.listdir(os.path.dirname(manifest_file))) - {*files, INDEX_NAME}):
         if _WEIGHTS.fullmatch(name):
             raise CheckpointError(
@@ -139,14 +140,6 @@ def _locate(source: str, name: str, hub: dict) -> str:
             "model's save_pretrained and copied with all its files"
         )
     return path
-
-
-def _read_json(path: str) -> dict:
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not whole: {error}") from error
 
 
 def _validate(manifest: dict, path: str) -> None:

@@ -16,7 +16,8 @@ CHECKSUM = "sha256"
 
 def with_checksum(values: Mapping[str, object]) -> dict[str, object]:
     """The values and their checksum."""
-    return {**values, CHECKSUM: _checksum(values)}
+    # As they are read back: the keys of objects are strings there.
+    return {**values, CHECKSUM: digest(json.loads(json.dumps(values)))}
 
 
 def without_checksum(values: object, where: str) -> dict[str, object]:
@@ -28,7 +29,7 @@ def without_checksum(values: object, where: str) -> dict[str, object]:
     if not isinstance(values, dict):
         raise ValueError(f"{where} is not a JSON object but {type(values).__name__}")
     found = {name: value for name, value in values.items() if name != CHECKSUM}
-    if CHECKSUM in values and values[CHECKSUM] != _checksum(found):
+    if CHECKSUM in values and values[CHECKSUM] != digest(found):
         raise ValueError(f"{where} is not what was written (checksum)")
     return found
 
@@ -52,6 +53,7 @@ def read_json(path: str | os.PathLike) -> dict[str, object]:
     return without_checksum(values, where)
 
 
-def _checksum(values: Mapping[str, object]) -> str:
-    # As it is read back: tuples are lists there, and the keys of objects are strings.
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(values)), sort_keys=True).encode()).hexdigest()
+def digest(value: object) -> str:
+    """SHA-256 of a value as JSON, whatever the order of its keys; of a set sorted, of another object its text."""
+    text = json.dumps(value, sort_keys=True, default=lambda held: sorted(held) if isinstance(held, set) else str(held))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from hf_qst.saved.json_files import digest
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -43,6 +45,19 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def load_json(path: str) -> object:
+    """The content of a JSON file.
+
+    Raises:
+        CheckpointError: the file is not whole.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not whole: {error}") from error
 
 
 def describe(tensor: torch.Tensor) -> dict:
@@ -152,12 +167,7 @@ def require_entry(name: str, entry: object, file: str) -> None:
 
 def describe_settings(values: Mapping[str, object], free: Collection[str]) -> dict[str, str]:
     """A checksum of each setting of a JSON file, but of those in `free`, which others may write."""
-    return {name: _checksum(value) for name, value in sorted(values.items()) if name not in free}
-
-
-def _checksum(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, default=lambda held: sorted(held) if isinstance(held, set) else str(held))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {name: digest(value)[:16] for name, value in sorted(values.items()) if name not in free}
 
 
 def check_settings(saved: object, values: Mapping[str, object], file: str, remedy: str) -> None:
@@ -175,7 +185,7 @@ def check_settings(saved: object, values: Mapping[str, object], file: str, remed
     if not isinstance(saved, dict):
         raise CheckpointError(f"{file} is damaged: its manifest holds no checksums of the settings")
     for name, expected in saved.items():
-        if _checksum(values.get(name)) != expected:
+        if digest(values.get(name))[:16] != expected:
             raise CheckpointError(
                 f"{file}: {name} is {values.get(name)!r:.80}, which is not what was saved with the weights. {remedy}"
             )

@@ -115,9 +115,8 @@ def remove_abandoned(directory: str | os.PathLike) -> None:
 
 def _runs(process: int) -> bool:
     try:
-        os.kill(process, 0)
+        with contextlib.suppress(PermissionError):  # another user's, which runs too
+            os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
     return True

@@ -8,7 +8,6 @@ then, so its reading function is wrapped. Adapters of other methods pass through
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
 
@@ -50,11 +49,7 @@ def _check(folder: str, tensors: dict[str, torch.Tensor], container_of: Callable
     path = os.path.join(folder, manifest.CONFIG_NAME)
     if not os.path.isfile(path):
         return
-    with open(path, encoding="utf-8") as file:
-        try:
-            values = json.load(file)
-        except ValueError as error:
-            raise manifest.CheckpointError(f"{path} is not whole: {error}") from error
+    values = manifest.load_json(path)
     container = container_of(str(values.get("peft_type"))) if isinstance(values, dict) else None
     found = None if container is None else values.get("manifest")
     if found is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -12,6 +10,7 @@ from torch import nn
 
 from hf_qst.base_model.offloading import require_weights
 from hf_qst.qst.downsample import Downsample, LinearDownsample
+from hf_qst.saved.json_files import digest
 from hf_qst.saved.manifest import describe
 
 FORMAT_VERSION = 1
@@ -86,10 +85,6 @@ def _described(state):
     if hasattr(state, "__dict__"):
         return {name: _described(value) for name, value in sorted(vars(state).items())}
     return str(state)
-
-
-def digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def description(plan: Plan, base: str, storage: str, compute: str) -> dict:
