@@ -114,7 +114,7 @@ def fashion_vit(fashion: Fashion) -> Path:
 def fashion_dense(fashion: Fashion) -> Dense:
     training, test = fashion_mnist.fashion_mnist()
     if fashion.quick:
-        test = tuple(part[:500] for part in test)
+        training, test = (tuple(part[:500] for part in data) for data in (training, test))
     model = AutoModelForImageClassification.from_pretrained(fashion_vit(fashion)).to(fashion.device).eval()
     some = tuple(part[: len(test[1])] for part in training)
     return Dense(model, training, test, facts_of(model, some, test) | {"int8": in_int8(model, test)})
