@@ -162,7 +162,7 @@ def pass_rates(args: argparse.Namespace, problems: list[Problem]) -> Iterator[di
             path = args.work / "samples" / folder / f"{setting}.jsonl"
             if not path.exists() or len(read_samples(path)[1]) < args.samples * len(problems):
                 continue
-            judge_samples(path, problems, workers=args.workers, allow_execution=True)
+            judge_samples([path], problems, workers=args.workers, allow_execution=True)
             yield setting_row(name, setting, read_report(path))
 
 

@@ -174,8 +174,7 @@ def sample(args: argparse.Namespace, problems: list[Problem]) -> None:
 
 def judge(args: argparse.Namespace, problems: list[Problem]) -> None:
     """Execute the completions that were drawn with `--sample-only`."""
-    for path in sorted(args.work.glob("**/*.jsonl")):
-        judge_samples(path, problems, workers=args.workers, allow_execution=True)
+    judge_samples(sorted(args.work.glob("**/*.jsonl")), problems, workers=args.workers, allow_execution=True)
 
 
 def prompt_forms(args: argparse.Namespace, problems: list[Problem]) -> list[dict]:

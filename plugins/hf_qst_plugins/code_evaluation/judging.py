@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from .run_settings import canonical, digest
 from .runner import judged_with
 from .samples_file import UNJUDGED, SamplesFileError, read_samples, rewrite_samples
 from .sampling.completion import WHITESPACE, parses
-from .sandbox import Limits, Sandbox
+from .sandbox import Limits, Outcome, Sandbox
 
 
 def judge_samples(
-    path: str | Path,
+    paths: Iterable[str | Path],
     problems: Sequence[Problem],
     *,
     limits: Limits | None = None,
@@ -26,12 +26,12 @@ def judge_samples(
     allow_execution: bool = False,
     progress: bool = True,
 ) -> int:
-    """Execute the samples of a file of `evaluate_together(..., judge=False)` and rewrite the file with their outcomes.
+    """Execute the samples of files of `evaluate_together(..., judge=False)`; each file is rewritten with their outcomes.
 
-    The model is not needed. Equal completions of a problem run once. A file that is judged stays as it is.
+    The model is not needed. Equal completions of a problem run once for all files. A file that is judged stays as it is.
 
     Args:
-        path: the samples file.
+        paths: the samples files.
         problems: those that the samples were drawn for, in the same order.
         limits, isolation, allow_execution: see `Sandbox`.
         workers: programs that run at a time (default: one per processor).
@@ -41,28 +41,34 @@ def judge_samples(
 
     Raises:
         ExecutionNotAllowedError: `allow_execution` is not True.
-        SamplesFileError: the file is damaged, or its samples are of other problems.
+        SamplesFileError: a file is damaged, or its samples are of other problems.
     """
     sandbox = Sandbox(allow_execution=allow_execution, limits=limits, isolation=isolation)
-    settings, samples = read_samples(path)
-    waiting = [sample for sample in samples if sample["outcome"] == UNJUDGED.outcome]
-    if not waiting:
-        return 0
-    if settings["problems"] != digest(canonical([asdict(problem) for problem in problems])):
-        raise SamplesFileError(f"{path}: holds samples of other problems; give those that they were drawn for")
-    prompts = {
-        problem.task_id: problem.prompt.rstrip(WHITESPACE) if settings["strip_prompt"] else problem.prompt
-        for problem in problems
-    }
     by_id = {problem.task_id: problem for problem in problems}
-    different = list(dict.fromkeys((sample["task_id"], sample["completion"]) for sample in waiting))
-    programs = (by_id[task].program(completion, prompts[task]) for task, completion in different)
-    runs = sandbox.run_all(programs, workers)
-    bar = tqdm(runs, desc=Path(path).stem, total=len(different), unit="program", disable=not progress)
-    outcomes = dict(zip(different, bar, strict=True))
-    for sample in waiting:
-        outcome = outcomes[sample["task_id"], sample["completion"]]
-        sample |= {"outcome": outcome.outcome, "detail": outcome.detail}
-        sample["program_parses"] = parses(prompts[sample["task_id"]] + sample["completion"])
-    rewrite_samples(path, {**settings, **judged_with(sandbox)}, samples)
-    return len(waiting)
+    outcomes: dict[tuple[str, str, str], Outcome] = {}
+    judged = 0
+    for path in paths:
+        settings, samples = read_samples(path)
+        waiting = [sample for sample in samples if sample["outcome"] == UNJUDGED.outcome]
+        if not waiting:
+            continue
+        if settings["problems"] != digest(canonical([asdict(problem) for problem in problems])):
+            raise SamplesFileError(f"{path}: holds samples of other problems; give those that they were drawn for")
+
+        def run_of(sample: dict, strip: bool = settings["strip_prompt"]) -> tuple[str, str, str]:
+            """Task, prompt and completion."""
+            prompt = by_id[sample["task_id"]].prompt
+            return sample["task_id"], prompt.rstrip(WHITESPACE) if strip else prompt, sample["completion"]
+
+        new = list(dict.fromkeys(run for run in map(run_of, waiting) if run not in outcomes))
+        programs = (by_id[task].program(completion, prompt) for task, prompt, completion in new)
+        runs = sandbox.run_all(programs, workers)
+        bar = tqdm(runs, desc=Path(path).stem, total=len(new), unit="program", disable=not progress)
+        outcomes |= zip(new, bar, strict=True)
+        for sample in waiting:
+            _, prompt, completion = run = run_of(sample)
+            sample |= {"outcome": outcomes[run].outcome, "detail": outcomes[run].detail}
+            sample["program_parses"] = parses(prompt + completion)
+        rewrite_samples(path, {**settings, **judged_with(sandbox)}, samples)
+        judged += len(waiting)
+    return judged

@@ -246,12 +246,12 @@ def test_samples_are_judged_later_as_they_would_have_been_at_once(model, tokeniz
     with pytest.raises(ValueError, match="not executed"):
         read_report(later)
     with pytest.raises(ExecutionNotAllowedError):
-        judge_samples(later, problems)
+        judge_samples([later], problems)
     with pytest.raises(SamplesFileError, match="other problems"):
-        judge_samples(later, problems[1:], allow_execution=True)
+        judge_samples([later], problems[1:], allow_execution=True)
     judge = {"workers": 1, "allow_execution": True, "progress": False}
-    assert judge_samples(later, problems, **judge) == 15
-    assert judge_samples(later, problems, **judge) == 0
+    assert judge_samples([later], problems, **judge) == 15
+    assert judge_samples([later], problems, **judge) == 0
 
     def read(path):
         header, samples = read_samples(path)
