@@ -8,7 +8,7 @@ After each stage: bytes, held-out loss on both kinds of text, tokens a second. D
 result in NF4, both on the same Python and prose; the dense model in NF4, without and with the same tuning, is the
 comparison. Then the dense and the last model sample HumanEval at one temperature and adaptively. Everything is float32
 where it is not in 4 bits. Figures go to `benchmarks/results/four_together.json` as they come; models and samples stay in
-the folder `--work`.
+`--models` and `--work`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 class Stages:
-    """The models of the stages, each made once and kept in the folder `--work`."""
+    """The models of the stages, each made once and kept in the folder `--models`."""
 
     def __init__(self, args: argparse.Namespace, rows: torch.Tensor):
         self.args, self.rows = args, rows
@@ -75,7 +75,7 @@ class Stages:
             return self._loaded(args.model, None), {}
         if name == PRUNED:
             return self._pruned()
-        base = args.model if name in (NF4, NF4_QST) else str(args.work / "pruned")
+        base = args.model if name in (NF4, NF4_QST) else str(args.models / "pruned")
         model = self._loaded(base, nf4(torch.float32))
         forbid_packing(model)
         return self._tuned(model, name) if name in (NF4_QST, ALL) else (model, {})
@@ -87,7 +87,7 @@ class Stages:
         return (model if quantization else model.to(self.args.device)).eval()
 
     def _pruned(self) -> tuple[nn.Module, dict]:
-        args, folder = self.args, self.args.work / "pruned"
+        args, folder = self.args, self.args.models / "pruned"
         if (folder / "config.json").exists():
             return self._loaded(str(folder), None), {}
         set_seed(args.seed)
@@ -102,7 +102,7 @@ class Stages:
         return small, {"steps": args.disp_steps, "seconds": seconds}
 
     def _tuned(self, base: nn.Module, name: str) -> tuple[nn.Module, dict]:
-        args, folder = self.args, self.args.work / ("side_of_pruned" if name == ALL else "side_of_dense")
+        args, folder = self.args, self.args.models / ("side_of_pruned" if name == ALL else "side_of_dense")
         if (folder / "adapter_config.json").exists():
             return PeftModel.from_pretrained(base, folder).eval(), {}
         set_seed(args.seed)
@@ -210,13 +210,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--sample-only", action="store_true", help="execute no completion")
     add("--report-only", action="store_true", help="make no model, execute and report what is there")
-    add("--work", type=Path, default=cache_folder() / "four_together", help="folder of the models and samples")
+    add("--work", type=Path, default=cache_folder() / "four_together", help="folder of the samples")
+    add("--models", type=Path, help="folder of the pruned model and the adapters (default: --work)")
     add("--output", type=Path, default=RESULTS / "four_together.json", help="file of the results")
     args = parser.parse_args(argv)
     counts = ("limit", "disp_steps", "tune_steps", "rate", "batch", "length", "training_rows", "held", "samples")
     counts += ("temperature", "new_tokens", "rows", "speed_rows", "speed_tokens", "repeats", "workers", "threads")
     require_positive(parser, args, counts)
     require_device(parser, args)
+    args.models = args.models or args.work
     return args
 
 
@@ -235,18 +237,16 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         stages = Stages(args, rows)
         for name in (DENSE, PRUNED, PRUNED_NF4, ALL, NF4, NF4_QST):
-            if name in result["stages"] and name not in SAMPLED:
+            if name in result["stages"]:
                 continue
             model, made = stages.of(name)
-            if name not in result["stages"]:
-                losses = {kind: held_out_loss(model, held, args.batch) for kind, held in text.held.items()}
-                speeds = speed(model, args, [AdaptiveTemperatureLogitsProcessor(tokenizer)])
-                result["stages"][name] = {"bytes": stored_bytes(model), "loss": losses, "speed": speeds, **made}
-                write_json(args.output, result)
-                print(f"{name}: {result['stages'][name]}", flush=True)
-            if name in SAMPLED:
-                sample(model, tokenizer, name, args, problems)
-            del model
+            losses = {kind: held_out_loss(model, held, args.batch) for kind, held in text.held.items()}
+            speeds = speed(model, args, [AdaptiveTemperatureLogitsProcessor(tokenizer)])
+            result["stages"][name] = {"bytes": stored_bytes(model), "loss": losses, "speed": speeds, **made}
+            write_json(args.output, result)
+            print(f"{name}: {result['stages'][name]}", flush=True)
+        for name in SAMPLED:
+            sample(stages.of(name)[0], tokenizer, name, args, problems)
     if not args.sample_only:
         result["samples"] = list(pass_rates(args, problems))
         write_json(args.output, result)
