@@ -55,6 +55,11 @@ def judge_samples(
         if settings["problems"] != digest(canonical([asdict(problem) for problem in problems])):
             raise SamplesFileError(f"{path}: holds samples of other problems; give those that they were drawn for")
 
+        if settings["isolation"] is not None and any(
+            settings[key] != value for key, value in judged_with(sandbox).items()
+        ):
+            raise SamplesFileError(f"{path}: holds samples judged with other limits or isolation; give the same")
+
         def run_of(sample: dict, strip: bool = settings["strip_prompt"]) -> tuple[str, str, str]:
             """Task, prompt and completion."""
             prompt = by_id[sample["task_id"]].prompt

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from hf_qst.tuner.config import is_count
 
 from .problems import Problem
-from .runner import require_problems, sample_seed, settings_of
-from .samples_file import UNJUDGED, SamplesFile
+from .runner import judged_with, require_problems, sample_seed, settings_of
+from .samples_file import UNJUDGED, SamplesFile, read_samples
 from .sampling.batched import BatchedSampler, Wanted
 from .sampling.completion import parses
 from .sampling.on_device import DeviceSampler
@@ -85,7 +85,11 @@ def evaluate_together(
             files = {}
             for name, sampler in samplers.items():
                 header = settings_of(sampler, problems, counts[name], seed, sandbox, name, None)
-                files[name] = stack.enter_context(SamplesFile(Path(folder) / f"{name}.jsonl", header))
+                path = Path(folder) / f"{name}.jsonl"
+                if not judge and path.exists():  # samples that are judged already stay so
+                    there, _ = read_samples(path)
+                    header |= {key: there[key] for key in judged_with(None)}
+                files[name] = stack.enter_context(SamplesFile(path, header))
             pool = stack.enter_context(ThreadPoolExecutor(workers))
             run = _Run(batched, sandbox, pool, files, counts, seed)
             return run(problems, rows, began + 60 * minutes if minutes else float("inf"), progress)

@@ -67,7 +67,7 @@ def test_greedy_is_not_compared_with_many_samples():
     assert [row["k"] for row in greedy] == [1]
     assert "difference" not in greedy[0]
     text = tables(stage)
-    assert "4 problems, of which 3" in text
+    assert "4 problems, of which 2" in text
     assert "| greedy |  | 50.0 [" in text
 
 

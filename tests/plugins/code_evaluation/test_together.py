@@ -260,3 +260,6 @@ def test_samples_are_judged_later_as_they_would_have_been_at_once(model, tokeniz
     assert read(later) == read(once)
     # A judged file goes on like any other.
     assert evaluate_together(model, tokenizer, problems, settings, later.parent, allow_execution=True, **arguments)
+    more = {**arguments, "judge": False}
+    assert evaluate_together(model, tokenizer, problems, settings, later.parent, **more)
+    assert read(later) == read(once)
