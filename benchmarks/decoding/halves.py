@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import takewhile
 
 from benchmarks.common.tables import markdown
 from benchmarks.decoding.outcomes import ERRORS, KS, OBJECTIVES, OTHER, failures
@@ -23,7 +24,9 @@ def with_interval(drawn: int, passed: Sequence[int], k: int) -> dict:
 def complete(
     samples: Mapping[Hashable, Sequence[dict]], counts: Mapping[Hashable, int], order: Sequence[str]
 ) -> list[str]:
-    """The tasks of `order` of which every setting has all its samples.
+    """The tasks of `order` before the first of which a setting lacks samples.
+
+    A complete task after it does not count: of a batch that was cut short, the tasks with short samples are complete first.
 
     Args:
         samples: samples of each setting.
@@ -33,7 +36,7 @@ def complete(
     for name, those in samples.items():
         for sample in those:
             drawn[name][sample["task_id"]] = drawn[name].get(sample["task_id"], 0) + 1
-    return [task for task in order if all(drawn[name].get(task, 0) == count for name, count in counts.items())]
+    return list(takewhile(lambda task: all(drawn[name].get(task, 0) == n for name, n in counts.items()), order))
 
 
 def setting_row(family: str, label: str, report: Report) -> dict:
@@ -74,8 +77,8 @@ def tuned_rows(reports: Reports) -> list[dict]:
     return rows
 
 
-def stage_report(reports: Reports, tasks: Sequence[str]) -> dict:
-    """Figures of the settings of a stage."""
+def stage_report(reports: Reports, tasks: Sequence[str], problems: int) -> dict:
+    """Figures of the settings of a stage on `tasks`, the first of so many `problems` in a random order."""
     settings = [
         setting_row(family, label, report) for family, those in reports.items() for label, report in those.items()
     ]
@@ -87,6 +90,7 @@ def stage_report(reports: Reports, tasks: Sequence[str]) -> dict:
     of_tasks = [[report.passed[task] for those in reports.values() for report in those.values()] for task in tasks]
     return {
         "tasks": list(tasks),
+        "problems": problems,
         "settings": settings,
         "tuned": tuned_rows({**reports, **published}),
         "problems_ever_passed": sum(any(counts) for counts in of_tasks),
@@ -106,11 +110,15 @@ def rates(row: dict) -> list[str]:
     return [_percent(row[column]) if column in row else "" for column in COLUMNS]
 
 
+def solved(row: dict) -> str:
+    """Cell of a `setting_row`: the problems with a passing sample, of all."""
+    return f"{row['problems_passed']} of {len(row['passed'])}"
+
+
 def form_table(rows: Sequence[dict]) -> str:
     """Markdown of the two forms of the prompt."""
     lines = [
-        [row["family"], row["setting"], row["form"], *rates(row), str(row["problems_passed"]), f"{row['tokens']:.0f}"]
-        for row in rows
+        [row["family"], row["setting"], row["form"], *rates(row), solved(row), f"{row['tokens']:.0f}"] for row in rows
     ]
     return markdown(["decoder", "setting", "prompt", *COLUMNS, "problems", "tokens"], lines, text=3)
 
@@ -119,7 +127,7 @@ def tables(stage: dict) -> str:
     """Markdown of a stage: every setting, then the tuned families."""
     shares = ["parses", "distinct", *ERRORS, OTHER]
     settings = [
-        [row["family"], row["setting"], *rates(row), str(row["problems_passed"])]
+        [row["family"], row["setting"], *rates(row), solved(row)]
         + [f"{100 * row[share]:.1f}" for share in shares]
         + [f"{row['tokens']:.0f}"]
         for row in stage["settings"]
@@ -130,8 +138,8 @@ def tables(stage: dict) -> str:
         for row in stage["tuned"]
     ]
     title = (
-        f"{len(stage['tasks'])} problems, of which {stage['problems_ever_passed']} have a passing sample of any setting; "
-        "percent, [95 % over problems]"
+        f"{len(stage['tasks'])} of {stage['problems']} problems, taken at random; {stage['problems_ever_passed']} have a "
+        "passing sample of any setting; percent, [95 % over problems]"
     )
     return "\n\n".join(
         [

@@ -7,8 +7,8 @@
 
 The prompts are HumanEval's, without an adapter; one part compares them with the model's chat form, at two settings. The
 settings are drawn in stages; a problem is drawn with all settings of its stage, in an order that is shuffled once. A stage
-is reported when all its settings have all samples of all problems, together with the settings of the stages before it. Of
-each family, the setting that is best on one half of the problems is reported on the other half, and the other way round, so
+is reported on the first problems of which all its settings have all samples, when they are at least `--least`, together
+with the settings of the stages before it on the same problems. Of each family, the setting that is best on one half of the problems is reported on the other half, and the other way round, so
 each problem counts once and with a setting that was not chosen on it. The samples stay in the user's cache; the figures are
 written to `benchmarks/results/decoding_humaneval.json`.
 """
@@ -19,6 +19,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -177,40 +178,67 @@ def judge(args: argparse.Namespace, problems: list[Problem]) -> None:
     judge_samples(sorted(args.work.glob("**/*.jsonl")), problems, workers=args.workers, allow_execution=True)
 
 
+def files_of(families: dict[str, list[Decoder]], folder: Path) -> dict[tuple[str, str], Path]:
+    """The samples files by family and setting."""
+    return {(f, d.label): folder / f"{file_name(f, d)}.jsonl" for f, those in families.items() for d in those}
+
+
+class Drawn:
+    """The samples of several files, and the first problems of which all these files have all samples."""
+
+    def __init__(self, problems: list[Problem]):
+        self.tasks = [problem.task_id for problem in problems]
+        self.samples: dict[Hashable, list[dict]] = {}
+
+    def read(self, paths: Mapping[Hashable, Path]) -> int:
+        """Add files; returns the number of problems that are complete in all. There are none if a file is missing."""
+        found = {key: read_samples(path) for key, path in paths.items() if path.exists()}
+        self.samples |= {key: samples for key, (_, samples) in found.items()}
+        counts = {key: settings["samples"] for key, (settings, _) in found.items()}
+        self.tasks = complete(self.samples, counts, self.tasks) if len(found) == len(paths) else []
+        return len(self.tasks)
+
+    def reports(self) -> dict[Hashable, Report]:
+        """The report of each file on the complete problems."""
+        place = {task: number for number, task in enumerate(self.tasks)}
+        return {
+            key: Report.of(sorted((s for s in samples if s["task_id"] in place), key=lambda s: place[s["task_id"]]))
+            for key, samples in self.samples.items()
+        }
+
+
 def prompt_forms(args: argparse.Namespace, problems: list[Problem]) -> list[dict]:
-    """Figures of the settings that were drawn in the chat form, in both forms; none unless all of them are complete."""
-    rows = []
-    for family, decoders in CHAT.items():
-        for decoder in decoders:
-            for form, folder in (("plain", args.work), ("chat", args.work / "chat")):
-                path = folder / f"{file_name(family, decoder)}.jsonl"
-                if not path.exists():
-                    return []
-                settings, samples = read_samples(path)
-                if len(samples) < settings["samples"] * len(problems):
-                    return []
-                rows.append({"form": form, **setting_row(family, decoder.label, Report.of(samples))})
-    return rows
+    """Figures of the settings that were drawn in the chat form, in both forms on the same problems."""
+    drawn = Drawn(problems)
+    folders = {"plain": args.work, "chat": args.work / "chat"}
+    paths = {form: files_of(CHAT, folder) for form, folder in folders.items()}
+    if drawn.read({(form, *key): paths[form][key] for key in paths["plain"] for form in folders}) < least(
+        args, problems
+    ):
+        return []
+    return [{"form": form, **setting_row(*key, report)} for (form, *key), report in drawn.reports().items()]
+
+
+def least(args: argparse.Namespace, problems: list[Problem]) -> int:
+    """The fewest problems that are reported: `--least`, or all of fewer."""
+    return min(args.least, len(problems))
 
 
 def report(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[dict], list[int]]:
-    """Figures of every complete stage with the settings of the stages before it, and each stage's complete problems."""
-    place = {problem.task_id: number for number, problem in enumerate(problems)}
-    reports: dict[str, dict[str, Report]] = {}
+    """Figures of every stage that has enough problems, and the number of complete problems of these and the next.
+
+    The figures of a stage hold the settings of the stages before it too, all on the same problems.
+    """
+    drawn = Drawn(problems)
     found, done = [], []
     for families in stages(None):
-        paths = {(f, d.label): args.work / f"{file_name(f, d)}.jsonl" for f, those in families.items() for d in those}
-        if not all(path.exists() for path in paths.values()):
+        done.append(drawn.read(files_of(families, args.work)))
+        if done[-1] < least(args, problems):
             break
-        read = {key: read_samples(path) for key, path in paths.items()}
-        counts = {key: settings["samples"] for key, (settings, _) in read.items()}
-        done.append(len(complete({key: samples for key, (_, samples) in read.items()}, counts, list(place))))
-        if done[-1] < len(problems):
-            break
-        for (family, label), (_, samples) in read.items():
-            in_order = sorted(samples, key=lambda sample: place[sample["task_id"]])
-            reports.setdefault(family, {})[label] = Report.of(in_order)
-        found.append(stage_report(reports, list(place)))
+        reports: dict[str, dict[str, Report]] = {}
+        for (family, label), one in drawn.reports().items():
+            reports.setdefault(family, {})[label] = one
+        found.append(stage_report(reports, drawn.tasks, len(problems)))
     return found, done
 
 
@@ -265,6 +293,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=int, default=15, help="completions of a problem and setting")
     add("--new-tokens", type=int, default=128, help="tokens of a completion at most")
     add("--rows", type=int, default=90, help="rows of a batch, of several problems")
+    add("--least", type=int, default=80, help="report no stage on fewer problems, unless they are all")
     add("--minutes", type=float, help="begin no further problem after this time")
     add("--sample-only", action="store_true", help="execute no completion and report nothing")
     add("--report-only", action="store_true", help="draw nothing, execute and report what is there")
@@ -273,11 +302,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=1, help="programs executed at a time")
     add("--threads", type=int, default=1, help="CPU threads")
     add("--device", default="cpu", help="cpu or cuda")
+    add("--sampled-on", help="a note for the result: the machine that drew the samples, if it is another one")
     add("--seed", type=int, default=0, help="of the order of the problems and of the draws")
     add("--work", type=Path, default=cache_folder() / "decoding_humaneval", help="folder of the samples")
     add("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args(argv)
-    counts = ("limit", "samples", "new_tokens", "rows", "minutes", "every", "workers", "threads")
+    counts = ("limit", "samples", "new_tokens", "rows", "least", "minutes", "every", "workers", "threads")
     require_positive(parser, args, counts)
     require_device(parser, args)
     return args

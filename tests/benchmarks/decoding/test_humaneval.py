@@ -30,12 +30,15 @@ def report(passed, drawn=10):
     return Report.of(samples)
 
 
-def test_only_tasks_with_all_samples_of_every_setting_count():
+def test_the_first_tasks_with_all_samples_of_every_setting_count():
     samples = {
-        "one": [{"task_id": task} for task in "aabbc"],
-        "two": [{"task_id": task} for task in "abc"],
+        "one": [{"task_id": task} for task in "aabbcdd"],
+        "two": [{"task_id": task} for task in "abcd"],
     }
-    assert complete(samples, {"one": 2, "two": 1}, ["c", "b", "a", "d"]) == ["b", "a"]
+    counts = {"one": 2, "two": 1}
+    assert complete(samples, counts, ["b", "a", "c", "d"]) == ["b", "a"]
+    assert complete(samples, counts, ["b", "d", "a"]) == ["b", "d", "a"]
+    assert complete(samples, counts, ["e", "a"]) == []
 
 
 def test_a_setting_is_chosen_on_the_other_half():
@@ -62,13 +65,14 @@ def test_figures_of_a_setting():
 
 def test_greedy_is_not_compared_with_many_samples():
     reports = {"greedy": {"": report([1, 0, 1, 0], drawn=1)}, "fixed temperature": {"x": report([5, 0, 5, 0])}}
-    stage = stage_report(reports, TASKS)
+    stage = stage_report(reports, TASKS, 9)
     greedy = [row for row in stage["tuned"] if row["family"] == "greedy"]
     assert [row["k"] for row in greedy] == [1]
     assert "difference" not in greedy[0]
     text = tables(stage)
-    assert "4 problems, of which 2" in text
+    assert "4 of 9 problems, taken at random; 2 have a passing sample" in text
     assert "| greedy |  | 50.0 [" in text
+    assert "| 2 of 4 |" in text
 
 
 def test_every_setting_has_a_file_of_its_own():
@@ -96,13 +100,17 @@ def test_a_small_run_is_reported_and_resumed(tmp_path, capsys):
     before = [file.read_bytes() for file in files]
     humaneval.main([*command, "--report-only"])
     assert [file.read_bytes() for file in files] == before
-    # A stage that lacks a sample is not reported, nor is one after it.
+    # Problems that lack a sample do not count; a stage with too few is not reported, nor is one after it.
+    order = result["stages"][0]["tasks"]
     cut = tmp_path / "work" / "fixed_temperature_T0.2.jsonl"
-    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
-    humaneval.main([*command, "--report-only"])
-    result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
-    assert result["complete_problems"] == [3, 2]
-    assert [len(stage["settings"]) for stage in result["stages"]] == [1]
+    lines = cut.read_text().splitlines(keepends=True)
+    cut.write_text("".join(line for line in lines if f'"{order[2]}", "sample": 1' not in line))
+    for least, stages in ((3, 1), (2, 3)):
+        humaneval.main([*command, "--report-only", "--least", str(least)])
+        result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
+        assert result["complete_problems"] == [3, 2, 2][: stages + (stages < 3)]
+        assert [stage["tasks"] for stage in result["stages"]] == [order, order[:2], order[:2]][:stages]
+    assert {len(row["passed"]) for row in result["stages"][2]["settings"]} == {2}
 
 
 @pytest.mark.slow
@@ -119,18 +127,18 @@ def test_samples_are_drawn_and_judged_apart(tmp_path, capsys):
     assert len(stage["settings"]) == 20
     assert stage["problems_ever_passed"] <= 2
     assert "adaptive, as published" in {row["family"] for row in stage["tuned"]}
-    assert "of which" in capsys.readouterr().out
+    assert "2 of 2 problems" in capsys.readouterr().out
 
 
 def test_problems_with_a_passing_sample_are_counted():
     reports = {"fixed temperature": {"left": report([9, 0, 0, 0]), "right": report([1, 0, 2, 0])}}
     reports["adaptive (paper)"] = {"a=0.8 b=0.6 line": report([0, 0, 1, 0]), "other": report([9, 9, 9, 0])}
-    stage = stage_report(reports, TASKS)
+    stage = stage_report(reports, TASKS, 9)
     assert stage["problems_ever_passed"] == 3
     assert [row["problems_passed"] for row in stage["settings"]] == [1, 2, 1, 3]
     published = next(row for row in stage["tuned"] if row["family"] == "adaptive, as published" and row["k"] == 1)
     assert published["pass"]["mean"] == pytest.approx(0.025)
-    assert "4 problems, of which 3 have a passing sample" in tables(stage)
+    assert "; 3 have a passing sample" in tables(stage)
 
 
 def test_both_prompt_forms_are_reported_when_both_are_complete(tmp_path):
@@ -149,6 +157,14 @@ def test_both_prompt_forms_are_reported_when_both_are_complete(tmp_path):
         write(folder, "greedy", 1)
         write(folder, "fixed_temperature_T0.2", 2)
     rows = humaneval.prompt_forms(args, problems)
+    # A problem that lacks a sample in one file is left out of all.
+    path = tmp_path / "chat" / "fixed_temperature_T0.2.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert humaneval.prompt_forms(args, problems) == []
+    args.least = 1
+    assert [row["passed"] for row in humaneval.prompt_forms(args, problems)] == [
+        {problems[0].task_id: passed} for passed in (1, 1, 2, 2)
+    ]
     assert [(row["form"], row["drawn"], row["problems_passed"]) for row in rows] == [
         ("plain", 1, 2),
         ("chat", 1, 2),
