@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_VENV ?= .docs-venv
 DOCS_STAMP := $(DOCS_VENV)/.installed
+VLLM_VENV ?= .vllm-venv
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PINS := tests/plugins/serving/requirements.txt
 # Interpreters for `make package-test`.
 PYTHONS ?= $(PYTHON)
 
-.PHONY: demo demo-real test test-damage lint bench docs docs-serve package-test clean
+.PHONY: demo demo-real test test-damage test-vllm lint bench docs docs-serve package-test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -23,6 +26,9 @@ test: $(STAMP)
 
 test-damage: $(STAMP)
 	$(BIN)/python -m pytest tests/damage --cases 1000 --kills 50
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/plugins/serving
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -51,5 +57,13 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,benchmark,dev]"
 	touch $@
 
+# Without dependencies, because vLLM names some that it does not need for text: torchvision, torchaudio, torchcodec.
+$(VLLM_STAMP): setup.cfg setup.py pyproject.toml $(VLLM_PINS)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint $(VLLM_PINS) torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement $(VLLM_PINS)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) build demo_output
+	rm -rf $(VENV) $(DOCS_VENV) $(VLLM_VENV) build demo_output

@@ -133,7 +133,7 @@ class ReshapedModel:
         config = copy.copy(config)
         # Without a source the tensors come with the call (`state_dict=`).
         tensors = None if source is None else check_folder(os.fspath(source), config.reshaped_modules, **hub)
-        _require_saved_class(cls, config)
+        require_saved_class(cls, config)
         if tensors is not None:
             tensors = names_in_memory(cls, config, tensors)
             leave_new_heads_unquantised(cls, config, tensors)
@@ -194,7 +194,7 @@ def _load_config(config_class: type, source, kwargs: dict) -> tuple[ReshapedConf
     return config, {**unused, **kept}
 
 
-def _require_saved_class(model_class: type, config: ReshapedConfig) -> None:
+def require_saved_class(model_class: type, config: ReshapedConfig) -> None:
     """Refuse to load what a user's own class saved with a class of transformers, which computes something else.
 
     Another head on the same base, as `AutoModelForSequenceClassification` makes it, is fine.
