@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 
 from hf_qst import QSTConfig
@@ -21,10 +20,11 @@ from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.qst.base_pass import BasePass, Reader
 from hf_qst.qst.layer import QSTLayer
 from hf_qst.qst.side_network import SideNetwork
+from hf_qst_plugins.serving.reshaped_models import ReshapedForCausalLM
 
 
-class SideTunedForCausalLM(TransformersForCausalLM):
-    """The base model in vLLM's folder, and the side network in the adapter's folder `config.qst_adapter`.
+class SideTunedForCausalLM(ReshapedForCausalLM):
+    """The base in vLLM's folder, whatever its shapes, and the side network in the adapter's folder `config.qst_adapter`.
 
     Raises:
         ValueError: what is not served with a side network, by its argument.
@@ -78,14 +78,10 @@ def _servable(folder: object, vllm_config: VllmConfig) -> QSTConfig:
         raise ValueError(
             f'hf_overrides["qst_adapter"] must be the folder of a QST adapter, {folder} has {adapter.peft_type}'
         )
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
     for name, found, served in (
         ("QSTConfig.tail_layers", adapter.tail_layers, 0),
         ("QSTConfig.modules_to_save", adapter.modules_to_save, None),
-        ("enforce_eager", model.enforce_eager, True),
-        ("quantization", model.quantization, None),
-        ("tensor_parallel_size", parallel.tensor_parallel_size, 1),
-        ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
+        ("enforce_eager", vllm_config.model_config.enforce_eager, True),
     ):
         if found != served:
             raise ValueError(f"in vLLM a side network needs {name}={served!r}, got {found!r}")

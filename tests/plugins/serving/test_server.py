@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_qst import MixedRankConfig, compress_model
+from hf_qst import MixedRankConfig, QSTConfig, compress_model
 from hf_qst.pruning import prune_blocks
+from hf_qst_plugins.serving.reshaped_models import SERVED
 from tests.plugins.adaptive_temperature.test_generation import llama
 from tests.plugins.code_tokenizers import tokenizer
 from tests.pruned_models import random_masks
@@ -27,11 +29,14 @@ PROMPT = "def fibonacci(n):"
 
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory):
-    """The guide's folder: a model that is pruned and factorised, with its tokenizer."""
+    """The guide's folders: a model that is pruned and factorised, with its tokenizer, and a side network on it."""
     folder = tmp_path_factory.mktemp("guide") / "smaller"
+    folder.with_name("base").symlink_to(folder)
     model = llama(layers=3, head_dim=64)
     compress_model(prune_blocks(model, random_masks(model)), MixedRankConfig(keep_ratio=0.8)).save_pretrained(folder)
     tokenizer("newline_merging").save_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(base, QSTConfig(task_type="CAUSAL_LM", r=1)).save_pretrained(folder.with_name("adapter"))
     return folder
 
 
@@ -47,14 +52,21 @@ def greedy(folder, count):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_code_of_the_guide_runs(name, smaller, monkeypatch, capsys):
     monkeypatch.chdir(smaller.parent)
-    options = ', dtype="float32", enforce_eager=True, max_model_len=128'
-    source = SCRIPTS[name].replace('LLM("smaller"', f'LLM("smaller"{options}')
+    source = SCRIPTS[name]
+    options = 'dtype="float32", max_model_len=128'
+    options += "" if "enforce_eager" in source else ", enforce_eager=True"
+    source = re.sub(r'LLM\("(\w+)"', rf'LLM("\1", {options}', source)
     assert options in source
     exec(compile(source, name, "exec"), {})
     printed = capsys.readouterr().out.strip("\n").splitlines()
     assert printed
-    if name == "smaller.py":
+    if name != "adaptive.py":  # a side network that was not trained adds nothing
         assert "\n".join(printed) in greedy(smaller, 32)
+
+
+def test_the_guide_names_the_types_that_are_served():
+    (listed,) = re.findall(r"types of\nmodels:\n\n(.*?)\.\n\n", GUIDE.read_text(), re.DOTALL)
+    assert tuple(re.findall(r"`(\w+)`", listed)) == SERVED
 
 
 def free_port():

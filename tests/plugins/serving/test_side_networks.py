@@ -6,18 +6,20 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
 from hf_qst.errors import CheckpointError
+from hf_qst.pruning import prune_blocks
 from hf_qst_plugins.serving.side_networks import SideTunedForCausalLM
 from tests.architectures import side_tuned
 from tests.plugins.serving.in_vllm import HEADS, engine, require_same
+from tests.pruned_models import random_masks
 from tests.tiny_decoders import tiny_decoder
 
 SETTINGS = {"r": 2, "side_every": 2, "readout_rank": 4, "readout_every": 2}
 SIDE_TUNED = "SideTunedForCausalLM"
 
 
-def saved(root, name="llama", **settings):
+def saved(root, name="llama", reshaped=lambda model: model, **settings):
     """Folders of a base and of an adapter with a large say, and the tuned model."""
-    base = tiny_decoder(name, **HEADS)
+    base = reshaped(tiny_decoder(name, **HEADS))
     base.save_pretrained(root / "base")
     tuned = side_tuned(model=base, awake=True, **{**SETTINGS, **settings}).eval()
     tuned.save_pretrained(root / "adapter")
@@ -46,6 +48,11 @@ def folders(tmp_path_factory):
 def test_greedy_tokens_are_those_of_the_tuned_model(name, settings, tmp_path):
     base, adapter, tuned = saved(tmp_path, name, **settings)
     assert require_same(base, tuned, **overrides(adapter)) is SideTunedForCausalLM
+
+
+def test_a_smaller_base(tmp_path):
+    base, adapter, tuned = saved(tmp_path, reshaped=lambda model: prune_blocks(model, random_masks(model)))
+    require_same(base, tuned, **overrides(adapter))
 
 
 def test_a_side_network_has_its_own_keys_and_values(folders):
