@@ -38,7 +38,7 @@ class ReshapedForCausalLM(TransformersForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         _require_served(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if isinstance(self.config, ReshapedConfig):
+        if getattr(self.config, "saved_class", None) is not None:
             require_saved_class(type(self.model), self.config)
 
     def recursive_replace(self) -> None:

@@ -53,6 +53,9 @@ class SideTunedForCausalLM(ReshapedForCausalLM):
             )
             setattr(attention, VLLM_ATTN_ATTR, served)
 
+    def _decorate_for_torch_compile(self) -> None:
+        """Leave the base's class as it is: it is not compiled, and `_load` makes a model of it too."""
+
     def forward(self, *args, **kwargs) -> torch.Tensor:
         running = BasePass([Reader("default", self.side_network, None, False, None, 0)], grad=False)
         with self.hooks[0].tape.using(running):

@@ -72,7 +72,8 @@ def test_architectures(model_type, tmp_path):
 
 def build(folder, **options):
     """The model as vLLM's worker makes it."""
-    settings = EngineArgs(folder, dtype="float32", skip_tokenizer_init=True, **options).create_engine_config()
+    options = {"dtype": "float32", "skip_tokenizer_init": True, **options}
+    settings = EngineArgs(folder, **options).create_engine_config()
     with set_current_vllm_config(settings):
         return ReshapedForCausalLM(vllm_config=settings)
 
@@ -91,7 +92,7 @@ def test_several_processes_are_refused(small, argument):
 
 def test_quantisation_by_vllm_is_refused(small):
     with pytest.raises(ValueError, match="need quantization=None, got 'fp8'"):
-        build(small, quantization="fp8")
+        build(small, quantization="fp8", dtype="bfloat16")
 
 
 def test_a_folder_in_4_bits_is_refused_and_served_after_dequantisation(small, tmp_path):
@@ -99,7 +100,8 @@ def test_a_folder_in_4_bits_is_refused_and_served_after_dequantisation(small, tm
     quantised = AutoModelForCausalLM.from_pretrained(small, quantization_config=nf4)
     with pytest.raises(ValueError, match="Unknown quantization method: bitsandbytes"):  # vLLM's own words
         build(save(quantised, tmp_path / "nf4"))
-    require_transformers(save(quantised.dequantize(), tmp_path / "dequantised"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4").dequantize()
+    require_transformers(save(model, tmp_path / "dequantised"))
 
 
 def test_a_damaged_folder_is_refused(small, tmp_path):

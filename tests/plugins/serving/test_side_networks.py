@@ -74,7 +74,7 @@ def build(base, **options):
     ("options", "message"),
     [
         ({"enforce_eager": False}, "enforce_eager=True, got False"),
-        ({"quantization": "fp8"}, "quantization=None, got 'fp8'"),
+        ({"quantization": "fp8", "dtype": "bfloat16"}, "quantization=None, got 'fp8'"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=1, got 2"),
         ({"hf_overrides": {"architectures": [SIDE_TUNED]}}, r"hf_overrides\[\"qst_adapter\"\] must be .*, got None"),
     ],
