@@ -11,7 +11,7 @@ VLLM_PINS := tests/plugins/serving/requirements.txt
 # Interpreters for `make package-test`.
 PYTHONS ?= $(PYTHON)
 
-.PHONY: demo demo-real test test-damage test-vllm lint bench docs docs-serve package-test clean
+.PHONY: demo demo-real test test-damage test-load test-vllm lint bench docs docs-serve package-test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -26,6 +26,9 @@ test: $(STAMP)
 
 test-damage: $(STAMP)
 	$(BIN)/python -m pytest tests/damage --cases 1000 --kills 50
+
+test-load: $(STAMP)
+	$(BIN)/python -m pytest -s tests/damage/test_load.py --load 1
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/plugins/serving
