@@ -16,8 +16,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -78,18 +77,6 @@ def in_transformers(path: Path, prompts: torch.Tensor, new: int, rounds: int) ->
     return drawn, prompts.shape[0] * new / seconds, model.num_parameters()
 
 
-@contextmanager
-def engine(path: Path, length: int, requests: int, model_impl: str) -> Iterator:
-    """vLLM with this folder, in this process."""
-    import vllm
-
-    yield vllm.LLM(
-        str(path), dtype="float32", max_model_len=length, max_num_seqs=requests, enforce_eager=True,
-        enable_prefix_caching=False, kv_cache_memory_bytes=2**28, model_impl=model_impl,
-    )  # fmt: skip
-    gc.collect()
-
-
 def in_vllm(
     path: Path, prompts: torch.Tensor, new: int, rounds: int, model_impl: str = "auto"
 ) -> tuple[list[list[int]], float]:
@@ -98,8 +85,13 @@ def in_vllm(
 
     parameters = vllm.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
     asked = [{"prompt_token_ids": ids} for ids in prompts.tolist()]
-    with engine(path, prompts.shape[1] + new, len(asked), model_impl) as served:
-        outputs, seconds = timed(lambda: served.generate(asked, parameters, use_tqdm=False), rounds)
+    served = vllm.LLM(
+        str(path), dtype="float32", max_model_len=prompts.shape[1] + new, max_num_seqs=len(asked), enforce_eager=True,
+        enable_prefix_caching=False, kv_cache_memory_bytes=2**28, model_impl=model_impl,
+    )  # fmt: skip
+    outputs, seconds = timed(partial(served.generate, asked, parameters, use_tqdm=False), rounds)
+    del served
+    gc.collect()  # ends the engine's process
     return [list(output.outputs[0].token_ids) for output in outputs], len(asked) * new / seconds
 
 
@@ -167,8 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     require_positive(parser, args, ["requests", "prompt_tokens", "new_tokens", "rounds"])
     require_parts(parser, args, ["keep"])
     (args.keep,) = args.keep
-    # Read when vLLM is imported: the engine in this process, and no statistics sent.
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    # Read when vLLM is imported. No statistics are sent.
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     transformers_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as temporary:
         rows = measure(args, args.forms or Path(temporary))
