@@ -34,7 +34,7 @@ def require_same(folder, model, **options):
             for token, entry in found.items():
                 # Sums in another order: 2e-6 was seen.
                 assert entry.logprob == pytest.approx(row[token].item(), abs=1e-4)
-    assert len(different) > 5
+    assert len(different) > 2
     del served
     gc.collect()
     return kind

