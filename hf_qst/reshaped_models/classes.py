@@ -101,7 +101,7 @@ class _AnyReshapedConfig(PreTrainedConfig):
         base = _as_architecture(config_dict, MODEL_TYPE).get("base_model_type")
         if base in (MODEL_TYPE, PLAIN_MODEL_TYPE) or base not in CONFIG_MAPPING:
             raise ReshapedModelError(f"config.json says base_model_type {base!r}, which transformers does not know")
-        return _registered_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+        return registered_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
 
 
 class ReshapedModel:
@@ -236,7 +236,7 @@ def _translate_names_as(plain: type[PreTrainedModel]) -> None:
 
 
 @functools.cache
-def _registered_config_class(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def registered_config_class(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The reshaped config class, after every Auto class that knows the plain one has been told about it."""
     config_class = reshaped_class(plain)
     for _, mapping in _auto_mappings(plain):
@@ -429,7 +429,7 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
         )
     model_class = reshaped_class(getattr(model, "plain_class", type(model)))
     config = copy.copy(model.config)
-    config.__class__ = _registered_config_class(plain_config)
+    config.__class__ = registered_config_class(plain_config)
     config.architectures = [model_class.__name__]
     config.base_model_type = plain_config.model_type
     config.hf_qst_format = FORMAT
