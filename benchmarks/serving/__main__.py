@@ -32,6 +32,7 @@ from examples.real_model import BASE, HELP, model_argument
 from hf_qst import MixedRankConfig, compress_model, prune_model
 
 OUT = RESULTS / "serving.json"
+BACKEND = "transformers backend"
 FORMS = ("dense", "pruned", "factorised", "pruned and factorised")
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 16, 128
 
@@ -91,7 +92,7 @@ def in_vllm(
     )  # fmt: skip
     outputs, seconds = timed(partial(served.generate, asked, parameters, use_tqdm=False), rounds)
     del served
-    gc.collect()  # ends the engine's process
+    gc.collect()
     return [list(output.outputs[0].token_ids) for output in outputs], len(asked) * new / seconds
 
 
@@ -109,18 +110,22 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     forms = make_forms(args.model, args.keep, folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     prompts = blocks(tokens(split(stdlib_files())[1], tokenizer), args.prompt_tokens, args.requests)
+    # First all of these: vLLM changes the class of a model that it serves, in this process.
+    found = {form: in_transformers(path, prompts, args.new_tokens, args.rounds) for form, path in forms.items()}
     rows = []
-    for form, path in forms.items():
-        drawn, speed, parameters = in_transformers(path, prompts, args.new_tokens, args.rounds)
-        for model_impl in ("auto", "transformers") if form == "dense" else ("auto",):
-            served, served_speed = in_vllm(path, prompts, args.new_tokens, args.rounds, model_impl)
-            rows.append({
-                "form": form, "class": "vLLM's own" if form == "dense" and model_impl == "auto" else "transformers backend",
-                "parameters": parameters, "vllm": served_speed, "transformers": speed,
-                "equal": sum(a == b for a, b in zip(drawn, served, strict=True)), "requests": len(drawn),
-                "first": {"vllm": served[0], "transformers": drawn[0]},
-            })  # fmt: skip
-    return rows
+    for form, where, model_impl in (
+        *((form, BACKEND, "auto") for form in FORMS[1:]),
+        ("dense", "vLLM's own class", "auto"),
+        ("dense", BACKEND, "transformers"),
+    ):
+        drawn, speed, parameters = found[form]
+        served, served_speed = in_vllm(forms[form], prompts, args.new_tokens, args.rounds, model_impl)
+        rows.append({
+            "form": form, "where": where, "parameters": parameters, "vllm": served_speed, "transformers": speed,
+            "equal": sum(a == b for a, b in zip(drawn, served, strict=True)), "requests": len(drawn),
+            "first": {"vllm": served[0], "transformers": drawn[0]},
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: FORMS.index(row["form"]))
 
 
 def report(rows: list[dict], tokenizer) -> str:
@@ -133,13 +138,13 @@ def report(rows: list[dict], tokenizer) -> str:
         "requests with equal tokens",
     ]
     lines = [
-        [row["form"], row["class"], f"{row['parameters'] / 1e6:.1f} M", f"{row['vllm']:.1f}", f"{row['transformers']:.1f}",
+        [row["form"], row["where"], f"{row['parameters'] / 1e6:.1f} M", f"{row['vllm']:.1f}", f"{row['transformers']:.1f}",
          f"{row['equal']} of {row['requests']}"]
         for row in rows
     ]  # fmt: skip
     parts = [markdown(columns, lines, 2)]
     for row in rows:
-        parts.append(f"{row['form']}, {row['class']}, the first request:")
+        parts.append(f"{row['form']}, {row['where']}, the first request:")
         parts += [f"  {name:12} {ids[:24]}\n  {'':12} {tokenizer.decode(ids)!r}" for name, ids in row["first"].items()]
     return "\n".join(parts)
 
@@ -159,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     require_positive(parser, args, ["requests", "prompt_tokens", "new_tokens", "rounds"])
     require_parts(parser, args, ["keep"])
     (args.keep,) = args.keep
-    # Read when vLLM is imported. No statistics are sent.
-    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    # Read when vLLM is imported: the engine in this process, as on one core others would only wait for it, no statistics sent.
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     transformers_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as temporary:
         rows = measure(args, args.forms or Path(temporary))
