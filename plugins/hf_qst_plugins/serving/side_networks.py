@@ -7,16 +7,18 @@ several sizes, so both are paged alike.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 
 from hf_qst import QSTConfig
-from hf_qst.base_model.decoder_stack import find_decoder_stack
+from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.qst.base_pass import BasePass, Reader
 from hf_qst.qst.layer import QSTLayer
 from hf_qst.qst.side_network import SideNetwork
@@ -35,11 +37,11 @@ class SideTunedForCausalLM(ReshapedForCausalLM):
         folder = getattr(vllm_config.model_config.hf_config, "qst_adapter", None)
         adapter = _servable(folder, vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        stack = find_decoder_stack(self)
+        network, stack = _load(folder, adapter, self.config)
         # Not a module of this one: it only holds the hooks on the base's blocks.
-        self.hooks = (QSTLayer(self.model, stack),)
-        self.side_network = _load(folder, adapter, self.config).to(self.device_config.device)
-        for index, block in enumerate(self.side_network.blocks, len(stack.blocks)):
+        self.hooks = (QSTLayer(self.model, replace(stack, module=self.model)),)
+        self.side_network = network.to(self.device_config.device)
+        for index, block in enumerate(network.blocks, len(stack.blocks)):
             attention, spec = block.attention, block.attention.spec
             attention.config = self.text_config
             served = Attention(
@@ -55,6 +57,13 @@ class SideTunedForCausalLM(ReshapedForCausalLM):
 
     def _decorate_for_torch_compile(self) -> None:
         """Leave the base's class as it is: it is not compiled, and `_load` makes a model of it too."""
+
+    def _create_hf_to_vllm_mapper(self) -> None:
+        """By the base's class, for which transformers knows other names of tensors in files."""
+        overridden = self.config.architectures
+        self.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.model_type]]
+        super()._create_hf_to_vllm_mapper()
+        self.config.architectures = overridden
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         running = BasePass([Reader("default", self.side_network, None, False, None, 0)], grad=False)
@@ -91,9 +100,10 @@ def _servable(folder: object, vllm_config: VllmConfig) -> QSTConfig:
     return adapter
 
 
-def _load(folder: str, adapter: QSTConfig, config) -> SideNetwork:
-    """The side network of an adapter, checked against its manifest and the base's sizes."""
+def _load(folder: str, adapter: QSTConfig, config) -> tuple[SideNetwork, DecoderStack]:
+    """The side network of an adapter, checked against its manifest and the base's sizes, and a stack without values."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
+    stack = find_decoder_stack(base)
     model = PeftModel.from_pretrained(base, folder, config=adapter)
-    return model.base_model.stack_layer.checked("default").eval()
+    return model.base_model.stack_layer.checked("default").eval(), stack

@@ -43,6 +43,7 @@ def folders(tmp_path_factory):
         ("llama", {"side_every": 1, "r": 4, "readout_rank": 0, "mix": "sigmoid"}),
         ("mistral", {"side_every": 1}),
         ("qwen3", {"downsample": "linear"}),
+        ("gpt_neox", {}),
     ],
 )
 def test_greedy_tokens_are_those_of_the_tuned_model(name, settings, tmp_path):
