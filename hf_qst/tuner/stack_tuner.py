@@ -84,6 +84,11 @@ class StackLayer(ManifestLayer):
     def base_arguments(self, args: tuple, kwargs: dict) -> dict:
         """All arguments of the stack by name; without a cache in training, where transformers makes one unless told."""
         kwargs = {**dict(zip(self._parameters_of_base, args, strict=False)), **kwargs}
+        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        if given is not None and 0 in given.shape[:2]:
+            raise ValueError(
+                f"{self.method} needs at least one row and one token, got a batch of shape {list(given.shape)}"
+            )
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = not torch.is_grad_enabled() and getattr(self.base_layer.config, "use_cache", False)
         return kwargs
