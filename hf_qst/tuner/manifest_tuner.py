@@ -15,7 +15,6 @@ from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError, find_d
 from hf_qst.base_model.offloading import has_values
 from hf_qst.saved import manifest
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -64,9 +63,9 @@ class ManifestLayer(nn.Module, BaseTunerLayer):
         if (damage := self.damage.get(adapter_name)) is not None:
             raise damage
         network = self.networks[adapter_name]
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if any(p.dtype == torch.float16 and p.requires_grad for p in network.parameters()):
-                _warn_of_float16(self.method)
+        learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if learns and any(p.dtype == torch.float16 and p.requires_grad for p in network.parameters()):
+            _warn_of_float16(self.method)
         return network
 
     def requires_grad_(self, requires_grad: bool = True):

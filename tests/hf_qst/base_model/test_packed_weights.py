@@ -129,7 +129,7 @@ def test_widths_that_the_packed_layout_has_no_room_for(sizes, tmp_path):
     """Where bitsandbytes packs, the base alone fails in its first evaluation."""
     base = loaded_in_nf4(tmp_path, True, **sizes)
     if has_avx512bf16():
-        with pytest.raises((RuntimeError, AssertionError), match="is invalid for input|must be divisible"):
+        with pytest.raises((RuntimeError, AssertionError), match=r"is invalid for input|must be divisible"):
             run(copy.deepcopy(base))
     model = side_tuned(model=base, awake=True)
     expected = run(model)
