@@ -182,6 +182,23 @@ def test_gradients_are_the_same_before_and_after_an_evaluation(method, tmp_path)
 
 
 @PACKS
+def test_what_packing_does_to_a_plain_model(tmp_path):
+    """The reasons for the module under test; if this fails, bitsandbytes has been repaired."""
+    tuned = get_peft_model(
+        loaded_in_nf4(tmp_path / "lora", False), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    before = gradients(tuned)
+    run(tuned)
+    after = gradients(tuned)
+    assert after.keys() < before.keys()  # those of the blocks below have none
+    base = loaded_in_nf4(tmp_path / "base", False)
+    expected = run(base)
+    assert torch.equal(run(base), expected)
+    base.state_dict()
+    assert (run(base) - expected).norm() > 5e-3 * expected.norm()
+
+
+@PACKS
 def test_factors_of_a_base_that_was_packed_before_get_gradients(tmp_path):
     base = loaded_in_nf4(tmp_path, False)
     run(base)
