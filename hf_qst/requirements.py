@@ -47,7 +47,7 @@ def check_versions(ranges: dict[str, tuple[str, str | None]] = RANGES) -> None:
 
 def _release(version: str) -> tuple[int, ...]:
     """(5, 24) of "5.24.0.dev0" and of "5.24"."""
-    numbers = [int(number) for number in re.match(r"[\d.]*", version)[0].strip(".").split(".")]
+    numbers = [int(number) for number in re.findall(r"\d+", version)]
     return tuple(numbers[:2])
 
 

@@ -151,9 +151,9 @@ def keep_packed_weights(stack: nn.Module) -> list:
 @cache
 def _say_packed() -> None:
     logger.warning(
-        "bitsandbytes repacks the 4-bit weights of this base for its bfloat16 kernel: the processor has AVX512-BF16. Outputs "
-        "are rounded otherwise than in float32, here and in no other place where the model runs. "
-        "hf_qst.base_model.forbid_packing(model) before the first forward keeps the float32 product, which is slower."
+        "bitsandbytes repacks the 4-bit weights of this base for its bfloat16 kernel, as the processor has AVX512-BF16: outputs "
+        "are rounded otherwise than on a processor without it. hf_qst.base_model.forbid_packing(model) before the first "
+        "forward keeps the float32 product, which is slower"
     )
 
 
