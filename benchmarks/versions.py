@@ -104,23 +104,19 @@ def installed(folder: Path) -> dict[str, str]:
     return json.loads(said.stdout)
 
 
-def run_tests(folder: Path, tests: tuple[str, ...]) -> dict:
-    """Counts of the tests in the environment, the names of those that failed, and seconds of the process's own time."""
-    report = folder / "report.xml"
+def run_tests(python: Path, report: Path, tests: tuple[str, ...]) -> dict:
+    """Counts of the tests with this interpreter, the names of those that failed, and seconds of the process's own time."""
     report.unlink(missing_ok=True)
-    python = str(folder / "bin" / "python")
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
     before, started = os.times(), time.monotonic()
     outcome = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": python_path()}, capture_output=True, text=True
     )
     after, wall = os.times(), time.monotonic() - started
-    if not report.exists():
-        return {
-            "passed": 0,
-            "failed": ["no test ran: " + outcome.stdout.strip()[-500:] + outcome.stderr.strip()[-500:]],
-        }
-    cases = list(ElementTree.parse(report).iter("testcase"))
+    cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
+    if not cases:
+        said = (outcome.stdout.strip()[-500:] + outcome.stderr.strip()[-500:]).strip()
+        return {"passed": 0, "failed": [f"no test ran: {said}"]}
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]
     return {
@@ -177,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         if said is not None:
             results[row.name] = {"requirements": row.requirements, "not_installable": said}
         else:
-            tests = run_tests(folder, tuple(args.tests))
+            tests = run_tests(folder / "bin" / "python", folder / "report.xml", tuple(args.tests))
             results[row.name] = {"requirements": row.requirements, "versions": installed(folder), "tests": tests}
         write_json(path, {**environment(torch.device("cpu")), "tests": list(args.tests), "rows": results})
         for reason in results[row.name].get("tests", {}).get("reasons", []) or [said] * (said is not None):
