@@ -29,4 +29,4 @@ def hidden_of(output) -> torch.Tensor:
 
 def by_name(names: Sequence[str], args: tuple) -> dict:
     """Positional arguments by the names of a call's parameters. torch 2.9 fails to compile `zip(strict=False)`."""
-    return {names[i]: value for i, value in enumerate(args)}
+    return {names[i]: value for i, value in enumerate(args[: len(names)])}
