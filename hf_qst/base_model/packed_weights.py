@@ -114,14 +114,24 @@ def unpack(model: nn.Module) -> None:
     Their scales are those of before where `keep_packed_weights` has seen them; otherwise they were rounded to bfloat16,
     and those in 8 bits are quantised anew.
     """
-    packed = [layer for layer in _four_bit_layers(model) if is_packed(layer)]
-    if any("_usual_state" not in layer.__dict__ for layer in packed):
-        logger.warning(
-            "bitsandbytes had packed 4-bit weights of this model for its bfloat16 kernel, at a forward in evaluation mode; their "
-            "scales were rounded by that. Wrap a model before it runs, or call hf_qst.base_model.forbid_packing(model) first"
+    for layer in _four_bit_layers(model):
+        if is_packed(layer):
+            layer.weight.data, layer.weight.quant_state = _usual_layout(layer)
+
+
+def refuse_training_while_packed(model: nn.Module) -> None:
+    """Let a forward of `model` in training fail as long as layers are packed, if any are now."""
+    if find_packed(model) is not None:
+        model.register_forward_pre_hook(_refuse_packed)
+
+
+def _refuse_packed(model, arguments) -> None:
+    if model.training and torch.is_grad_enabled() and (packed := find_packed(model)) is not None:
+        raise ValueError(
+            f"gradients go through the base, but bitsandbytes has packed {packed!r} for a kernel without backward, as it does "
+            "at a model's first forward in evaluation mode on this processor: load the base again and wrap it before it runs, "
+            "or call hf_qst.base_model.unpack(model), which rounds its scales"
         )
-    for layer in packed:
-        layer.weight.data, layer.weight.quant_state = _usual_layout(layer)
 
 
 def _four_bit_layers(model: nn.Module) -> list[nn.Module]:
