@@ -8,10 +8,10 @@ DOCS_STAMP := $(DOCS_VENV)/.installed
 VLLM_VENV ?= .vllm-venv
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_PINS := tests/plugins/serving/requirements.txt
-# Interpreters for `make package-test`.
+# Interpreters for `make package-test` and `make test-versions`.
 PYTHONS ?= $(PYTHON)
 
-.PHONY: demo demo-real test test-damage test-load test-vllm lint bench docs docs-serve package-test clean
+.PHONY: demo demo-real test test-damage test-load test-vllm test-versions lint bench docs docs-serve package-test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -32,6 +32,9 @@ test-load: $(STAMP)
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/plugins/serving
+
+test-versions: $(STAMP)
+	$(BIN)/python -m benchmarks.versions --pythons $(PYTHONS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
+from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.reshaped_models.folder import check_folder, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
 from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
@@ -145,7 +145,7 @@ class ReshapedModel:
             if isinstance(getattr(module, "config", None), ReshapedConfig):
                 vars(module.config).pop("transformers_weights", None)
         _require_loaded(model, loading_info["missing_keys"])
-        forbid_packing_of_odd_shapes(model)
+        forbid_packing(model)
         save_as_loaded(model)
         finish_modules(model.base_model, config.reshaped_modules)  # again, for now it is on its device
         return (model, loading_info) if output_loading_info else model
@@ -442,6 +442,7 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
     _exchange_config(model, config)
     _forget_origin(model)
     finish_modules(model.base_model, described)
+    forbid_packing(model)
     return model
 
 
