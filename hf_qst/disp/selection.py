@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from hf_qst.base_model.offloading import has_values
+from hf_qst.base_model.offloading import has_values, is_sharded
 from hf_qst.disp.config import DISPConfig
 from hf_qst.disp.estimators import ESTIMATORS, THRESHOLDS
 from hf_qst.disp.hypernetwork import make_hypernetwork
@@ -128,7 +128,10 @@ class SelectionNetwork(nn.Module):
         """float32 [size] for each owner, with the initial bias added; above the threshold a channel is kept."""
         with torch.autocast(self.kept.device.type, enabled=False):
             parameters = dict(self.hypernetwork.named_parameters())
-            if all(parameter.dtype == torch.float32 for parameter in parameters.values()):
+            if any(map(is_sharded, parameters.values())):  # outside a forward under FSDP: all processes ask
+                parameters = {name: parameter.full_tensor() for name, parameter in parameters.items()}
+                outputs = functional_call(self.hypernetwork, parameters, ())
+            elif all(parameter.dtype == torch.float32 for parameter in parameters.values()):
                 outputs = self.hypernetwork()
             else:  # a lower precision is for keeping them, not for computing with them
                 tensors = {**parameters, **dict(self.hypernetwork.named_buffers())}
