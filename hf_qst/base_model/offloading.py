@@ -54,11 +54,17 @@ def require_weights(model: nn.Module, wanted_by: str) -> None:
 
 
 def require_in_place(model: nn.Module, wanted_by: str) -> None:
-    """Refuse a model that accelerate has offloaded; one that is on the meta device for good may be.
+    """Refuse a model that accelerate has offloaded, or whose layers are divided by channels; one that is on the meta device for
+    good may be.
 
     Raises:
         MissingWeightsError
     """
+    if (processes := getattr(model, "tp_size", None) or 1) > 1:
+        raise MissingWeightsError(
+            f"{wanted_by} changes single channels of layers, but the model is divided by channels among {processes} processes "
+            "(tensor parallelism, tp_plan or tp_size): load it without, and divide it with FSDP where it does not fit"
+        )
     if is_offloaded(model):
         require_weights(model, wanted_by)
 

@@ -71,15 +71,16 @@ class AllowPacking:
             layer.support_avx512bf16_for_cpu = True
 
 
-def forbid_packing_of_odd_shapes(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights its packed layout has no room for.
+def forbid_packing_where_it_fails(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights its packed layout has no room for, or that FSDP will divide.
 
     It does so at the first forward in eval mode, and fails unless the output width is a multiple of 32 and the input width
-    one of the block size (bitsandbytes 0.50).
+    one of the block size (bitsandbytes 0.50). A weight that is stored as floating point is meant for FSDP, which brings the
+    unpacked one back at the next forward, where it would be read as packed.
     """
     for layer in _four_bit_layers(model):
         blocksize = getattr(layer.weight, "blocksize", 1)  # a layer that was left out of the quantisation has none
-        if layer.out_features % 32 or layer.in_features % blocksize:
+        if layer.out_features % 32 or layer.in_features % blocksize or layer.weight.is_floating_point():
             forbid_packing(layer)
 
 

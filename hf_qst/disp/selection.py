@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from hf_qst.base_model.offloading import has_values, is_sharded
+from hf_qst.base_model.offloading import has_values
 from hf_qst.disp.config import DISPConfig
 from hf_qst.disp.estimators import ESTIMATORS, THRESHOLDS
 from hf_qst.disp.hypernetwork import make_hypernetwork
@@ -128,7 +128,8 @@ class SelectionNetwork(nn.Module):
         """float32 [size] for each owner, with the initial bias added; above the threshold a channel is kept."""
         with torch.autocast(self.kept.device.type, enabled=False):
             parameters = dict(self.hypernetwork.named_parameters())
-            if any(map(is_sharded, parameters.values())):  # outside a forward under FSDP: all processes ask
+            if any(hasattr(parameter, "full_tensor") for parameter in parameters.values()):
+                # Outside a forward under FSDP: all processes ask. ZeRO-3 gathers by itself.
                 parameters = {name: parameter.full_tensor() for name, parameter in parameters.items()}
                 outputs = functional_call(self.hypernetwork, parameters, ())
             elif all(parameter.dtype == torch.float32 for parameter in parameters.values()):

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 from hf_qst.base_model.architecture import one_stream
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
-from hf_qst.base_model.packed_weights import find_packed, keep_packed_weights
+from hf_qst.base_model.packed_weights import find_packed, forbid_packing_where_it_fails, keep_packed_weights
 from hf_qst.qst.continuous_batching import RefuseContinuousBatching
 from hf_qst.qst.frozen_head import FrozenHeadLoss
 from hf_qst.qst.hidden_states.cache import HiddenStateCache
@@ -80,6 +80,7 @@ class QSTModel(StackTuner):
         layer = super()._make_layer(target, stack)
         loss = FrozenHeadLoss(layer.network_of_loss)
         layer.hook_handles += layer.in_turn.install(self.model, lambda: loss.install(self.model))
+        forbid_packing_where_it_fails(target)
         layer.hook_handles += keep_packed_weights(target)
         layer.hook_handles.append(RefuseContinuousBatching(self.model, layer))
         return layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -86,10 +87,9 @@ def losses_of(run) -> list[float]:
 
 def divided(model) -> list[bool]:
     """For each parameter whether this process holds its part alone: a half where there are two."""
-    parts = len(os.environ) and dist.get_world_size()
+    parts = dist.get_world_size()
     return [
-        isinstance(p, DTensor) and p.to_local().numel() <= -(-p.shape[0] // parts) * p[0].numel()
-        for p in model.parameters()
+        isinstance(p, DTensor) and p.to_local().shape[0] <= math.ceil(p.shape[0] / parts) for p in model.parameters()
     ]
 
 
