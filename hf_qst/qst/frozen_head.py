@@ -194,7 +194,9 @@ class FrozenHeadLoss:
         """Whether the head supports the chunked loss, and the model's own loss is the same function of the hidden states."""
         model, head = self.model, self.model.get_output_embeddings()
         if head_weight(head) is None:
-            return self._say_once("the head is trained, offloaded, divided among processes, or quantised otherwise than in NF4")
+            return self._say_once(
+                "the head is trained, offloaded, divided among processes, or quantised otherwise than in NF4"
+            )
         path = (model.__dict__.get("forward"), type(model).forward, logit_transform(model), head)
         if self._tried is None or any(new != old for new, old in zip(path, self._tried, strict=True)):
             self._tried, self._is_plain = path, is_of_transformers(model) and computes_plain_loss(model)

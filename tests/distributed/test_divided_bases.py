@@ -49,14 +49,16 @@ def side_tuned_on(base, directory, **settings) -> dict:
 def under_fsdp(place) -> dict:
     found = side_tuned_on(loaded(place, fsdp_size=2), place / "fsdp")
     found["compressed"] = logits(loaded(place, "compressed", fsdp_size=2))
-    found["disp"] = refusal(LINES["disp"].model, loaded(place, fsdp_size=2), calibration_data=[{"input_ids": IDS, "labels": IDS}])
+    found["disp"] = refusal(
+        LINES["disp"].model, loaded(place, fsdp_size=2), calibration_data=[{"input_ids": IDS, "labels": IDS}]
+    )
     found["mixed_rank"] = refusal(make, "mixed_rank", loaded(place, fsdp_size=2))
     return found
 
 
 def under_tensor_parallelism(place) -> dict:
     let_a_cpu_shard()
-    found = side_tuned_on(loaded(place, tp_size=2), place / "tp", per_device_train_batch_size=ROWS)
+    found = side_tuned_on(loaded(place, tp_plan="auto"), place / "tp", per_device_train_batch_size=ROWS)
     found["disp"] = refusal(LINES["disp"].model, loaded(place, tp_size=2))
     for name in ("disp", "mixed_rank_in_place"):
         found[f"saved {name}"] = refusal(PeftModel.from_pretrained, loaded(place, tp_size=2), place / name)

@@ -19,7 +19,15 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 
 def launched(name: str, processes: int) -> dict[str, str]:
     """The variables that `accelerate launch --config_file` sets for its processes, with the numbers of a CPU."""
-    given = ["--config_file", str(CONFIGS / name), "--num_processes", str(processes), "--mixed_precision", "no", "train.py"]
+    given = [
+        "--config_file",
+        str(CONFIGS / name),
+        "--num_processes",
+        str(processes),
+        "--mixed_precision",
+        "no",
+        "train.py",
+    ]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
     environment = prepare_multi_gpu_env(args)
     return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
@@ -74,7 +82,10 @@ def test_losses_are_those_of_one_process(kind, whole, two):
         for name, of_method in found.items():
             assert len(of_method["losses"]) == STEPS
             torch.testing.assert_close(
-                torch.tensor(of_method["losses"]), torch.tensor(whole[name][0]), msg=lambda m, n=name: f"{n}: {m}", **CLOSE
+                torch.tensor(of_method["losses"]),
+                torch.tensor(whole[name][0]),
+                msg=lambda m, n=name: f"{n}: {m}",
+                **CLOSE,
             )
 
 
@@ -135,4 +146,5 @@ def test_accelerate_knows_every_line_of_a_configuration(path):
     loaded = load_config_from_file(str(path)).to_dict()
     assert {name: loaded[name] for name in values} == values
     known = {action.dest for action in launch_command_parser()._actions}
-    assert values.get("fsdp_config", {}).keys() <= known
+    for part in ("fsdp_config", "deepspeed_config"):
+        assert values.get(part, {}).keys() <= known
