@@ -21,10 +21,11 @@ class Exchange:
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None):
         self.model, self.autocast = model, autocast
         self._on_the_way_back: set[nn.Module] = set()
+        self._released: list[nn.Module] = []
         try:
-            blocks = list(find_decoder_stack(with_head(model)).blocks)
+            blocks = find_decoder_stack(with_head(model)).blocks
         except UnsupportedArchitectureError:
-            blocks = []
+            return
         for block in blocks:
             block.register_forward_hook(self._watch)
         self._released = [*_untied_embedding(with_head(model)), *blocks]

@@ -128,9 +128,9 @@ def check_head(model: nn.Module) -> None:
 
 
 def head_weight(head: nn.Module | None) -> torch.Tensor | hf_qst_kernels.NF4Weight | None:
-    """The frozen weight [vocab, d_out] for the chunked loss; None if the head is trained, offloaded, divided among
-    processes, or quantised in another format than NF4."""
-    if head is None or hasattr(head, "_hf_hook") or any(map(is_sharded, head.parameters())):
+    """The frozen weight [vocab, d_out] for the chunked loss; None if the head is trained, offloaded, or quantised in
+    another format than NF4."""
+    if head is None or hasattr(head, "_hf_hook"):
         return None
     if type(head) is nn.Linear:
         return head.weight if head.weight.is_floating_point() and not head.weight.requires_grad else None
@@ -193,7 +193,7 @@ class FrozenHeadLoss:
     def _can_chunk(self) -> bool:
         """Whether the head supports the chunked loss, and the model's own loss is the same function of the hidden states."""
         model, head = self.model, self.model.get_output_embeddings()
-        if head_weight(head) is None:
+        if head_weight(head) is None or any(map(is_sharded, head.parameters())):
             return self._say_once(
                 "the head is trained, offloaded, divided among processes, or quantised otherwise than in NF4"
             )
