@@ -52,7 +52,7 @@ def rows_of(models: list[str], processes: list[int]) -> list[dict]:
 def table(rows: list[dict]) -> str:
     columns = ["model", "method", "trained, millions", "processes", "DDP or ZeRO-2, GB a step", "FSDP2, GB a step"]
     cells = [
-        [row["model"], row["method"], f"{row['trained'] / 1e6:,.1f}", row["processes"], f"{row['ddp'] / GB:.3f}",
+        [row["model"], row["method"], f"{row['trained'] / 1e6:,.1f}", str(row["processes"]), f"{row['ddp'] / GB:.3f}",
          f"{row['fsdp2'] / GB:.1f}"]
         for row in rows
     ]  # fmt: skip
