@@ -26,6 +26,9 @@ def as_table(plan) -> str:
     more["products"] = f"{plan.products / 1e12:.3g} TFLOP"
     if plan.seconds is not None:
         more["seconds, an estimate"] = f"{plan.seconds:.3g} (ceilings: {plan.ceilings})"
+    if plan.exchanged:
+        ddp, _, fsdp2 = (gigabytes(size) for size in plan.communication(8).values())
+        more["received by each of 8 processes in a step"] = f"DDP {ddp}, FSDP2 {fsdp2}"
     lines += _section("and", more)
     lines += _section("fits", {name: _fit(plan, name) for name in plan.fits})
     if plan.savings:

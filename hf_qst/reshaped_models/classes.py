@@ -123,6 +123,7 @@ class ReshapedModel:
         Raises:
             CheckpointError: naming the file and the tensor that is missing, extra, of another shape, dtype or content.
         """
+        _refuse_tensor_parallelism(**kwargs)
         source = pretrained_model_name_or_path
         if source is not None and finish_interrupted(source):
             config = None  # the one that was read may be of the files before
@@ -184,6 +185,18 @@ class ReshapedModel:
     @classmethod
     def _can_set_experts_implementation(cls):
         return cls.plain_class._can_set_experts_implementation()
+
+
+def _refuse_tensor_parallelism(distributed_config=None, tp_plan=None, tp_size=None, **kwargs) -> None:
+    processes = getattr(distributed_config, "tp_size", None) or 1
+    if tp_plan is not None or tp_size is not None:
+        processes = tp_size or int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise ReshapedModelError(
+            f"tensor parallelism over {processes} processes (tp_plan, tp_size) divides layers as their architecture has them, and "
+            "those of a pruned or factorised model have other shapes: load it whole in each process, or divide it with FSDP "
+            "(fsdp_size)"
+        )
 
 
 def _load_config(config_class: type, source, kwargs: dict) -> tuple[ReshapedConfig, dict]:
