@@ -101,7 +101,12 @@ def write_folder(save: Callable[[str], None], directory: str, config, how_to_loa
                 raise CheckpointError(f"{directory}: nothing was saved as safetensors, the only format with a manifest")
             files = {name: build(read_tensors(os.path.join(staging, name)), {})["tensors"] for name in names}
             settings = describe_settings(load_json(os.path.join(staging, CONFIG_NAME)), _FREE_SETTINGS)
-            manifest = {"version": MANIFEST_VERSION, "modules": config.reshaped_modules, "files": files, "settings": settings}
+            manifest = {
+                "version": MANIFEST_VERSION,
+                "modules": config.reshaped_modules,
+                "files": files,
+                "settings": settings,
+            }
             write_text(os.path.join(staging, MANIFEST_NAME), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             complete_folder_card(directory, config, how_to_load, staging)
     except BaseException:

@@ -29,7 +29,6 @@ class Architecture:
         interleaved_heads (`bool`): rows of queries and keys are in llama.cpp's order, pairs of a rotation side by side.
         shifted_norms (`bool`): the weights of norms are stored with 1 added.
         rms_norm (`bool`): the norms have no mean.
-        model_name (`str`, *optional*): the file's `general.name`, where transformers tells types by it.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Architecture:
     interleaved_heads: bool = False
     shifted_norms: bool = False
     rms_norm: bool = True
-    model_name: str | None = None
 
 
 def head_width(config) -> int:
@@ -121,9 +119,8 @@ _GEMMA_UNREAD = ("rope_parameters", "layer_types", "query_pre_attn_scalar", "fin
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", implied=_llama, interleaved_heads=True),
-    "mistral": Architecture(
-        "llama", implied=lambda config: {"hidden_act": "silu"}, interleaved_heads=True, model_name="mistral"
-    ),
+    # Without a window it is a Llama, and reads back as one.
+    "mistral": Architecture("llama", implied=lambda config: {"hidden_act": "silu"}, interleaved_heads=True),
     "qwen2": Architecture("qwen2", implied=lambda config: {"hidden_act": "silu"}),
     "qwen3": Architecture(
         "qwen3",

@@ -229,8 +229,6 @@ def _write(
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, architecture.name)
-    if architecture.model_name is not None:
-        writer.add_name(architecture.model_name)
     writer.add_file_type(_FILE_TYPE_NUMBER[file_type])
     writer.add_quantization_version(2)
     for name, value in settings.items():

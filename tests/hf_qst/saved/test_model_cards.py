@@ -100,7 +100,15 @@ def test_metadata_that_cannot_be_read_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("org/base", "org/base"), ("gpt2", "gpt2"), ("/a/b", None), ("./a", None), ("a/b/c", None), ("", None), (None, None)],
+    [
+        ("org/base", "org/base"),
+        ("gpt2", "gpt2"),
+        ("/a/b", None),
+        ("./a", None),
+        ("a/b/c", None),
+        ("", None),
+        (None, None),
+    ],
 )
 def test_names_of_repositories(name, found):
     assert hub_name(name) == found
