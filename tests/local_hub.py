@@ -16,6 +16,10 @@ class _Handler(BaseHTTPRequestHandler):
             name = json.loads(body)
             self._answer(200, {"url": self._url(f"{name['organization']}/{name['name']}")})
             return
+        if place[-1] == "validate-yaml":
+            self.server.checked.append(json.loads(body)["content"])
+            self._answer(200, {"errors": [], "warnings": []})
+            return
         repository, kind = "/".join(place[2:4]), place[4]
         if kind == "preupload":
             files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
@@ -52,13 +56,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def local_hub():
-    """Its address, and the files of each repository, by name."""
+    """Its address, the files of each repository by name, and the texts whose metadata it was asked to check."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.repositories = defaultdict(dict)
+    server.repositories, server.checked = defaultdict(dict), []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", server.repositories
+        yield f"http://127.0.0.1:{server.server_port}", server.repositories, server.checked
     finally:
         server.shutdown()
         thread.join()

@@ -62,7 +62,7 @@ def vocabulary_settings(tokenizer, size: int, pre_tokenizer: str | None = None) 
             )
         settings |= {
             "ggml.model": "llama",
-            "ggml.pre": pre_tokenizer or "default",
+            "ggml.pre": pre_tokenizer or _no_split(state.get("pre_tokenizer")),
             "ggml.scores": _scores(tokens, pairs),
             "ggml.add_space_prefix": _puts_space_first(tokenizer),
         }
@@ -99,16 +99,34 @@ def _tokens(tokenizer, size: int, byte_level: bool, unknown: str | None) -> tupl
 
 
 def _scores(tokens: list[str], pairs: list[list[str]]) -> list[float]:
-    """llama.cpp merges the pair with the highest score first: the earlier a merge, the higher its token's."""
+    """llama.cpp merges the pair with the highest score first: the earlier a merge, the higher its token's.
+
+    It merges every pair that makes a token, so the tokenizer has to do that too, as SentencePiece's do.
+    """
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(pairs):
         rank.setdefault(left + right, i)
+    known, merged = set(tokens), {(left, right) for left, right in pairs}
+    for token in rank:
+        for i in range(1, len(token)):
+            pair = token[:i], token[i:]
+            if pair not in merged and known.issuperset(pair):
+                raise GGUFError(
+                    f"the tokenizer does not merge {pair[0]!r} and {pair[1]!r}, of which llama.cpp makes its token {token!r}"
+                )
     return [-float(rank.get(token, len(pairs))) for token in tokens]
 
 
 def _puts_space_first(tokenizer) -> bool:
     first = tokenizer.tokenize("a")
     return bool(first) and first[0].startswith("▁")
+
+
+def _no_split(part: dict | None) -> str:
+    """The name for text that is merged whole; at most its spaces were replaced before."""
+    if part is None or part["type"] == "Metaspace" or (part["type"] == "Split" and part["pattern"] == {"String": " "}):
+        return "default"
+    return _name_of_split(part)
 
 
 def _name_of_split(part: dict | None) -> str:

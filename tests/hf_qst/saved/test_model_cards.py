@@ -131,7 +131,7 @@ def test_uploaded_models_load_and_say_how(tmp_path):
     """A small model by its `push_to_hub`, an adapter by its folder."""
     pruned("org/base").save_pretrained(tmp_path / "small")
     side_tuned(model=base("org/base")).save_pretrained(tmp_path / "tuned")
-    with local_hub() as (address, repositories):
+    with local_hub() as (address, repositories, checked):
         environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         folders = [str(tmp_path / name) for name in ("small", "tuned")]
         subprocess.run([sys.executable, "-c", UPLOAD, *folders], env=environment, check=True)
@@ -141,6 +141,7 @@ def test_uploaded_models_load_and_say_how(tmp_path):
         for path, content in files.items():
             (folder / path).write_bytes(content)
     assert set(repositories) == {"me/small", "me/tuned"}
+    assert checked == [files["README.md"].decode() for files in repositories.values()]
     assert metadata(tmp_path / "me/small") == {
         "library_name": "hf_qst",
         "tags": ["demo", "hf_qst", "pruned_branch"],
