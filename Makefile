@@ -8,7 +8,7 @@ DOCS_STAMP := $(DOCS_VENV)/.installed
 # Interpreters for `make package-test`.
 PYTHONS ?= $(PYTHON)
 
-.PHONY: demo demo-real test test-damage test-llama-cpp lint bench docs docs-serve package-test clean
+.PHONY: demo demo-real test test-damage test-load test-llama-cpp lint bench docs docs-serve package-test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -23,6 +23,9 @@ test: $(STAMP)
 
 test-damage: $(STAMP)
 	$(BIN)/python -m pytest tests/damage --cases 1000 --kills 50
+
+test-load: $(STAMP)
+	$(BIN)/python -m pytest -s tests/damage/test_load.py --load 1
 
 test-llama-cpp: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps cyllama

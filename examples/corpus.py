@@ -14,6 +14,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -106,10 +107,11 @@ def python_files(root: str | Path, exclude: Iterable[str] = ()) -> list[SourceFi
 def stdlib_files() -> list[SourceFile]:
     """The standard library of the running interpreter, its tests included.
 
-    Without installed packages, the codec tables of `encodings`, and test data that is bad Python on purpose.
+    Without installed packages, the codec tables of `encodings`, and test data that is bad Python on purpose. The environment
+    variable `HF_QST_STDLIB` names the folder of another version's, for the same text on machines with different Pythons.
     """
     exclude = ["site-packages", "dist-packages", "encodings", "lib2to3/tests/data", "test/encoded_modules"]
-    return python_files(sysconfig.get_path("stdlib"), exclude)
+    return python_files(os.environ.get("HF_QST_STDLIB") or sysconfig.get_path("stdlib"), exclude)
 
 
 def transformers_files() -> list[SourceFile]:

@@ -56,12 +56,13 @@ class Run:
     old_loss: float = math.nan
 
 
-def load_base(model: str, device: str):
-    """The base in NF4, computing in float32 on a CPU and bfloat16 on a GPU.
+def load_base(model: str, device: str, dtype: torch.dtype | None = None):
+    """The base in NF4, computing in `dtype`, by default float32 on a CPU and bfloat16 on a GPU.
 
     Both methods get the float32 product, on processors with AVX512-BF16 too: LoRA needs it, see `forbid_packing`.
     """
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
     base = AutoModelForCausalLM.from_pretrained(
         model, quantization_config=nf4(dtype), dtype=dtype, device_map={"": device}
     )

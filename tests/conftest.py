@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, default=60, help="damaged copies of each kind of file that are tried")
+    parser.addoption("--load", type=float, default=0.01, help="part of a day of work in one process that is done")
     parser.addoption("--kills", type=int, default=6, help="processes that are killed for each kind of work")
 
 

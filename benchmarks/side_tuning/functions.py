@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from examples.corpus import SourceFile
@@ -32,8 +33,9 @@ def documented_functions(files: Sequence[SourceFile]) -> Iterator[tuple[str, str
 
 def solved(model: nn.Module, tokenizer, problems: Sequence[Problem]) -> list[str]:
     """The problems whose tests the model's greedy completion passes."""
+    workers = torch.get_num_threads()  # not a worker a core: several processes may measure at once
     with tempfile.TemporaryDirectory() as folder:
         settings = {"greedy": GREEDY}
-        evaluate_together(model, tokenizer, problems, settings, folder, 1, ROWS, workers=1, allow_execution=True)
+        evaluate_together(model, tokenizer, problems, settings, folder, 1, ROWS, workers=workers, allow_execution=True)
         _, samples = read_samples(Path(folder) / "greedy.jsonl")
     return sorted(sample["task_id"] for sample in samples if sample["outcome"] == "passed")

@@ -53,6 +53,11 @@ def _qst(config: Callable[..., QSTConfig] = QSTConfig, **changes):
     return make
 
 
+def _tail(base, calibration):
+    layers = base.config.num_hidden_layers
+    return get_peft_model(base, QSTConfig(task_type="CAUSAL_LM", tail_layers=max(1, layers // 3)))
+
+
 def _qlora(checkpointing: bool):
     def make(base, calibration):
         # No prepare_model_for_kbit_training: it casts norms and embeddings to float32, which they already are on CPU,
@@ -87,6 +92,7 @@ METHODS = {
     "qst-recompute": _variant("QST, blocks recomputed", side_checkpointing=True),
     "qst-no-recompute": _variant("QST, no recomputation", side_checkpointing=False),
     "qst-paper": _variant("QST, paper's settings", config=QSTConfig.paper),
+    "qst-tail": Method("QST, a tail of a third", _tail, QST_LR, main=False),
     "qlora": Method("QLoRA", _qlora(False), LORA_LR),
     "qlora-ckpt": Method("QLoRA, checkpointed", _qlora(True), LORA_LR),
     "shadow": Method("ShadowPEFT", _shadow, SHADOW_LR),

@@ -1,14 +1,19 @@
 """Side tuning and its peers on a real pretrained model and real tasks: held-out loss, accuracy, forgetting, cost.
 
     python -m benchmarks.side_tuning.real_model --model smollm2 --task prose --steps 40 120
-    python -m benchmarks.side_tuning.real_model --task sentiment --steps 150 --seeds 0 1 2 --only default QLoRA
+    python -m benchmarks.side_tuning.real_model --task sentiment --steps 150 --seeds 0 1 2 --only default QLoRA --sweep
+    python -m benchmarks.side_tuning.real_model --device cuda --output gpu.json --sweep
     python -m benchmarks.side_tuning.real_model --cost           # a step of each in the model: seconds, kept bytes
+    python -m benchmarks.side_tuning.real_model --output all.json --merge one.json other.json
 
 QST and LoRA in the last blocks run on stored hidden states of the base (`benchmarks.side_tuning.stored_states`), with the
-loss that they have in the model, which the script checks for QST; the other peers are trained in full. Every method gets the same batches and every rate of
-`--rates`, and is listed at the best, chosen on the held-out batches. Results are added to
-`benchmarks/results/side_tuning_real_model.json`, run by run; runs that are in it are not repeated. The picture beside it
-shows the loss on prose against seconds and kept bytes.
+loss that they have in the model, which the script checks for QST; the other peers are trained in full. Every method gets
+the same batches and every rate of `--rates`, and is listed at the best. With `--sweep` the first seed at the first number
+of steps tries more rates until the best lies between two others, and all other runs get that rate. The best is that of
+the lowest loss on the validation batches (on the held-out ones in result files from before there were any).
+
+Results are added to `benchmarks/results/side_tuning_real_model.json`, run by run; runs that are in it are not repeated.
+The picture beside it shows the loss on prose against seconds and kept bytes. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -28,10 +34,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, get_linear_schedule_with_warmup, set_seed
 
-from benchmarks.common.command_line import as_json, parser_of, require_positive
-from benchmarks.common.measure import RESULTS, environment, write_json
+from benchmarks.common.command_line import as_json, parser_of, require_device, require_positive
+from benchmarks.common.measure import RESULTS, environment, synchronize, write_json
 from benchmarks.common.timing import in_turns, processor_clock
-from benchmarks.side_tuning.real_model_report import picture, table
+from benchmarks.side_tuning.real_model_report import SAME_LOSS, best_rate, merged, next_rate, picture, table
 from benchmarks.side_tuning.stored_states import Step, StoredBase, hidden, last_blocks, states_read
 from benchmarks.side_tuning.tasks import IGNORED, TASKS, Batch, Task, accuracy
 from examples.demo import load_base
@@ -69,9 +75,17 @@ VARIANTS = {
     "readout every block": _side(readout_every=1),
     "r=3": _side(r=3),
     "principal": _side(downsample="principal"),
+    "side block every 3": _side(side_every=3),
+    "readout rank 64 of every block": _side(readout_rank=64, readout_every=1),
+    "alpha of each channel": _side(mix_shape="vector"),
+    "large": _side(r=4, side_every=3, readout_rank=64, readout_every=1, mix_shape="vector"),
+    "readout at half the rate": _side(),
+    "readout at twice the rate": _side(),
     "default, near the base": _side(),
 }
-"""Configurations of QST; each differs in one thing from the default, or is the paper's, or is named `before`."""
+"""Configurations of QST; each differs in one thing from the default, or is the paper's, or is named `before` or `large`."""
+RATE_OF_READOUT = {"readout at half the rate": 0.5, "readout at twice the rate": 2.0}
+"""Of variants: the readout's learning rate, relative to that of the rest."""
 NEAR = {"default, near the base": 10.0}
 """Of variants, a weight: of the squared distance of the output from the base's where there is no label, relative to it."""
 PROBE = "linear probe"
@@ -88,16 +102,20 @@ PEERS = {
 """Number of blocks -> PEFT's configuration; `head alone` trains the weight of the head. The probe is for classifications:
 logistic regression on what the base's states have where the label is predicted and in the mean over the prompt, with a
 weight of its penalty in place of a rate."""
+PENALTIES, HEAD_RATES = (0.05, 0.1, 0.2), (5e-5, 1e-4, 2e-4)
 SHOWN = ("paper", "default", "tail 2", "tail 4", "tail 8", *(name for name in PEERS if name != PROBE))
 
 
 class Bench:
-    """A base, a task, and the states of the base for its batches that the methods called `names` read."""
+    """A base, a task, and the states of the base for its batches that the methods called `names` read.
 
-    def __init__(self, base: nn.Module, task: Task, names: Iterable[str]):
+    `stored` has the base's states of tasks before this one.
+    """
+
+    def __init__(self, base: nn.Module, task: Task, names: Iterable[str], stored: StoredBase | None = None):
         self.base, self.task = base, task
         self.layers = base.config.num_hidden_layers
-        self.stored = StoredBase(base)
+        self.stored = StoredBase(base) if stored is None else stored
         wanted = set().union(*map(self._states_read, names))
 
         def steps(batches: list[Batch], name: str) -> list[Step]:
@@ -107,6 +125,7 @@ class Bench:
         # Methods that are trained in full need no states to train on.
         self.train = steps(task.train, "training") if wanted else []
         self.held, self.old = steps(task.held, "held out"), steps(task.old, "old text")
+        self.validation = steps(task.validation, "validation")
         self.stored.check(task.train[0])
 
     def _states_read(self, name: str) -> set[int]:
@@ -121,25 +140,30 @@ class Bench:
 
     def base_figures(self) -> dict:
         """Of the base itself."""
-        figures = self._figures([step.output for step in self.held], [step.output for step in self.old])
-        return figures | self._score(copy.deepcopy(self.base))
+        return self._figures(lambda step: step.output) | self.score(copy.deepcopy(self.base))
 
     @torch.no_grad()
-    def _figures(self, held: list[torch.Tensor], old: list[torch.Tensor]) -> dict:
-        """Held-out loss, accuracy where there are classes, and the loss on old text, for outputs of a stack."""
+    def _figures(self, output: Callable[[Step], torch.Tensor]) -> dict:
+        """Held-out loss, accuracy where there are classes, and the losses on old text and for validation, for outputs of a
+        stack."""
 
-        def loss(outputs: list[torch.Tensor], batches: list[Batch]) -> float:
+        def loss(outputs: Iterable[torch.Tensor], batches: list[Batch]) -> float:
             counts = [batch.count for batch in batches]
             losses = [self.stored.loss(out, batch).item() for out, batch in zip(outputs, batches, strict=True)]
             return sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)
 
-        figures = {"loss": loss(held, self.task.held), "old_loss": loss(old, self.task.old)}
+        held = list(map(output, self.held))
+        figures = {"loss": loss(held, self.task.held), "old_loss": loss(map(output, self.old), self.task.old)}
+        if self.validation:
+            figures["validation_loss"] = loss(map(output, self.validation), self.task.validation)
         if self.task.answers:
             figures["accuracy"] = accuracy(self.task, [out @ self.stored.head[self.task.answers].T for out in held])
         return figures
 
-    def side(self, config: QSTConfig, steps: int, rate: float, near: float = 0.0) -> dict:
-        """Train QST on stored states: one step a batch. `near` is a weight of `NEAR`."""
+    def side(
+        self, config: QSTConfig, steps: int, rate: float, near: float = 0.0, readout: float = 1.0
+    ) -> tuple[dict, nn.Module]:
+        """Train QST on stored states: one step a batch. `near` is a weight of `NEAR`, `readout` of `RATE_OF_READOUT`."""
         model = get_peft_model(copy.deepcopy(self.base), copy.deepcopy(config)).train()
         layer = model.base_model.model.model
 
@@ -152,14 +176,16 @@ class Bench:
             away = (output[prompt] - step.output[prompt]).square().sum() / step.output[prompt].square().sum()
             return loss + near * away
 
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        run = train(parameters, map(loss, self.train[:steps]), steps, rate)
+        groups = [{"params": [], "lr": rate}, {"params": [], "lr": readout * rate}]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[".readout." in name]["params"].append(parameter)
+        run = train(groups, map(loss, self.train[:steps]), steps, rate)
         model.eval()
-        with torch.no_grad():
-            figures = self._figures(*([hidden(layer, step) for step in part] for part in (self.held, self.old)))
-        return run | figures | self._score(model)
+        return run | self._figures(lambda step: hidden(layer, step)), model
 
-    def _score(self, model: nn.Module) -> dict:
+    def score(self, model: nn.Module) -> dict:
+        """The task's further figures of a model."""
         return self.task.score(model) if self.task.score else {}
 
     def head(self, steps: int, rate: float) -> dict:
@@ -173,10 +199,10 @@ class Bench:
             return nn.functional.cross_entropy(rows @ weight.T, labels[chosen])
 
         losses = (loss(step.output, step.batch) for step in self.train[:steps])
-        run = train([weight], losses, steps, rate)
+        run = train([{"params": [weight]}], losses, steps, rate)
         before, self.stored.head = self.stored.head, weight.detach()
         try:
-            return run | self._figures([step.output for step in self.held], [step.output for step in self.old])
+            return run | self._figures(lambda step: step.output)
         finally:
             self.stored.head = before
 
@@ -185,7 +211,7 @@ class Bench:
         (train, classes), (held, right) = self._features(self.train), self._features(self.held)
         center, scale = train.mean(0), train.std(0) + 1e-6
         train, held = (train - center) / scale, (held - center) / scale
-        weight, bias = torch.zeros(train.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+        weight, bias = (torch.zeros(size, requires_grad=True, device=train.device) for size in (train.shape[1], 1))
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=100)
 
         def loss(rows: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -201,37 +227,39 @@ class Bench:
         with torch.no_grad():
             correct = ((held @ weight + bias > 0) == right.bool()).float().mean().item()
             figures = {"parameters": len(weight) + 1, "loss": loss(held, right).item(), "accuracy": 100 * correct}
-        return figures | {"seconds_per_step": 0.0, "old_loss": self.base_figures()["old_loss"]}
+            if self.validation:
+                rows, classes = self._features(self.validation)
+                figures["validation_loss"] = loss((rows - center) / scale, classes).item()
+            old_loss = self._figures(lambda step: step.output)["old_loss"]
+        return figures | {"seconds_per_step": 0.0, "old_loss": old_loss}
 
     @torch.no_grad()
     def _features(self, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
         """For each row what the probe reads [n, features], and whether it is of the first class [n]."""
-        features, classes = [], []
+        features, classes, numbers = [], [], sorted(self._states_read(PROBE))
         for step in steps:
-            read = [step.states[i].float() for i in sorted(self._states_read(PROBE))]
+            read = [step.state(i) for i in numbers]
             states = torch.cat([state * state.square().mean(-1, keepdim=True).rsqrt() for state in read], -1)
-            rows, places = (step.batch.labels != IGNORED).nonzero(as_tuple=True)
-            for row, place in zip(rows, places, strict=True):
+            for row, place in (step.batch.labels != IGNORED).nonzero().tolist():
                 # The first token's state has outliers and says nothing about the text.
                 features.append(torch.cat([states[row, place - 1], states[row, 1:place].mean(0)]))
                 classes.append(step.batch.labels[row, place] == self.task.answers[0])
         return torch.stack(features), torch.stack(classes).float()
 
-    def peer(self, config, steps: int, rate: float) -> dict:
+    def peer(self, config, steps: int, rate: float) -> tuple[dict, nn.Module]:
         """Train one of PEFT's methods: LoRA in the last blocks on the state that enters them, the others in full."""
         model, first = get_peft_model(copy.deepcopy(self.base), config).train(), first_block(config)
         bar = tqdm(range(steps), unit="step", leave=False)
         if first:
             stack = model.get_base_model().get_decoder()
-            output = lambda step: last_blocks(stack, first, step.states[first].float(), step)
+            output = lambda step: last_blocks(stack, first, step.state(first), step)
             losses = (self.stored.loss(output(self.train[i]), self.train[i].batch) for i in bar)
         else:
-            batches = self.task.train
+            output, batches = partial(_output, model), self.task.train
             losses = (model(input_ids=batches[i].ids, labels=batches[i].labels, use_cache=False).loss for i in bar)
-        run = train([p for p in model.parameters() if p.requires_grad], losses, steps, rate)
-        with torch.no_grad():
-            figures = self._figures(*(_outputs(model, part) for part in (self.task.held, self.task.old)))
-        return run | figures | self._score(model)
+        run = train([{"params": [p for p in model.parameters() if p.requires_grad]}], losses, steps, rate)
+        model.eval()
+        return run | self._figures(output), model
 
 
 def first_block(config) -> int:
@@ -239,20 +267,20 @@ def first_block(config) -> int:
     return min(getattr(config, "layers_to_transform", None) or [0])
 
 
-def _outputs(model: nn.Module, batches: list[Batch]) -> list[torch.Tensor]:
-    """What enters the head of a model for each batch."""
-    model.eval()
+def _output(model: nn.Module, step: Step) -> torch.Tensor:
+    """What enters the head of a model for a batch."""
     caught = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda head, args: caught.append(args[0]))
-    for batch in batches:
-        model(input_ids=batch.ids, use_cache=False)
+    model(input_ids=step.batch.ids, use_cache=False)
     handle.remove()
-    return caught
+    return caught[0]
 
 
-def train(parameters: list, losses: Iterable[torch.Tensor], steps: int, rate: float) -> dict:
-    """A step of AdamW for each loss, with the rate falling to zero."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+def train(groups: list[dict], losses: Iterable[torch.Tensor], steps: int, rate: float) -> dict:
+    """A step of AdamW for each loss, with the rate falling to zero; `groups` are those of a torch optimiser."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=device.type == "cuda")
     schedule = get_linear_schedule_with_warmup(optimizer, 5, steps)
     started = time.perf_counter()
     for loss in losses:
@@ -261,30 +289,90 @@ def train(parameters: list, losses: Iterable[torch.Tensor], steps: int, rate: fl
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    synchronize(device)
     seconds = (time.perf_counter() - started) / steps
     return {"parameters": sum(p.numel() for p in parameters), "seconds_per_step": seconds}
 
 
-def one_run(bench: Bench, name: str, steps: int, rate: float, seed: int) -> dict:
-    """Train a method and measure it."""
+def one_run(bench: Bench, name: str, steps: int, rate: float, seed: int, scored: bool = True) -> dict:
+    """Train a method and measure it, with the task's score if `scored`."""
     set_seed(seed)
-    if name in VARIANTS:
-        return bench.side(VARIANTS[name], steps, rate, NEAR.get(name, 0.0))
     if name == PROBE:
         return bench.probe(rate)
-    config = PEERS[name](bench.layers)
-    return bench.head(steps, rate) if config is None else bench.peer(config, steps, rate)
+    if name in VARIANTS:
+        run, model = bench.side(VARIANTS[name], steps, rate, NEAR.get(name, 0.0), RATE_OF_READOUT.get(name, 1.0))
+    elif (config := PEERS[name](bench.layers)) is None:
+        return bench.head(steps, rate)
+    else:
+        run, model = bench.peer(config, steps, rate)
+    return run | bench.score(model) if scored else run
+
+
+class Runs:
+    """The runs of one task in a result file: makes those that are missing, and writes the file after each.
+
+    Args:
+        args: of the command line.
+        result: what is in the file.
+        base, tokenizer: the model.
+        names: of the methods.
+    """
+
+    def __init__(self, args: argparse.Namespace, result: dict, base: nn.Module, tokenizer, names: Iterable[str]):
+        self.args, self.result, self.base, self.tokenizer, self.names = args, result, base, tokenizer, list(names)
+        self.stored, self.bench, self.seed = StoredBase(base), None, None
+
+    def of(self, steps: int) -> list[dict]:
+        """Those with this number of steps."""
+        return self.result["tasks"].setdefault(f"{self.args.task}, {steps}", {"runs": []})["runs"]
+
+    def make(self, name: str, steps: int, rate: float, seed: int, scored: bool = True) -> None:
+        """Add a run, if it is not there with its score."""
+        known = {"method": name, "rate": rate, "seed": seed}
+        same = [run for run in self.of(steps) if run.items() >= known.items()]
+        if same and (not scored or not self._has_score(name) or "solved" in same[0]):
+            return
+        bench, task = self._bench(seed), self.result["tasks"][f"{self.args.task}, {steps}"]
+        if "base" not in task:
+            task["base"] = bench.base_figures()
+        run = known | one_run(bench, name, steps, rate, seed, scored)
+        task["runs"] = [other for other in task["runs"] if other not in same] + [run]
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in run.items()} | {"steps": steps}, flush=True)
+        write_json(self.args.output, self.result | {"arguments": as_json(vars(self.args))})
+
+    def _has_score(self, name: str) -> bool:
+        return self.args.task == "functions" and name not in (PROBE, "head alone")
+
+    def _bench(self, seed: int) -> Bench:
+        if seed != self.seed:
+            # The batches of a seed are the same for every number of steps.
+            task = TASKS[self.args.task](self.tokenizer, max(self.args.steps), seed).to(self.args.device)
+            self.bench, self.seed = Bench(self.base, task, self.names, self.stored), seed
+        return self.bench
+
+    def sweep(self, name: str, rates: Iterable[float]) -> float:
+        """The best rate with the first number of steps and the first seed: at first of `rates`, then twice or half the best,
+        until that lies between two others. Only the best is scored."""
+        steps, seed, wanted = self.args.steps[0], self.args.seeds[0], list(rates)
+        while wanted:
+            for rate in wanted:
+                self.make(name, steps, rate, seed, scored=False)
+            runs = [run for run in self.of(steps) if run["method"] == name and run["seed"] == seed]
+            wanted = next_rate(runs)
+        self.make(name, steps, best_rate(runs), seed)
+        return best_rate(runs)
 
 
 def cost(base: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict:
     """Seconds of one training step in the model, and the most bytes that it keeps for the backward pass, by method."""
-    calls, result = {}, {}
+    calls, result, device = {}, {}, batch.ids.device
     for name in names:
         model = copy.deepcopy(base)
         if name == "head alone":
             model.requires_grad_(False)
-            head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
-            head.weight.data.copy_(model.get_output_embeddings().weight)
+            before = model.get_output_embeddings().weight
+            head = nn.Linear(before.shape[1], before.shape[0], bias=False, device=before.device)
+            head.weight.data.copy_(before)
             model.set_output_embeddings(head)
         else:
             layers = base.config.num_hidden_layers
@@ -294,7 +382,7 @@ def cost(base: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
 
         def step(model=model, optimizer=optimizer):
             model(input_ids=batch.ids, labels=batch.labels, use_cache=False).loss.backward()
@@ -305,8 +393,8 @@ def cost(base: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict:
             model(input_ids=batch.ids, labels=batch.labels, use_cache=False).loss.backward()
         optimizer.zero_grad()
         calls[name], result[name] = step, {"kept_bytes": saved.peak}
-    clock = processor_clock if torch.get_num_threads() == 1 else time.perf_counter
-    times = in_turns(calls, rounds, torch.device("cpu"), clock=clock)
+    clock = processor_clock if device.type == "cpu" else time.perf_counter
+    times = in_turns(calls, rounds, device, clock=clock)
     return {name: row | {"seconds": median(times[name])} for name, row in result.items()}
 
 
@@ -324,48 +412,56 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", type=model_argument, default="smollm2", help=HELP)
     add("--task", choices=TASKS, default="prose")
     add("--steps", type=int, nargs="+", default=[120])
-    add("--rates", type=float, nargs="+", default=[1e-3, 2e-3])
+    add("--rates", type=float, nargs="+", default=[1e-3, 2e-3],
+        help=f"not for the head, which has {HEAD_RATES}, and the probe, whose penalties are {PENALTIES}")  # fmt: skip
+    add("--sweep", action="store_true",
+        help="try --rates and more with the first seed and number of steps, and give the other runs the best")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0])
     add("--only", nargs="+", type=_method, default=[(name, None) for name in SHOWN], metavar="METHOD[@RATE]",
         help=f"of {', '.join([*VARIANTS, *PEERS])}; with a rate of its own in place of those of --rates")  # fmt: skip
     add("--cost", action="store_true", help="measure a step of each method in the model, and train nothing")
     add("--rounds", type=int, default=3, help="timed steps of --cost")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--merge", type=Path, nargs="+", default=[], metavar="FILE",
+        help="add the runs of these result files to --output, and train nothing")  # fmt: skip
     add("--output", type=Path, default=RESULTS / "side_tuning_real_model.json")
     args = parser.parse_args(argv)
     require_positive(parser, args, ("rounds",))
+    require_device(parser, args)
     transformers.utils.logging.set_verbosity_error()
 
     result = json.loads(args.output.read_text()) if args.output.exists() else {"tasks": {}}
-    result |= environment(torch.device("cpu")) | {"model": Path(args.model).name}
-    tokenizer, base = AutoTokenizer.from_pretrained(args.model), load_base(args.model, "cpu")
-    if args.cost:
-        batch = TASKS[args.task](tokenizer, 1, 0).train[0]
-        result["cost"] = {**result.get("cost", {}), **cost(base, batch, [name for name, _ in args.only], args.rounds)}
+    if args.merge:
+        result = merged([result, *(json.loads(file.read_text()) for file in args.merge)])
         write_json(args.output, result)
-    for seed in () if args.cost else args.seeds:
-        bench = None
-        for steps in args.steps:
-            task = result["tasks"].setdefault(f"{args.task}, {steps}", {"runs": []})
-            done = {(run["method"], run["rate"], run["seed"]) for run in task["runs"]}
-            for name, own_rate in args.only:
-                for rate in args.rates if own_rate is None else [own_rate]:
-                    if (name, rate, seed) in done:
-                        continue
-                    # The batches of a seed are the same for every number of steps.
-                    task_of = TASKS[args.task]
-                    bench = bench or Bench(base, task_of(tokenizer, max(args.steps), seed), dict(args.only))
-                    if "base" not in task:
-                        task["base"] = bench.base_figures()
-                    run = {"method": name, "rate": rate, "seed": seed} | one_run(bench, name, steps, rate, seed)
-                    task["runs"].append(run)
-                    print(
-                        {k: round(v, 4) if isinstance(v, float) else v for k, v in run.items()} | {"steps": steps},
-                        flush=True,
-                    )
-                    write_json(args.output, result | {"arguments": as_json(vars(args))})
+    else:
+        measure(args, result)
     print(table(result))
     picture(result, args.output.with_suffix(".png"))
     print(f"Wrote {args.output}")
+
+
+def measure(args: argparse.Namespace, result: dict) -> None:
+    """Make what is missing in `result`."""
+    result |= environment(torch.device(args.device)) | {"model": Path(args.model).name}
+    tokenizer, base = AutoTokenizer.from_pretrained(args.model), load_base(args.model, args.device, torch.float32)
+    if args.cost:
+        batch = TASKS[args.task](tokenizer, 1, 0).train[0].to(args.device)
+        result["cost"] = {**result.get("cost", {}), **cost(base, batch, [name for name, _ in args.only], args.rounds)}
+        write_json(args.output, result)
+        return
+    rates: dict[str, list[float]] = {}
+    for name, rate in args.only:
+        if name not in SAME_LOSS:
+            own = {PROBE: PENALTIES, "head alone": HEAD_RATES}.get(name, args.rates)
+            rates.setdefault(name, []).extend(own if rate is None else [rate])
+    runs, first = Runs(args, result, base, tokenizer, rates), (args.seeds[0], args.steps[0])
+    for seed in args.seeds:
+        for steps in args.steps:
+            for name, tried in rates.items():
+                best = [runs.sweep(name, tried)] if args.sweep else tried
+                for rate in () if args.sweep and (seed, steps) == first else best:
+                    runs.make(name, steps, rate, seed)
 
 
 if __name__ == "__main__":

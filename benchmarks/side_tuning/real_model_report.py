@@ -12,16 +12,53 @@ from benchmarks.common.tables import MIB, markdown
 PICTURED = "prose"
 # The same training by another way: the losses are those of the second.
 SAME_LOSS = {"QLoRA, checkpointed": "QLoRA"}
+MOST_RATES = 6
+
+
+def _criterion(runs: list[dict]) -> float:
+    """Mean validation loss, of runs from before there was one the held-out loss; a loss that is not finite is infinite."""
+    losses = [run.get("validation_loss", run["loss"]) for run in runs]
+    return mean(losses) if all(map(math.isfinite, losses)) else math.inf
+
+
+def best_rate(runs: list[dict]) -> float:
+    """The best rate of one method's runs: of the lowest validation loss, over the seeds that every rate has, if any."""
+    by_rate: dict[float, list[dict]] = {}
+    for run in runs:
+        by_rate.setdefault(run["rate"], []).append(run)
+    shared = set.intersection(*({run["seed"] for run in those} for those in by_rate.values()))
+    return min(by_rate, key=lambda rate: _criterion([r for r in by_rate[rate] if r["seed"] in shared] or by_rate[rate]))
+
+
+def next_rate(runs: list[dict]) -> list[float]:
+    """The rate to try after one method's runs with one seed: twice or half the best while that is the largest or smallest;
+    none once it lies between two others, or after `MOST_RATES`."""
+    best, rates = best_rate(runs), {run["rate"] for run in runs}
+    if len(rates) >= MOST_RATES:
+        return []
+    return [2 * best] if best == max(rates) else [best / 2] if best == min(rates) else []
 
 
 def best_runs(runs: list[dict]) -> dict[str, list[dict]]:
-    """Each method's runs at its best rate: the one with the lowest mean loss over its seeds."""
-    by_rate: dict[str, dict] = {}
+    """Each method's runs at its best rate."""
+    by_method: dict[str, list[dict]] = {}
     for run in runs:
-        by_rate.setdefault(run["method"], {}).setdefault(run["rate"], []).append(run)
-    return {
-        name: min(rates.values(), key=lambda runs: mean(run["loss"] for run in runs)) for name, rates in by_rate.items()
-    }
+        by_method.setdefault(run["method"], []).append(run)
+    rates = {name: best_rate(those) for name, those in by_method.items()}
+    return {name: [run for run in those if run["rate"] == rates[name]] for name, those in by_method.items()}
+
+
+def merged(results: list[dict]) -> dict:
+    """One result with the runs of several; what two of them have is taken from the later."""
+    together: dict = {"tasks": {}}
+    for result in results:
+        tasks, cost = together["tasks"], {**together.get("cost", {}), **result.get("cost", {})}
+        for key, task in result["tasks"].items():
+            runs = [*tasks.get(key, {"runs": []})["runs"], *task["runs"]]
+            runs = {(run["method"], run["rate"], run["seed"]): run for run in runs}
+            tasks[key] = {**tasks.get(key, {}), **task, "runs": list(runs.values())}
+        together |= result | {"tasks": tasks} | ({"cost": cost} if cost else {})
+    return together
 
 
 def table(result: dict) -> str:

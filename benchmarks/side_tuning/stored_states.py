@@ -7,7 +7,7 @@ step is then the side network, the blocks of a tail, the head and the optimiser.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -21,20 +21,36 @@ from hf_qst_kernels import linear_cross_entropy
 
 
 @dataclass
+class Row:
+    """Of one row of tokens: by number i the state that enters block i, or leaves the last one [seq, d] in float16, and the
+    normalised output of the stack in float32."""
+
+    states: dict[int, torch.Tensor]
+    output: torch.Tensor
+
+
+@dataclass
 class Step:
-    """Of one batch: by number i the state that enters block i, or leaves the last one [rows, seq, d] in float16, what the
-    base gave each block, and the normalised output of the stack in float32."""
+    """Of one batch: its rows, and what the base gave each block."""
 
     batch: Batch
-    states: dict[int, torch.Tensor]
+    rows: list[Row]
     contexts: list
-    output: torch.Tensor
+
+    def state(self, i: int) -> torch.Tensor:
+        """The state that enters block i, or leaves the last one [rows, seq, d] in float32."""
+        return torch.stack([row.states[i] for row in self.rows]).float()
+
+    @property
+    def output(self) -> torch.Tensor:
+        """The normalised output of the stack [rows, seq, d] in float32."""
+        return torch.stack([row.output for row in self.rows])
 
 
 class _Recording:
     """Takes the place of a pass that side networks read: keeps the states with the numbers `wanted`."""
 
-    def __init__(self, wanted: Container[int]):
+    def __init__(self, wanted: Collection[int]):
         self.wanted, self.states, self.contexts = wanted, {}, []
 
     def reads(self, index) -> bool:
@@ -78,16 +94,26 @@ class StoredBase:
         self.layer = self.model.base_model.model.model
         self.head = self.model.get_output_embeddings().weight.detach()
         self.contexts: dict[tuple, list] = {}
+        self.rows: dict[bytes, Row] = {}
 
     @torch.no_grad()
-    def step(self, batch: Batch, wanted: Container[int]) -> Step:
-        """The base's states for a batch, of those the ones with the numbers `wanted`."""
-        recording = _Recording(wanted)
-        with self.layer.tape.using(recording):
-            output = self.layer.base_layer(input_ids=batch.ids, use_cache=False)
-        # Masks and rotary tables of equal shapes are equal: one copy is kept.
-        contexts = self.contexts.setdefault(tuple(batch.ids.shape), recording.contexts)
-        return Step(batch, recording.states, contexts, output[0])
+    def step(self, batch: Batch, wanted: Collection[int]) -> Step:
+        """The base's states for a batch, of those the ones with the numbers `wanted`.
+
+        A row that was in a batch before, in an earlier epoch or with another seed, is not computed again: the base's states
+        depend on no other row.
+        """
+        keys, shape = [row.numpy().tobytes() for row in batch.ids.cpu()], tuple(batch.ids.shape)
+        known = all(key in self.rows and self.rows[key].states.keys() >= set(wanted) for key in keys)
+        if not known or shape not in self.contexts:
+            recording = _Recording(wanted)
+            with self.layer.tape.using(recording):
+                output = self.layer.base_layer(input_ids=batch.ids, use_cache=False)[0]
+            for i, key in enumerate(keys):
+                self.rows[key] = Row({number: state[i] for number, state in recording.states.items()}, output[i])
+            # Masks and rotary tables of equal shapes are equal: one copy is kept.
+            self.contexts.setdefault(shape, recording.contexts)
+        return Step(batch, [self.rows[key] for key in keys], self.contexts[shape])
 
     @torch.no_grad()
     def check(self, batch: Batch) -> None:
@@ -119,13 +145,13 @@ def states_read(layer) -> set[int]:
 def hidden(layer, step: Step) -> torch.Tensor:
     """The output of a side-tuned stack [rows, seq, d], computed from the stored states of its base."""
     network, taps = layer.active_network(), Taps()
-    entering = step.states[0].float()
+    entering = step.state(0)
     for i in sorted(network.read_blocks):
-        network.record(taps, i, entering, step.states[i + 1].float(), step.contexts[i])
+        network.record(taps, i, entering, step.state(i + 1), step.contexts[i])
     if network.tail is None:
         return network.mix(step.output, network(taps))
     first = network.tail.first
-    state = network.mix(step.states[first].float(), network(taps))
+    state = network.mix(step.state(first), network(taps))
     with layer.tape.using(_TailAlone(network.tail)):
         return last_blocks(layer.base_layer, first, state, step)
 

@@ -1,13 +1,14 @@
 """Tasks for a real pretrained language model: English prose, the sentiment of movie reviews, the bodies of functions.
 
-Each has batches to train on, held-out batches, and batches of the text that the model knew before.
+Each has batches to train on, held-out batches, others to choose a learning rate by, and batches of the text that the
+model knew before.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -43,6 +44,10 @@ class Batch:
         """Predicted tokens."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(self.ids.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Task:
@@ -52,6 +57,7 @@ class Task:
         answers: of a classification, the tokens of the classes; each row then has one label, and the accuracy is the part
             of rows whose label has the largest score of these tokens.
         score: further figures of a model.
+        validation: neither trained on nor held out: the rate is chosen by their loss.
     """
 
     train: list[Batch]
@@ -59,6 +65,12 @@ class Task:
     old: list[Batch]
     answers: list[int] = field(default_factory=list)
     score: Callable[[nn.Module], dict] | None = None
+    validation: list[Batch] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Task:
+        """The same with its batches on another device."""
+        parts = ("train", "held", "old", "validation")
+        return replace(self, **{name: [batch.to(device) for batch in getattr(self, name)] for name in parts})
 
 
 def _texts(rows: torch.Tensor, batch: int) -> list[Batch]:
@@ -71,17 +83,27 @@ def _old(tokenizer) -> list[Batch]:
 
 
 def prose(tokenizer, steps: int, seed: int) -> Task:
-    """Two blocks of 256 tokens of the Debian handbook a step; 16 held-out blocks, of other pages."""
+    """Two blocks of 256 tokens of the Debian handbook a step; 16 held-out blocks and 16 for validation, of other pages."""
     files, held_files = split(handbook_files(), held_out=0.1)
     rows = blocks(tokens(files, tokenizer), 256)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     # A second epoch follows the first in the same order.
     rows = rows[order.repeat(-(-2 * steps // len(rows)))[: 2 * steps]]
-    return Task(_texts(rows, 2), _texts(blocks(tokens(held_files, tokenizer), 256, 16), 2), _old(tokenizer))
+    others = blocks(tokens(held_files, tokenizer), 256)
+    held = spread(len(others), 16)
+    rest = others[[i for i in range(len(others)) if i not in held]]
+    validation = rest[spread(len(rest), 16)]
+    return Task(_texts(rows, 2), _texts(others[held], 2), _old(tokenizer), validation=_texts(validation, 2))
+
+
+def spread(count: int, chosen: int) -> list[int]:
+    """So many of `count` numbers from 0, evenly spaced."""
+    return torch.linspace(0, count - 1, chosen).round().long().tolist()
 
 
 def sentiment(tokenizer, steps: int, seed: int) -> Task:
-    """Eight sentences of movie reviews a step, each followed by ` positive` or ` negative`; 400 held-out sentences."""
+    """Eight sentences of movie reviews a step, each followed by ` positive` or ` negative`; 400 held-out
+    sentences, and 400 for validation."""
     train, test = reviews(seed=0)
     start = (seed * 8 * steps) % len(train)
     chosen = [train[(start + i) % len(train)] for i in range(8 * steps)]
@@ -92,7 +114,8 @@ def sentiment(tokenizer, steps: int, seed: int) -> Task:
     def batches(rows: list[Review]) -> list[Batch]:
         return [_batch(tokenizer, rows[i : i + 8], answers) for i in range(0, len(rows), 8)]
 
-    return Task(batches(chosen), batches(test[:400]), _old(tokenizer), [ids[0] for ids in answers.values()])
+    parts = batches(chosen), batches(test[:400]), _old(tokenizer)
+    return Task(*parts, [ids[0] for ids in answers.values()], validation=batches(test[400:800]))
 
 
 def _batch(tokenizer, rows: list[Review], answers: dict[bool, list[int]]) -> Batch:
@@ -115,8 +138,8 @@ def _answered(tokenizer, rows: list[tuple[list[int], list[int]]]) -> Batch:
 def functions(tokenizer, steps: int, seed: int) -> Task:
     """Four functions with docstrings a step, at most 128 tokens each, of the standard library; the body is predicted.
 
-    Held out are 64 functions of other files; the score is how many of 82 problems of HumanEval, drawn by chance, a greedy completion solves. The
-    text that the model knew before is the prose here.
+    Held out are 64 functions of other files, and 64 more are for validation. The score is how many of 82 problems of
+    HumanEval, drawn by chance, a greedy completion solves. The text that the model knew before is the prose here.
     """
 
     def batches(files: list[SourceFile], count: int, seed: int) -> list[Batch]:
@@ -139,9 +162,9 @@ def functions(tokenizer, steps: int, seed: int) -> Task:
     random.Random(0).shuffle(problems)
     problems = problems[:PROBLEMS]
     score = lambda model: {"solved": solved(model, tokenizer, problems), "problems": len(problems)}
-    return Task(
-        batches(training, FUNCTION_ROWS * steps, seed), batches(held, 64, 0), _texts(prose_rows, 2), score=score
-    )
+    others, count = batches(held, 128, 0), 64 // FUNCTION_ROWS
+    parts = batches(training, FUNCTION_ROWS * steps, seed), others[:count], _texts(prose_rows, 2)
+    return Task(*parts, score=score, validation=others[count:])
 
 
 TASKS: dict[str, Callable[..., Task]] = {"prose": prose, "sentiment": sentiment, "functions": functions}
@@ -156,7 +179,7 @@ def accuracy(task: Task, scores: list[torch.Tensor]) -> float:
     right = total = 0
     for batch, logits in zip(task.held, scores, strict=True):
         row, place = (batch.labels != IGNORED).nonzero(as_tuple=True)
-        chosen = torch.tensor(task.answers)[logits[row, place - 1].argmax(-1).cpu()]
+        chosen = torch.tensor(task.answers, device=logits.device)[logits[row, place - 1].argmax(-1)]
         right += int((chosen == batch.labels[row, place]).sum())
         total += len(row)
     return 100 * right / total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -166,8 +167,11 @@ class QSTConfig(MethodConfig):
         names = self.modules_to_save
         is_list = names is None or (isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names))
         self._require("modules_to_save", is_list, "a list of module names or None")
-        if self.hidden_state_cache is not None:
-            self.hidden_state_cache = HiddenStateCacheConfig.of(self.hidden_state_cache)
+        cache = self.hidden_state_cache
+        if cache is not None:
+            folder = isinstance(cache, (HiddenStateCacheConfig, str, os.PathLike)) and cache != ""
+            self._require("hidden_state_cache", folder, "the path of a folder, a HiddenStateCacheConfig, or None")
+            self.hidden_state_cache = HiddenStateCacheConfig.of(cache)
         if self.calibration_data is not None and self.downsample != "principal":
             raise ValueError(
                 f"QSTConfig.calibration_data is only used by downsample='principal', got downsample={self.downsample!r}"

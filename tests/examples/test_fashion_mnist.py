@@ -62,21 +62,50 @@ def test_images_are_those_of_the_package():
     assert image[20].mean() > image[8].mean() and image[:, 14:].mean() > image[:, :14].mean()
 
 
-def test_a_training_batch_mirrors_some_images_and_keeps_the_labels():
-    torch.manual_seed(0)
-    images, labels = torch.rand(64, 1, 28, 28), torch.arange(64)
-    batch = fashion_mnist.flipped(
-        [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+def test_training_images_are_mirrored_moved_and_partly_erased(monkeypatch):
+    images = torch.rand(256, 1, 28, 28)
+    draw = lambda: fashion_mnist.augmented(images, torch.Generator().manual_seed(0))
+    assert torch.equal(draw(), draw())
+    monkeypatch.setattr(fashion_mnist, "ERASED", 0.0)
+    moved = draw()
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), value=-1.0)
+    at = lambda down, across: padded[:, :, down : down + 28, across : across + 28]
+    shifts = [at(down, across) for down in range(5) for across in range(5)]
+    same, mirrored = (
+        torch.stack([(moved == other).flatten(1).all(1) for other in others])
+        for others in (shifts, [one.flip(-1) for one in shifts])
     )
-    same, mirrored = ((batch["pixel_values"] == other).flatten(1).all(1) for other in (images, images.flip(-1)))
-    assert (same ^ mirrored).all() and 16 < mirrored.sum() < 48
-    assert torch.equal(batch["labels"], labels)
+    assert (same.sum(0) + mirrored.sum(0) == 1).all() and 96 < mirrored.sum() < 160
+    assert (same | mirrored).any(1).all()  # every shift occurs
+    monkeypatch.setattr(fashion_mnist, "ERASED", 1.0)
+    part = (draw() != moved).flatten(1).float().mean(1)
+    assert part.min() > 0.01 and part.max() < 0.25 and 0.07 < part.mean() < 0.13
 
 
-def test_the_vit_takes_these_images():
-    model = fashion_mnist.new_vit().eval()
-    assert sum(p.numel() for p in model.parameters()) == 1_199_882
-    with torch.no_grad():
-        assert model(pixel_values=torch.zeros(2, 1, 28, 28)).logits.shape == (2, 10)
-    assert model.config.id2label[9] == "ankle boot"
-    assert Path(fashion_mnist.__file__).read_text().count("1,199,882") == 1
+def test_a_training_that_was_cut_short_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    images, labels = torch.rand(24, 1, 28, 28), torch.arange(24) % 10
+    file = tmp_path / "training.pt"
+
+    def trained(epochs_seen=None):
+        torch.manual_seed(0)
+        model = fashion_mnist.new_vit()
+        if epochs_seen is not None:
+            monkeypatch.setattr(fashion_mnist, "tqdm", lambda steps, **_: list(steps)[:epochs_seen])
+        fashion_mnist.train(model, (images, labels), 3, 1e-3, 8, checkpoint=file if epochs_seen else None)
+        return model.state_dict()
+
+    whole = trained()
+    trained(3)
+    assert file.exists()
+    rest = trained(99)
+    assert all(torch.equal(value, rest[name]) for name, value in whole.items())
+
+
+def test_the_vits_take_these_images():
+    for size, count in {"small": 1_199_882, "large": 3_574_282}.items():
+        model = fashion_mnist.new_vit(size).eval()
+        assert sum(p.numel() for p in model.parameters()) == count
+        with torch.no_grad():
+            assert model(pixel_values=torch.zeros(2, 1, 28, 28)).logits.shape == (2, 10)
+        assert model.config.id2label[9] == "ankle boot"
+        assert Path(fashion_mnist.__file__).read_text().count(f"{count:,}") == 1

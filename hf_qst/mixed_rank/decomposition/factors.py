@@ -15,21 +15,23 @@ _NULL_SPACE_RIDGE = 1e-12
 
 class _Problem:
     """The symmetric eigenproblem of one layer, on the smaller of its two sides, in float64 and in units of the mean
-    input.
+    input. Without a moment C is the identity, and the solution that of the plain SVD of W.
 
     Its eigenvalues are the output energies. On the output side its matrix is W'CW. On the input side, with C = R'R, it
     is R W W'R', which has the same eigenvalues, and whose eigenvectors U span the output directions as U'R W.
     """
 
-    def __init__(self, weight: torch.Tensor, moment: torch.Tensor):
-        self.unit = (moment.trace() / len(moment)).to(weight.device)
-        moment = moment.double().to(weight.device) / self.unit
-        moment.diagonal().add_(_NULL_SPACE_RIDGE)
+    def __init__(self, weight: torch.Tensor, moment: torch.Tensor | None):
+        self.unit = 1.0
         self.scaled: torch.Tensor | None = None
+        if moment is not None:
+            self.unit = (moment.trace() / len(moment)).to(weight.device)
+            moment = moment.double().to(weight.device) / self.unit
+            moment.diagonal().add_(_NULL_SPACE_RIDGE)
         if weight.shape[1] <= weight.shape[0]:
-            self.matrix = weight.T @ moment @ weight
+            self.matrix = weight.T @ (weight if moment is None else moment @ weight)
         else:
-            self.scaled = _square_root(moment) @ weight
+            self.scaled = weight if moment is None else _square_root(moment) @ weight
             self.matrix = self.scaled @ self.scaled.T
 
     def energies(self) -> torch.Tensor:
@@ -44,9 +46,9 @@ class _Problem:
         return torch.linalg.qr(_unit_rows(vectors.T @ self.scaled).T).Q
 
 
-def _is_plain(moment: torch.Tensor | None) -> bool:
+def _or_plain(moment: torch.Tensor | None) -> torch.Tensor | None:
     # Where no input is ever anything but zero, all factors are equally good; the plain ones are as safe as any.
-    return moment is None or moment.trace() <= 0
+    return None if moment is None or moment.trace() <= 0 else moment
 
 
 def _unit_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -68,8 +70,7 @@ def output_energies(weight: torch.Tensor, moment: torch.Tensor | None = None) ->
 
     The best factors of rank r leave the error `energies[r:].sum()`, a mean over rows.
     """
-    weight = weight.double()
-    return torch.linalg.svdvals(weight).square() if _is_plain(moment) else _Problem(weight, moment).energies()
+    return _Problem(weight.double(), _or_plain(moment)).energies()
 
 
 def factorize(
@@ -94,10 +95,7 @@ def factorize(
     if not torch.isfinite(weight).all():
         raise ValueError(f"weight [{weight.shape[0]}, {weight.shape[1]}] holds NaN or infinite values")
     weight = weight.double()
-    if _is_plain(moment):
-        right = torch.linalg.svd(weight, full_matrices=False).Vh[:rank]
-    else:
-        right = _Problem(weight, moment).directions(rank).T
+    right = _Problem(weight, _or_plain(moment)).directions(rank).T
     left = weight @ right.T
     return _balanced(left, right) if balance else (left, right)
 

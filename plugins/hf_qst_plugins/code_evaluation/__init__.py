@@ -5,6 +5,7 @@ which tokens of code are hard to predict. The guide is `docs/code_evaluation.md`
 
 - `runner`: `evaluate`, which draws completions, executes them and reports.
 - `together`: `evaluate_together`, the same for several settings in one batch, about three times as fast on a CPU.
+- `judging`: `judge_samples`, which executes completions that were drawn without being executed.
 - `report`, `pass_at_k`: the figures of an evaluation, and the comparison of two.
 - `samples_file`, `run_settings`: the file of samples, which a run can resume.
 - `problems`: problem files, and the project's own generated problems.
@@ -13,6 +14,7 @@ which tokens of code are hard to predict. The guide is `docs/code_evaluation.md`
 - `difficulty`: losses of a model over source files by class of token.
 """
 
+from .judging import judge_samples
 from .pass_at_k import Difference, paired_bootstrap, pass_at_k, task_pass_at_k
 from .problems import SHIPPED, Problem, ProblemFileError, read_problems
 from .problems.generated import training_pairs
@@ -42,6 +44,7 @@ __all__ = [
     "SandboxError",
     "evaluate",
     "evaluate_together",
+    "judge_samples",
     "paired_bootstrap",
     "pass_at_k",
     "read_problems",

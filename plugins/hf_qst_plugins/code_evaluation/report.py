@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from .pass_at_k import pass_at_k
-from .samples_file import read_samples
+from .samples_file import UNJUDGED, read_samples
 from .sandbox import OUTCOMES
 
 KS = (1, 5, 10, 15)
@@ -46,10 +46,12 @@ class Report:
         """The report of the samples of a `SamplesFile`.
 
         Raises:
-            ValueError: there are no samples.
+            ValueError: there are no samples, or some are not judged.
         """
         if not samples:
             raise ValueError("samples is empty; there is nothing to report yet")
+        if any(sample["outcome"] == UNJUDGED.outcome for sample in samples):
+            raise ValueError("samples holds completions that were not executed; judge_samples executes them")
         by_task: dict[str, list[dict]] = defaultdict(list)
         for sample in samples:
             by_task[sample["task_id"]].append(sample)

@@ -54,11 +54,12 @@ def settings_of(
     problems: Sequence[Problem],
     samples: int,
     seed: int,
-    sandbox: Sandbox,
+    sandbox: Sandbox | None,
     label: str,
     batch_size: int | None,
 ) -> dict:
-    """The header of a samples file. `batch_size` None: each sample has random numbers of its own.
+    """The header of a samples file. `batch_size` None: each sample has random numbers of its own; `sandbox` None: the
+    samples are not judged.
 
     Raises:
         ValueError: a prompt that does not fit the model.
@@ -79,9 +80,15 @@ def settings_of(
         "stop_strings": sampler.stop_strings,
         "strip_prompt": sampler.strip_prompt,
         "prefix": sampler.prefix,
-        "limits": asdict(sandbox.limits),
-        "isolation": sandbox.isolation,
+        **judged_with(sandbox),
     }
+
+
+def judged_with(sandbox: Sandbox | None) -> dict:
+    """What a header says of the judging; None where there was none."""
+    if sandbox is None:
+        return {"limits": None, "isolation": None}
+    return {"limits": asdict(sandbox.limits), "isolation": sandbox.isolation}
 
 
 def evaluate(

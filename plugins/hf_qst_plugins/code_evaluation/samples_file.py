@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_qst.saved.json_files import with_checksum, without_checksum
+from hf_qst.saved.whole_files import write_text
+
+from .sandbox import Outcome
 
 KEYS = ("task_id", "sample", "completion", "program_parses", "outcome", "detail", "tokens", "seconds")
+
+UNJUDGED = Outcome("not judged", "", 0.0)
+"""Of a completion whose program has not been executed."""
 
 
 class SamplesFileError(ValueError):
@@ -60,6 +66,12 @@ def _differing(one: object, other: object) -> tuple[object, object]:
     names = [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
     pairs = {name: _differing(one.get(name), other.get(name)) for name in names}
     return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+
+def rewrite_samples(path: str | Path, settings: Mapping, samples: Sequence[Mapping]) -> None:
+    """Replace a file by one with these settings and samples, completely or not at all."""
+    records = [{"settings": settings}, *({key: sample[key] for key in KEYS} for sample in samples)]
+    write_text(path, "".join(json.dumps(with_checksum(record)) + "\n" for record in records))
 
 
 class SamplesFile:

@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from hf_qst.tuner.config import is_count
 
 from .problems import Problem
-from .runner import require_problems, sample_seed, settings_of
-from .samples_file import SamplesFile
+from .runner import judged_with, require_problems, sample_seed, settings_of
+from .samples_file import UNJUDGED, SamplesFile, read_samples
 from .sampling.batched import BatchedSampler, Wanted
 from .sampling.completion import parses
+from .sampling.on_device import DeviceSampler
 from .sampling.sampler import Sampler
 from .sandbox import Limits, Sandbox
 
@@ -38,6 +39,7 @@ def evaluate_together(
     isolation: str = "auto",
     workers: int | None = None,
     minutes: float | None = None,
+    judge: bool = True,
     allow_execution: bool = False,
     progress: bool = True,
 ) -> bool:
@@ -51,9 +53,11 @@ def evaluate_together(
         model, tokenizer, problems, seed, stop_strings, strip_prompt, prefix, workers, progress: see `evaluate`.
         settings: `generate_kwargs` of each setting by its name, which is its file's name too.
         samples: completions per problem and setting; one for a setting without sampling.
-        rows: rows of the batch, see `BatchedSampler`.
+        rows: rows of the batch, see `BatchedSampler`; on a GPU `DeviceSampler`, for which some thousand are few.
         limits, isolation, allow_execution: see `Sandbox`.
         minutes: begin no further problem after this time.
+        judge: whether to execute the completions. Without it nothing is executed; `judge_samples` does that later, on
+            another machine if need be.
 
     Returns:
         Whether all samples are there.
@@ -62,7 +66,7 @@ def evaluate_together(
         ExecutionNotAllowedError, SamplesFileError, ValueError: see `evaluate`.
     """
     began = time.monotonic()
-    sandbox = Sandbox(allow_execution=allow_execution, limits=limits, isolation=isolation)
+    sandbox = Sandbox(allow_execution=allow_execution, limits=limits, isolation=isolation) if judge else None
     for name, value in (("samples", samples), ("rows", rows), ("workers", workers)):
         if not is_count(value) and (name != "workers" or value is not None):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -72,7 +76,7 @@ def evaluate_together(
     samplers = {
         name: Sampler(model, tokenizer, kwargs, stop_strings, strip_prompt, prefix) for name, kwargs in settings.items()
     }
-    batched = BatchedSampler(samplers)
+    batched = (BatchedSampler if model.device.type == "cpu" else DeviceSampler)(samplers)
     counts = {name: samples if sampler.generate_kwargs["do_sample"] else 1 for name, sampler in samplers.items()}
     training = model.training
     model.eval()
@@ -81,7 +85,11 @@ def evaluate_together(
             files = {}
             for name, sampler in samplers.items():
                 header = settings_of(sampler, problems, counts[name], seed, sandbox, name, None)
-                files[name] = stack.enter_context(SamplesFile(Path(folder) / f"{name}.jsonl", header))
+                path = Path(folder) / f"{name}.jsonl"
+                if not judge and path.exists():  # samples that are judged already stay so
+                    there, _ = read_samples(path)
+                    header |= {key: there[key] for key in judged_with(None)}
+                files[name] = stack.enter_context(SamplesFile(path, header))
             pool = stack.enter_context(ThreadPoolExecutor(workers))
             run = _Run(batched, sandbox, pool, files, counts, seed)
             return run(problems, rows, began + 60 * minutes if minutes else float("inf"), progress)
@@ -92,7 +100,9 @@ def evaluate_together(
 class _Run:
     """Draws what is missing from the files, judges and writes it."""
 
-    def __init__(self, batched: BatchedSampler, sandbox: Sandbox, pool, files, counts: Mapping[str, int], seed: int):
+    def __init__(
+        self, batched: BatchedSampler, sandbox: Sandbox | None, pool, files, counts: Mapping[str, int], seed: int
+    ):
         self.batched, self.sandbox, self.pool, self.files, self.counts = batched, sandbox, pool, files, counts
         self.seed = seed
         self.done = {
@@ -115,7 +125,10 @@ class _Run:
             for problem, (name, number), completion, tokens in self.batched.draw(self._wanted(problems, until), rows):
                 prompt = self.batched.one.prompt(problem)
                 key = (problem.task_id, completion)
-                if key not in runs:
+                if key not in runs and self.sandbox is None:
+                    runs[key] = Future()
+                    runs[key].set_result(UNJUDGED)
+                elif key not in runs:
                     runs[key] = self.pool.submit(self.sandbox.run, problem.program(completion, prompt))
                 sample = {
                     "task_id": problem.task_id,

@@ -1,6 +1,6 @@
 """`hf-qst COMMAND ...`: finds the command and loads nothing else.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def usage() -> str:
             *lines,
             "",
             "hf-qst COMMAND --help lists the options; --config FILE reads them from YAML, --print-config writes them.",
-            "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+            "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.",
         ]
     )
 

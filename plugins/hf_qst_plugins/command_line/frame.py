@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from .arguments import Arguments
@@ -15,8 +18,34 @@ from .folders import discard_checkpoints, last_checkpoint
 from .job import Job
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command in the same way as an interrupt."""
+
+
 def run(name: str, description: str, argv: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
+    with _terminable():
+        return _run(name, description, argv)
+
+
+@contextmanager
+def _terminable():
+    """SIGTERM raises `Terminated` meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _run(name: str, description: str, argv: Sequence[str]) -> int:
     verbose, job = "--verbose" in argv, None
     try:
         if not verbose:
@@ -40,9 +69,10 @@ def run(name: str, description: str, argv: Sequence[str]) -> int:
             report = record.finish(job.output_dir)
             print("\n".join([*record_of.summary(record.content), f"report: {report}"]))
         return 0
-    except KeyboardInterrupt:
-        print(f"\nhf-qst {name}: interrupted. {_how_to_go_on(job)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        ended, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print(f"\nhf-qst {name}: {ended}. {_how_to_go_on(job)}", file=sys.stderr)
+        return code
     except UsageError as error:
         return _failed(name, 2, str(error), verbose)
     except Exception as error:

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from hf_qst import plan
 from hf_qst.planning import PlanError
 from hf_qst_plugins.inputs import Collator, model_path, quantization_config
+from hf_qst_plugins.training import StopOnSignalCallback
 
 from .arguments import Arguments
 from .errors import one_line
@@ -63,7 +64,7 @@ def train(model, settings: TrainingArguments, rows, held_out, tokenizer, checkpo
         train_dataset=rows,
         eval_dataset=held_out,
         data_collator=Collator(pad_token_id(tokenizer)),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, StopOnSignalCallback()],
     )
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return {

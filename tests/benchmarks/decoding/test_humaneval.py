@@ -5,9 +5,9 @@ import json
 import pytest
 
 from benchmarks.decoding import humaneval
-from benchmarks.decoding.halves import complete, setting_row, stage_report, tables, tuned_rows
+from benchmarks.decoding.halves import complete, form_table, setting_row, stage_report, tables, tuned_rows
 from examples.real_model import BASE
-from hf_qst_plugins.code_evaluation import Report, pass_at_k
+from hf_qst_plugins.code_evaluation import Report, SamplesFile, pass_at_k, read_problems, read_samples
 
 TASKS = ["a", "b", "c", "d"]
 
@@ -67,7 +67,7 @@ def test_greedy_is_not_compared_with_many_samples():
     assert [row["k"] for row in greedy] == [1]
     assert "difference" not in greedy[0]
     text = tables(stage)
-    assert "4 problems; percent" in text
+    assert "4 problems, of which 2" in text
     assert "| greedy |  | 50.0 [" in text
 
 
@@ -88,7 +88,7 @@ def test_a_small_run_is_reported_and_resumed(tmp_path, capsys):
     humaneval.main(command)
     result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
     assert result["complete_problems"] == [3, 3, 3]
-    assert [len(stage["settings"]) for stage in result["stages"]] == [1, 6, 18]
+    assert [len(stage["settings"]) for stage in result["stages"]] == [1, 6, 20]
     assert {row["drawn"] for row in result["stages"][1]["settings"]} == {1, 2}
     assert "stage 2: 3 of 3 problems complete" in capsys.readouterr().out
     assert set(result["difficulty"]) == {"HumanEval's prompts and solutions", "standard library"}
@@ -103,6 +103,59 @@ def test_a_small_run_is_reported_and_resumed(tmp_path, capsys):
     result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
     assert result["complete_problems"] == [3, 2]
     assert [len(stage["settings"]) for stage in result["stages"]] == [1]
+
+
+@pytest.mark.slow
+def test_samples_are_drawn_and_judged_apart(tmp_path, capsys):
+    command = ["--model", str(BASE), "--limit", "2", "--samples", "2", "--new-tokens", "4"]
+    command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    humaneval.main([*command, "--sample-only"])
+    greedy = tmp_path / "work" / "greedy.jsonl"
+    assert {sample["outcome"] for sample in read_samples(greedy)[1]} == {"not judged"}
+    assert not (tmp_path / "out").exists()
+    humaneval.main([*command, "--report-only"])
+    assert "not judged" not in {sample["outcome"] for sample in read_samples(greedy)[1]}
+    stage = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())["stages"][-1]
+    assert len(stage["settings"]) == 20
+    assert stage["problems_ever_passed"] <= 2
+    assert "adaptive, as published" in {row["family"] for row in stage["tuned"]}
+    assert "of which" in capsys.readouterr().out
+
+
+def test_problems_with_a_passing_sample_are_counted():
+    reports = {"fixed temperature": {"left": report([9, 0, 0, 0]), "right": report([1, 0, 2, 0])}}
+    reports["adaptive (paper)"] = {"a=0.8 b=0.6 line": report([0, 0, 1, 0]), "other": report([9, 9, 9, 0])}
+    stage = stage_report(reports, TASKS)
+    assert stage["problems_ever_passed"] == 3
+    assert [row["problems_passed"] for row in stage["settings"]] == [1, 2, 1, 3]
+    published = next(row for row in stage["tuned"] if row["family"] == "adaptive, as published" and row["k"] == 1)
+    assert published["pass"]["mean"] == pytest.approx(0.025)
+    assert "4 problems, of which 3 have a passing sample" in tables(stage)
+
+
+def test_both_prompt_forms_are_reported_when_both_are_complete(tmp_path):
+    args = humaneval.arguments(["--model", str(BASE), "--work", str(tmp_path)])
+    problems = read_problems(args.problems)[:2]
+    record = {"completion": "", "program_parses": True, "outcome": "passed", "detail": "", "tokens": 3, "seconds": 0.0}
+
+    def write(folder, name, count):
+        with SamplesFile(folder / f"{name}.jsonl", {"samples": count}) as file:
+            for problem in problems:
+                for number in range(count):
+                    file.append({**record, "task_id": problem.task_id, "sample": number})
+
+    for folder in (tmp_path, tmp_path / "chat"):
+        assert humaneval.prompt_forms(args, problems) == []
+        write(folder, "greedy", 1)
+        write(folder, "fixed_temperature_T0.2", 2)
+    rows = humaneval.prompt_forms(args, problems)
+    assert [(row["form"], row["drawn"], row["problems_passed"]) for row in rows] == [
+        ("plain", 1, 2),
+        ("chat", 1, 2),
+        ("plain", 2, 2),
+        ("chat", 2, 2),
+    ]
+    assert "| greedy |  | chat | 100.0 [" in form_table(rows)
 
 
 def test_bad_arguments_are_named(capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.compression.llm import Text
 from benchmarks.compression.methods import parameters
 from benchmarks.pruning import __main__ as pruning
 from benchmarks.pruning import cost as pruning_cost
@@ -15,7 +16,7 @@ from benchmarks.pruning import methods as pruning_methods
 from benchmarks.pruning import report as pruning_report
 from benchmarks.pruning import shortening as pruning_shortening
 from benchmarks.pruning import slicing as pruning_slicing
-from benchmarks.pruning.text import CHOSEN_ON, TEXTS
+from benchmarks.pruning.text import CHOSEN_ON, TEXTS, OtherTextError, kept
 from examples.demo import BASE
 from examples.prose import PLACES, handbook_files
 from hf_qst.base_model.decoder_stack import find_decoder_stack
@@ -99,6 +100,66 @@ def test_a_second_run_makes_nothing_again_and_more_seeds_only_what_is_missing(qu
     assert pruning.wanted(args, rows) == [(0.6, "disp", 0)]
     args.held_blocks = 3
     assert pruning.results_of(args).begun("quality", pruning.used(args, "quality")) == {}
+
+
+def test_rows_without_a_wanted_recovery_are_made_again(quick):
+    found, _, _, given = quick
+    rows = copy.deepcopy(found["quality"]["result"]["rows"])
+    del next(row for row in rows if row["method"] == "flap")["recovered"]
+    assert pruning.wanted(pruning.arguments(given), rows) == [(0.6, "flap", 0)]
+    assert pruning.wanted(pruning.arguments([*given, "--recovered-keep"]), rows) == []
+
+
+def test_longer_learning_is_current_at_its_own_steps(quick):
+    args = pruning.arguments(quick[3])
+    steps = args.steps * pruning_methods.LONGER
+    rows = [{"keep": 0.6, "method": name, "seed": 0, "steps": steps} for name in ("disp", "disp-long")]
+    assert pruning.current(args, rows) == rows[1:]
+
+
+def test_files_of_several_processes_are_merged(quick, tmp_path):
+    found, _, _, given = quick
+    parts = copy.deepcopy({"quality": found["quality"]})
+    rows = parts["quality"]["result"]["rows"]
+
+    def write(name, some, **changes):
+        part = {**parts["quality"], **changes}
+        part["result"] = {**part["result"], "rows": some}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pruning.json").write_text(json.dumps({"quality": part}))
+        return str(tmp_path / name)
+
+    without = [{key: value for key, value in row.items() if key != "recovered"} for row in rows]
+    first, second = write("first", rows[:3]), write("second", [*without[1:2], *rows[3:]])
+    output = ["--output", str(tmp_path)]
+    pruning.main([*given[:-2], *output, "--merge", first, second])
+    merged = json.loads((tmp_path / "pruning.json").read_text())["quality"]
+    assert merged == parts["quality"]
+    pruning.main([*given[:-2], *output, "--merge", second])
+    assert json.loads((tmp_path / "pruning.json").read_text())["quality"] == parts["quality"]
+    other = write("other", rows, arguments={"length": 1})
+    for wrong, message in ((other, "has other arguments"), (str(tmp_path / "none"), "there is no")):
+        with pytest.raises(SystemExit, match=message):
+            pruning.main([*given[:-2], *output, "--merge", wrong, first])
+
+
+def test_kept_rows_are_read_in_place_of_the_text(tmp_path):
+    held = {kind: torch.randint(9, (3, 8)) for kind in ("stdlib", "prose")}
+    text, rows = Text([{"input_ids": torch.randint(9, (2, 8))} for _ in range(3)], held), torch.randint(9, (20, 8))
+    path = tmp_path / "rows.safetensors"
+    kept(path, "python", "model", (8, 20, 6, 3), lambda *sizes: (text, rows))
+    read, read_rows = kept(path, "python", "model", (8, 20, 6, 3), None)
+    assert torch.equal(read_rows, rows) and list(read.held) == list(held)
+    assert all(torch.equal(read.held[kind], held[kind]) for kind in held)
+    for one, other in zip(read.calibration, text.calibration, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+    with pytest.raises(OtherTextError, match=r"holds .*8, 20, 6, 3.*, not .*8, 20, 6, 4"):
+        kept(path, "python", "model", (8, 20, 6, 4), None)
+
+
+def test_an_unpacked_packaged_model_has_its_name():
+    assert pruning.model_name("/any/where/smollm2-0e28a2dad73d") == "smollm2"
+    assert pruning.model_name("/any/where/smollm2-mine") == "/any/where/smollm2-mine"
 
 
 def test_speed_is_measured_at_the_learned_widths(quick):
@@ -229,7 +290,8 @@ def test_code_and_prose_take_turns(tmp_path, monkeypatch):
     prose = ["paragraph" in tokenizer.decode(row) for row in rows]
     assert prose == [False, True] * 20
     assert [len(batch["input_ids"]) for batch in text.calibration] == [2, 2, 2]
-    assert torch.equal(torch.cat([batch["input_ids"] for batch in text.calibration]), rows[:6])
+    spread = torch.cat([rows[start : start + 2] for start in (0, 20, 38)])
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in text.calibration]), spread)
     assert {kind: tuple(part.shape) for kind, part in text.held.items()} == {"code": (3, 32), "handbook": (3, 32)}
     others, _ = TEXTS["python-and-prose-other"](BASE, 32, 40, 6, 3)
     chosen_on, _ = TEXTS["python-and-prose"](BASE, 32, 40, 6, CHOSEN_ON)

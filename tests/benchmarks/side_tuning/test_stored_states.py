@@ -1,13 +1,14 @@
 """Training on stored states computes what training in the model computes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import get_peft_model
 
 from benchmarks.side_tuning.real_model import PROBE, Bench, one_run
-from benchmarks.side_tuning.real_model_report import picture, table
+from benchmarks.side_tuning.real_model_report import best_runs, merged, next_rate, picture, table
 from benchmarks.side_tuning.stored_states import StoredBase, hidden, last_blocks, states_read
 from benchmarks.side_tuning.tasks import IGNORED, Batch, Task, accuracy
 from hf_qst import QSTConfig
@@ -45,8 +46,22 @@ def test_the_last_blocks_of_a_base_get_the_same_from_a_stored_state():
     base = tiny("llama", num_hidden_layers=3)
     batch = Batch(token_batch(2, 12), token_batch(2, 12))
     step = StoredBase(base).step(batch, {2})
-    assert set(step.states) == {2}
-    torch.testing.assert_close(last_blocks(base.model, 2, step.states[2].float(), step), step.output, rtol=0, atol=1e-2)
+    assert set(step.rows[0].states) == {2}
+    torch.testing.assert_close(last_blocks(base.model, 2, step.state(2), step), step.output, rtol=0, atol=1e-2)
+
+
+def test_a_row_that_was_in_a_batch_before_is_not_computed_again():
+    base = tiny("llama", num_hidden_layers=3)
+    ids, stored = token_batch(2, 12), StoredBase(base)
+    calls = []
+    stored.layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    first = stored.step(Batch(ids, ids), {1, 2})
+    again = stored.step(Batch(ids.flip(0), ids.flip(0)), {2})
+    assert len(calls) == 1
+    torch.testing.assert_close(again.state(2), first.state(2).flip(0), rtol=0, atol=0)
+    torch.testing.assert_close(again.output, first.output.flip(0), rtol=0, atol=0)
+    stored.step(Batch(ids, ids), {3})
+    assert len(calls) == 2
 
 
 def test_accuracy_is_the_part_of_rows_whose_class_scores_higher():
@@ -80,13 +95,55 @@ def test_a_linear_probe_finds_the_class_in_the_states():
     assert figures["loss"] < 0.3
 
 
+@pytest.mark.parametrize(
+    "name", ["default", "readout at twice the rate", "LoRA in the last 4", "ShadowPEFT", "head alone"]
+)
+def test_a_method_learns_and_its_validation_loss_is_that_of_the_same_rows(name):
+    task = classification()
+    bench = Bench(
+        tiny("llama", num_hidden_layers=5), replace(task, train=task.train * 20, validation=task.held), [name]
+    )
+    figures, start = one_run(bench, name, 20, 1e-2, 0), bench.base_figures()
+    assert figures["loss"] < start["loss"]
+    assert figures["validation_loss"] == figures["loss"]
+
+
 def test_an_output_that_is_held_to_the_bases_stays_nearer_to_it():
     bench = Bench(tiny("llama", num_hidden_layers=3), classification(), ["default"])
     bench.train *= 20
-    free, near = (bench.side(QSTConfig(task_type="CAUSAL_LM", r=4), 20, 1e-2, weight) for weight in (0.0, 100.0))
+    config = QSTConfig(task_type="CAUSAL_LM", r=4)
+    (free, _), (near, _) = (bench.side(config, 20, 1e-2, weight) for weight in (0.0, 100.0))
     start = bench.base_figures()
     assert abs(near["old_loss"] - start["old_loss"]) < abs(free["old_loss"] - start["old_loss"])
     assert near["loss"] < start["loss"]
+
+
+def valued(rate, validation, seed=0, **more):
+    return {"method": "default", "rate": rate, "seed": seed, "loss": 1.0, "validation_loss": validation, **more}
+
+
+def test_a_sweep_doubles_or_halves_the_best_rate_until_it_lies_between_two_others():
+    runs = [valued(1e-3, 3.0), valued(2e-3, 2.0)]
+    assert next_rate(runs) == [4e-3]
+    assert next_rate([*runs, valued(4e-3, 2.5)]) == []
+    assert next_rate([valued(1e-3, 2.0), valued(2e-3, 3.0)]) == [5e-4]
+    assert next_rate([valued(1e-3, 2.0), valued(2e-3, float("nan"))]) == [5e-4]
+    assert next_rate([valued(2**i, -i) for i in range(6)]) == []
+
+
+def test_the_rate_is_chosen_by_the_validation_loss_with_the_seeds_that_all_rates_have():
+    # With seed 1 alone, or by the held-out loss, it would be 2e-3.
+    runs = [valued(1e-3, 1.0), valued(1e-3, 9.0, seed=1), valued(2e-3, 2.0, loss=0.5)]
+    assert best_runs(runs) == {"default": runs[:2]}
+
+
+def test_merged_results_have_the_runs_of_all():
+    one = {"tasks": {"prose, 40": {"base": {"loss": 3.0}, "runs": [valued(1e-3, 1.0)]}}, "commit": "a"}
+    other = {"tasks": {"prose, 40": {"runs": [valued(1e-3, 2.0), valued(2e-3, 1.0)]}}, "cost": {"default": {}}}
+    result = merged([one, other])
+    assert result["tasks"]["prose, 40"] == {"base": {"loss": 3.0}, "runs": other["tasks"]["prose, 40"]["runs"]}
+    assert result["cost"] == {"default": {}}
+    assert result["commit"] == "a"
 
 
 def test_the_table_lists_each_method_at_its_best_rate(tmp_path):

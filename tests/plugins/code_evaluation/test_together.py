@@ -16,8 +16,19 @@ from transformers import (
 )
 
 from hf_qst import AdaptiveTemperatureLogitsProcessor, QSTConfig
-from hf_qst_plugins.code_evaluation import Sampler, evaluate_together, read_problems, read_report, read_samples
+from hf_qst_plugins.code_evaluation import (
+    ExecutionNotAllowedError,
+    Sampler,
+    SamplesFileError,
+    evaluate_together,
+    judge_samples,
+    read_problems,
+    read_report,
+    read_samples,
+)
+from hf_qst_plugins.code_evaluation.sampling import on_device
 from hf_qst_plugins.code_evaluation.sampling.batched import LIKELIEST, BatchedSampler, draw
+from hf_qst_plugins.code_evaluation.sampling.on_device import DeviceSampler
 from hf_qst_plugins.code_evaluation.sampling.shared_prompts import read_prompt, read_rows, sharing_prompts
 
 SIZES = {
@@ -110,9 +121,11 @@ def seeds_of(problem, names, count=4):
     return problem, {(name, number): 31 * number + len(problem.prompt) for name in names for number in range(count)}
 
 
-def drawn_with(model, tokenizer, problems, names, rows):
+def drawn_with(model, tokenizer, problems, names, rows, kind=BatchedSampler, ends=()):
     settings = settings_of(tokenizer)
-    batched = BatchedSampler({name: Sampler(model, tokenizer, settings[name]) for name in names})
+    if ends:
+        settings = {name: {**kwargs, "eos_token_id": list(ends)} for name, kwargs in settings.items()}
+    batched = kind({name: Sampler(model, tokenizer, settings[name]) for name in names})
     found = batched.draw([seeds_of(problem, names) for problem in problems], rows)
     return {(problem.task_id, *one): (text, count) for problem, one, text, count in found}
 
@@ -192,3 +205,61 @@ def test_a_side_network_reads_shared_prompts_too(model, tokenizer, problems):
     for problem in problems:
         (expected,) = one.draw(problem, 1, seed=0)
         assert together[problem.task_id, "greedy", 0] == expected
+
+
+@pytest.mark.parametrize("rows", [1, 30, 1000])
+def test_on_a_device_the_completions_are_the_same(model, tokenizer, problems, rows, monkeypatch):
+    monkeypatch.setattr(on_device, "STEPS", 5)  # rows end and move between two looks
+    model = copy.deepcopy(model).double()  # the batches differ in the order of sums: float32 would draw other tokens
+    names, ends = ("greedy", "warm", "adaptive"), range(1000)
+    expected = drawn_with(model, tokenizer, problems, names, 1000, ends=ends)
+    assert len({count for _, count in expected.values()}) > 3
+    assert drawn_with(model, tokenizer, problems, names, rows, DeviceSampler, ends) == expected
+
+
+def test_on_a_device_a_side_network_reads_the_prompts(model, tokenizer, problems):
+    side = get_peft_model(copy.deepcopy(model), QSTConfig(r=4)).eval().double()
+    torch.manual_seed(3)
+    for parameter in side.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    names = ("greedy", "adaptive")
+    expected = drawn_with(side, tokenizer, problems, names, rows=20)
+    assert drawn_with(side, tokenizer, problems, names, 20, DeviceSampler) == expected
+
+
+def test_draws_take_a_nucleus_for_each_row():
+    scores = torch.randn(4, 2 * LIKELIEST, generator=torch.Generator().manual_seed(5))
+    rows, uniform = torch.arange(4), torch.tensor([0.1, 0.5, 0.9, 0.99])
+    top_p = [1e-30, 0.3, 0.9, 1.0]
+    alone = [draw(scores[[row]], top_p[row], torch.tensor([0]), uniform[[row]]).item() for row in range(4)]
+    assert draw(scores, torch.tensor(top_p), rows, uniform).tolist() == alone
+    assert alone[0] == scores[0].argmax()
+
+
+def test_samples_are_judged_later_as_they_would_have_been_at_once(model, tokenizer, problems, tmp_path):
+    settings = {"warm": settings_of(tokenizer)["warm"]}
+    arguments = {"samples": 3, "rows": 8, "workers": 1, "progress": False}
+    assert evaluate_together(model, tokenizer, problems, settings, tmp_path / "later", judge=False, **arguments)
+    assert evaluate_together(model, tokenizer, problems, settings, tmp_path / "once", allow_execution=True, **arguments)
+    later, once = (tmp_path / folder / "warm.jsonl" for folder in ("later", "once"))
+    with pytest.raises(ValueError, match="not executed"):
+        read_report(later)
+    with pytest.raises(ExecutionNotAllowedError):
+        judge_samples([later], problems)
+    with pytest.raises(SamplesFileError, match="other problems"):
+        judge_samples([later], problems[1:], allow_execution=True)
+    judge = {"workers": 1, "allow_execution": True, "progress": False}
+    assert judge_samples([later], problems, **judge) == 15
+    assert judge_samples([later], problems, **judge) == 0
+
+    def read(path):
+        header, samples = read_samples(path)
+        return header, [{**sample, "seconds": None} for sample in samples]
+
+    assert read(later) == read(once)
+    # A judged file goes on like any other.
+    assert evaluate_together(model, tokenizer, problems, settings, later.parent, allow_execution=True, **arguments)
+    more = {**arguments, "judge": False}
+    assert evaluate_together(model, tokenizer, problems, settings, later.parent, **more)
+    assert read(later) == read(once)

@@ -83,7 +83,12 @@ def test_finetune_in_four_bits_counts_values_and_bytes(hf_qst_command, inputs, o
 
 
 @pytest.mark.slow
-def test_interrupted_training_names_its_checkpoint_and_goes_on_to_the_same_weights(hf_qst_command, on_model, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "ended"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_stopped_training_saves_names_its_checkpoint_and_goes_on_to_the_same_weights(
+    number, code, ended, hf_qst_command, on_model, tmp_path
+):
     options = [*on_model, "--quantization", "null", "--use_cpu", "--save_steps", "2", "--seed", "3"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     # Far more steps than will be run; the learning rate does not depend on their number.
@@ -94,15 +99,14 @@ def test_interrupted_training_names_its_checkpoint_and_goes_on_to_the_same_weigh
         while last_checkpoint(cut) is None:
             assert running.poll() is None and time.monotonic() < until
             time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         _, err = running.communicate(timeout=120)
     finally:
         running.kill()
-    assert running.returncode == 130
+    assert running.returncode == code
     checkpoint = last_checkpoint(cut)
-    assert (
-        f"interrupted. The last whole checkpoint is {checkpoint}; the same command with --resume goes on from it" in err
-    )
+    assert f"{number.name}: saved {checkpoint}; training ends here" in err
+    assert f"{ended}. The last whole checkpoint is {checkpoint}; the same command with --resume goes on from it" in err
     step = int(checkpoint.name.rpartition("-")[2])
     # A checkpoint that was cut short is passed over.
     (cut / f"checkpoint-{step + 2}").mkdir(exist_ok=True)

@@ -21,12 +21,13 @@ LIKELIEST = 256
 """Tokens that are looked at first. A sort of the whole vocabulary would take longer than a small model's step."""
 
 
-def draw(scores: torch.Tensor, top_p: float, rows: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def draw(scores: torch.Tensor, top_p: float | torch.Tensor, rows: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Tokens drawn by inversion: the first of the sorted tokens whose cumulative probability exceeds the random number.
 
     Args:
         scores: `[n, vocabulary]`, -inf where a token is excluded.
-        top_p: each row's tokens are the likeliest with at least this probability together; 1 for all.
+        top_p: each row's tokens are the likeliest with at least this probability together; 1 for all. A number, or one
+            for each row `[n]`.
         rows, uniform: the row of `scores` and the number in [0, 1) of each draw, `[draws]` each.
 
     Returns:
@@ -34,6 +35,7 @@ def draw(scores: torch.Tensor, top_p: float, rows: torch.Tensor, uniform: torch.
     """
     chosen = torch.empty(len(rows), dtype=torch.long, device=scores.device)
     normalizer = scores.logsumexp(-1, keepdim=True)
+    top_p = torch.as_tensor(top_p, dtype=scores.dtype, device=scores.device).expand(len(scores))
     count = min(LIKELIEST, scores.shape[1])
     top, ids = scores.topk(count)
     cumulative = (top - normalizer).exp().cumsum(-1)
@@ -47,11 +49,11 @@ def draw(scores: torch.Tensor, top_p: float, rows: torch.Tensor, uniform: torch.
         if all_tokens:
             some, row = row.unique(return_inverse=True)
             part_top, part_ids = scores[some].sort(descending=True)
-            probabilities = (part_top - normalizer[some]).exp()
+            probabilities, mass = (part_top - normalizer[some]).exp(), top_p[some]
         else:
-            part_ids, probabilities = ids, (top - normalizer).exp()
+            part_ids, probabilities, mass = ids, (top - normalizer).exp(), top_p
         before = probabilities.cumsum(-1) - probabilities
-        kept = torch.where(before < top_p, probabilities, 0.0).cumsum(-1)
+        kept = torch.where(before < mass[:, None], probabilities, 0.0).cumsum(-1)
         # Rounding must not reach the total: beyond it lie only tokens of probability 0.
         target = torch.minimum(uniform[at] * kept[row, -1], torch.nextafter(kept[row, -1], kept.new_zeros(())))
         index = torch.searchsorted(kept[row], target[:, None], right=True)

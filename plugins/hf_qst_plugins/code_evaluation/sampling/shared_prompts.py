@@ -91,7 +91,99 @@ class SharedPrompt:
         self.rows = len(rows)
 
 
-def attend(module, query, key, value, attention_mask, scaling, shared_prompts: Sequence[SharedPrompt], **kwargs):
+class PromptBatch:
+    """Keys and values of several prompts and of the rows after them, in one tensor each.
+
+    For a GPU, where the launches of a loop over prompts take longer than the arithmetic.
+
+    Args:
+        prompts: what `read_prompt` gave, on one device.
+        owners: the number of the prompt of each row.
+        room: tokens that a row can have until the next `take`.
+    """
+
+    def __init__(self, prompts: Sequence[SharedPrompt], owners: Sequence[int], room: int):
+        read = [prompt._prompt for prompt in prompts]
+        lengths = [next(iter(layers.values()))[0].shape[1] for layers in read]
+        longest = max(lengths)
+
+        def padded(layer: int, part: int) -> torch.Tensor:
+            """`[prompts, key-value heads, longest, head size]`"""
+            tensors = (layers[layer][part] for layers in read)
+            return torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in tensors])
+
+        self._prompt = {layer: (padded(layer, 0), padded(layer, 1)) for layer in read[0]}
+        self._device = next(iter(self._prompt.values()))[0].device
+        places = torch.arange(longest, device=self._device)
+        self._absent = places >= torch.tensor(lengths, device=self._device)[:, None]
+        self._rows: dict[int, torch.Tensor] = {}
+        self.length = 0
+        """Tokens after the prompt whose keys and values are kept."""
+        self._room = room
+        self._place(list(owners))
+
+    def _place(self, owners: list[int]) -> None:
+        """Give each row a place among the rows of its prompt; prompts without rows are dropped."""
+        left = sorted(set(owners))
+        if len(left) < len(self._absent):
+            index = torch.tensor(left, device=self._device)
+            self._absent = self._absent[index]
+            self._prompt = {layer: (key[index], value[index]) for layer, (key, value) in self._prompt.items()}
+            number = {owner: at for at, owner in enumerate(left)}
+            owners = [number[owner] for owner in owners]
+        self.owners = owners
+        counts = [0] * len(left)
+        places = []
+        for owner in owners:
+            places.append(counts[owner])
+            counts[owner] += 1
+        self._most = max(counts)
+        places = [owner * self._most + place for owner, place in zip(owners, places, strict=True)]
+        self._places = torch.tensor(places, device=self._device)
+        self._absent_of_rows = self._absent[torch.tensor(owners, device=self._device)][:, None, None]
+
+    def take(self, rows: Sequence[int], room: int) -> None:
+        """Go on with these rows only, each with room for so many more tokens."""
+        kept = torch.tensor(rows, device=self._device)
+        self._room = self.length + room
+        for layer, stored in self._rows.items():
+            _, _, heads, _, size = stored.shape
+            new = stored.new_empty(2, len(rows), heads, self._room, size)
+            new[..., : self.length, :] = stored[:, kept, :, : self.length]
+            self._rows[layer] = new
+        self._place([self.owners[row] for row in rows])
+
+    def read_rows(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
+        """See `SharedPrompt.read_rows`; the rows are those of all prompts."""
+        rows, heads, _, size = query.shape
+        shared = key.shape[1]
+        if layer not in self._rows:
+            self._rows[layer] = key.new_empty(2, rows, shared, self._room, size)
+        keys, values = self._rows[layer]
+        keys[:, :, self.length], values[:, :, self.length] = key[:, :, 0], value[:, :, 0]
+        keys, values = keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+        prompt_keys, prompt_values = self._prompt[layer]
+        query = (query * scaling).view(rows, shared, heads // shared, size)
+        of_prompt = self._of_prompts(query, prompt_keys.transpose(2, 3)).masked_fill(self._absent_of_rows, -torch.inf)
+        weights = torch.cat([of_prompt, query @ keys.transpose(2, 3)], -1).softmax(-1)
+        split = prompt_keys.shape[2]
+        read = self._of_prompts(weights[..., :split], prompt_values) + weights[..., split:] @ values
+        return read.reshape(rows, heads, 1, size)
+
+    def _of_prompts(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """`x` `[rows, shared, group, m]` times the `[shared, m, n]` of each row's prompt in `matrix`."""
+        prompts, shared, m, n = matrix.shape
+        group = x.shape[2]
+        by_prompt = x.new_zeros(prompts * self._most, shared, group, m).index_copy(0, self._places, x)
+        by_prompt = by_prompt.view(prompts, self._most, shared, group, m).transpose(1, 2)
+        product = by_prompt.reshape(prompts, shared, self._most * group, m) @ matrix
+        product = product.view(prompts, shared, self._most, group, n).transpose(1, 2)
+        return product.reshape(prompts * self._most, shared, group, n)[self._places]
+
+
+def attend(
+    module, query, key, value, attention_mask, scaling, shared_prompts: Sequence[SharedPrompt] | PromptBatch, **kwargs
+):
     """An attention function of transformers: the prompt of one `SharedPrompt`, or one new token of every row of several.
 
     Returns:
@@ -106,6 +198,8 @@ def attend(module, query, key, value, attention_mask, scaling, shared_prompts: S
     if query.shape[2] > 1:
         (prompt,) = shared_prompts
         read = prompt.read_prompt(id(module), query, key, value, scaling)
+    elif isinstance(shared_prompts, PromptBatch):
+        read = shared_prompts.read_rows(id(module), query, key, value, scaling)
     else:
         sizes = [prompt.rows for prompt in shared_prompts]
         parts = zip(shared_prompts, *(tensor.split(sizes) for tensor in (query, key, value)), strict=True)
@@ -142,6 +236,14 @@ def read_rows(model, prompts: Sequence[SharedPrompt], ids: Sequence[int], positi
     logits = model(input_ids=ids, position_ids=positions, use_cache=False, shared_prompts=prompts).logits
     for prompt in prompts:
         prompt.length += 1
+    return logits[:, -1].float()
+
+
+def read_rows_of_batch(model, batch: PromptBatch, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`read_rows` for the ids and positions `[rows]` of a `PromptBatch`, on its device. No host sync."""
+    ids, positions = ids[:, None], positions[:, None]
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False, shared_prompts=batch).logits
+    batch.length += 1
     return logits[:, -1].float()
 
 
