@@ -21,6 +21,7 @@ from peft import PeftConfig
 from benchmarks.common.command_line import parser_of
 from benchmarks.common.measure import RESULTS
 from benchmarks.side_tuning.real_model import PEERS, VARIANTS
+from benchmarks.side_tuning.real_model_report import best_runs
 from hf_qst import QSTConfig
 from hf_qst.saved import write_text
 
@@ -97,18 +98,11 @@ def _type(config: PeftConfig) -> str:
 
 
 def rows(result: dict) -> Iterator[dict]:
-    """The best rate of each of PEFT's methods and ours on each task, with its first seed."""
+    """Each of PEFT's methods and ours on each task at its best rate, with its first seed."""
     for task, measured in result["tasks"].items():
-        best: dict[str, dict] = {}
-        for run in measured["runs"]:
-            known = run["method"] in VARIANTS or PEERS.get(run["method"], lambda layers: None)(result["layers"])
-            if (
-                known
-                and run["seed"] == 0
-                and run["loss"] < best.get(run["method"], run | {"loss": float("inf")})["loss"]
-            ):
-                best[run["method"]] = run
-        yield from (row(result, task, run) for run in best.values())
+        for name, runs in best_runs(measured["runs"]).items():
+            if name in VARIANTS or PEERS[name](result["layers"]) is not None:
+                yield row(result, task, min(runs, key=lambda run: run["seed"]))
 
 
 def missing(found: dict) -> list[str]:

@@ -6,6 +6,7 @@ from peft import PeftConfig
 
 from benchmarks.common.measure import RESULTS
 from benchmarks.side_tuning import peft_board
+from benchmarks.side_tuning.real_model_report import best_runs
 from hf_qst import QSTConfig
 
 
@@ -26,8 +27,7 @@ def test_experiments_and_rows(tmp_path, capsys):
         row for row in rows if row["run_info"]["experiment_name"] == f"qst/{measured['model']}-sentiment-default"
     )
     task = next(name for name in measured["tasks"] if name.startswith("sentiment"))
-    runs = [run for run in measured["tasks"][task]["runs"] if run["method"] == "default" and run["seed"] == 0]
-    best = min(runs, key=lambda run: run["loss"])
+    best = best_runs(measured["tasks"][task]["runs"])["default"][0]
     last = default["train_info"]["metrics"][-1]
     assert last["test accuracy"] == best["accuracy"] / 100 and last["test loss"] == best["loss"]
     assert default["train_info"]["num_trainable_params"] == best["parameters"]
