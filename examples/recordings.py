@@ -1,6 +1,6 @@
 """Runs the commands of `docs/recordings.md` on the project's own small model and writes what they print into the page.
 
-    python -m examples.recordings        # about five minutes on two cores
+    python -m examples.recordings        # some minutes on two cores, a quarter of an hour on busy ones
 
 A line that begins with `$ ` is a command. The model is `base_model`, the texts are `prose` (this project's pages) and `code`
 (its examples), in a new folder.
@@ -61,14 +61,18 @@ def printed(command: list[str], folder: Path) -> str:
     return re.sub(r"\n{3,}", "\n\n", text) + code
 
 
-def record(text: str, folder: Path) -> str:
-    """A page with the output of its commands."""
+def record(text: str, folder: Path, only: str = "") -> str:
+    """A page with the output of its commands; those without the text `only` keep what is there."""
 
     def run(found: re.Match) -> str:
+        _, *pieces = _COMMAND.split(found[1])
         parts = []
-        for written, command in zip(_COMMAND.findall(found[1]), commands(found[1]), strict=True):
-            print(shlex.join(["hf-qst", *command]), flush=True)
-            parts.append(f"$ {written}\n{printed(command, folder)}")
+        for written, output in zip(pieces[::2], pieces[1::2], strict=True):
+            if only in written:
+                print(written, flush=True)
+                (command,) = commands(f"$ {written}\n")
+                output = printed(command, folder)
+            parts.append(f"$ {written}\n{output.strip(chr(10))}")
         return "```text\n" + "\n\n".join(parts) + "\n```"
 
     return _BLOCK.sub(run, text)
@@ -79,10 +83,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m examples.recordings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--page", type=Path, default=PAGE)
-    page = parser.parse_args(argv).page
+    parser.add_argument("--only", default="", metavar="TEXT", help="run the commands with this text in them alone")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        write_text(page, record(page.read_text(encoding="utf-8"), Path(folder)))
+        write_text(args.page, record(args.page.read_text(encoding="utf-8"), Path(folder), args.only))
 
 
 if __name__ == "__main__":

@@ -42,4 +42,5 @@ def test_output_is_written_below_its_command(tmp_path):
     written = recordings.record(TEXT, tmp_path)
     assert "old output" not in written and written.startswith("# Page\n\n```text\n$ hf-qst models \\\n    --model_type")
     assert "\nllama  qst: yes; disp: yes; mixed_rank: yes\n\n$ hf-qst models --model_type nothing\n" in written
+    assert recordings.record(written, tmp_path, only="hf-qst nothing") == written
     assert written.endswith("[exit code 2]\n```\n") and "--model_type: the type 'nothing' is not known" in written
