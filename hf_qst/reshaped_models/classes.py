@@ -27,7 +27,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
+from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.reshaped_models.folder import check_folder, complete_folder_card, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
 from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
@@ -103,7 +103,7 @@ class _AnyReshapedConfig(PreTrainedConfig):
         base = _as_architecture(config_dict, MODEL_TYPE).get("base_model_type")
         if base in (MODEL_TYPE, PLAIN_MODEL_TYPE) or base not in CONFIG_MAPPING:
             raise ReshapedModelError(f"config.json says base_model_type {base!r}, which transformers does not know")
-        return _registered_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+        return registered_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
 
 
 class ReshapedModel:
@@ -135,7 +135,7 @@ class ReshapedModel:
         config = copy.copy(config)
         # Without a source the tensors come with the call (`state_dict=`).
         tensors = None if source is None else check_folder(os.fspath(source), config.reshaped_modules, **hub)
-        _require_saved_class(cls, config)
+        require_saved_class(cls, config)
         if tensors is not None:
             tensors = names_in_memory(cls, config, tensors)
             leave_new_heads_unquantised(cls, config, tensors)
@@ -147,7 +147,7 @@ class ReshapedModel:
             if isinstance(getattr(module, "config", None), ReshapedConfig):
                 vars(module.config).pop("transformers_weights", None)
         _require_loaded(model, loading_info["missing_keys"])
-        forbid_packing_of_odd_shapes(model)
+        forbid_packing(model)
         save_as_loaded(model)
         finish_modules(model.base_model, config.reshaped_modules)  # again, for now it is on its device
         return (model, loading_info) if output_loading_info else model
@@ -202,7 +202,7 @@ def _load_config(config_class: type, source, kwargs: dict) -> tuple[ReshapedConf
     return config, {**unused, **kept}
 
 
-def _require_saved_class(model_class: type, config: ReshapedConfig) -> None:
+def require_saved_class(model_class: type, config: ReshapedConfig) -> None:
     """Refuse to load what a user's own class saved with a class of transformers, which computes something else.
 
     Another head on the same base, as `AutoModelForSequenceClassification` makes it, is fine.
@@ -244,7 +244,7 @@ def _translate_names_as(plain: type[PreTrainedModel]) -> None:
 
 
 @functools.cache
-def _registered_config_class(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def registered_config_class(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The reshaped config class, after every Auto class that knows the plain one has been told about it."""
     config_class = reshaped_class(plain)
     for _, mapping in _auto_mappings(plain):
@@ -437,7 +437,7 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
         )
     model_class = reshaped_class(getattr(model, "plain_class", type(model)))
     config = copy.copy(model.config)
-    config.__class__ = _registered_config_class(plain_config)
+    config.__class__ = registered_config_class(plain_config)
     config.architectures = [model_class.__name__]
     config.base_model_type = plain_config.model_type
     config.hf_qst_format = FORMAT
@@ -451,6 +451,7 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
     _exchange_config(model, config)
     _forget_origin(model)
     finish_modules(model.base_model, described)
+    forbid_packing(model)
     return model
 
 

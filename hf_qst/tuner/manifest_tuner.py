@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -12,6 +14,8 @@ from torch import nn
 from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError, find_decoder_stack
 from hf_qst.base_model.offloading import has_values
 from hf_qst.saved import manifest
+
+logger = logging.getLogger(__name__)
 
 
 class ManifestLayer(nn.Module, BaseTunerLayer):
@@ -58,7 +62,11 @@ class ManifestLayer(nn.Module, BaseTunerLayer):
             self._check_loaded(adapter_name)
         if (damage := self.damage.get(adapter_name)) is not None:
             raise damage
-        return self.networks[adapter_name]
+        network = self.networks[adapter_name]
+        learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if learns and any(p.dtype == torch.float16 and p.requires_grad for p in network.parameters()):
+            _warn_of_float16(self.method)
+        return network
 
     def requires_grad_(self, requires_grad: bool = True):
         """transformers' loader calls this on an adapter that it has loaded for inference: the moment to check it.
@@ -78,6 +86,14 @@ class ManifestLayer(nn.Module, BaseTunerLayer):
             self.damage[adapter_name], checked = error, True
         if checked:
             del self.unchecked[adapter_name]
+
+
+@cache
+def _warn_of_float16(method: str) -> None:
+    logger.warning(
+        f"{method} trains weights in float16, in which AdamW's epsilon of 1e-8 is 0: the first step may give NaN. Load the "
+        "model in bfloat16 or float32 to train it; autocast_adapter_dtype=True keeps an adapter beside its base in float32"
+    )
 
 
 class ManifestTuner(BaseTuner):

@@ -19,7 +19,7 @@ KNOWN = (
 )  # fmt: skip
 # Arguments that change what is returned and no state.
 _OF_OUTPUT = (
-    "use_cache", "past_key_values", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep", "num_items_in_batch",
+    "use_cache", "past_key_values", "cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep", "num_items_in_batch",
 )  # fmt: skip
 
 
