@@ -11,7 +11,7 @@ VLLM_PINS := tests/plugins/serving/requirements.txt
 # Interpreters for `make package-test` and `make test-versions`.
 PYTHONS ?= $(PYTHON)
 
-.PHONY: demo demo-real test test-damage test-load test-vllm test-versions lint bench docs docs-serve package-test clean
+.PHONY: demo demo-real test test-damage test-load test-vllm test-versions test-llama-cpp lint bench docs docs-serve package-test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -35,6 +35,10 @@ test-vllm: $(VLLM_STAMP)
 
 test-versions: $(STAMP)
 	$(BIN)/python -m benchmarks.versions --pythons $(PYTHONS)
+
+test-llama-cpp: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps cyllama
+	$(BIN)/python -m pytest tests/plugins/gguf_files
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -83,7 +83,13 @@ class AllowPacking:
 
 
 def _has_room(layer: nn.Module) -> bool:
-    """Whether the packed layout can hold a 4-bit layer; bitsandbytes fails for others."""
+    """Whether the packed layout can hold a 4-bit layer; bitsandbytes fails for others.
+
+    Nor may a weight be packed that is stored as floating point: it is meant for FSDP, which brings the unpacked one back at
+    the next forward, where it would be read as packed.
+    """
+    if getattr(layer.weight, "quant_state", None) is not None and layer.weight.is_floating_point():
+        return False
     blocksize = getattr(layer.weight, "blocksize", 1)  # a layer that was left out of the quantisation has none
     return layer.out_features % 32 == 0 and layer.in_features % blocksize == 0
 

@@ -223,6 +223,11 @@ class QSTLayer(StackLayer):
         kwargs.pop("logits_to_keep", None)  # Gemma 4 leaves the other tokens out of its last blocks
         cache = kwargs.get(self.cache_argument)
         chosen = [(name, rows, self.checked(name)) for name, rows in networks]
+        if any(hasattr(parameter, "ds_id") for *_, network in chosen for parameter in network.parameters()):
+            raise NotImplementedError(
+                "QST does not train under ZeRO-3, which releases a layer's weights after the layer's own forward pass, and "
+                "a side network reads some of them elsewhere. Divide the base with FSDP2, or use ZeRO-2"
+            )
         if kwargs["use_cache"] or cache is not None:
             owners = [(name, rows and rows.indices, network.sources) for name, rows, network in chosen]
             cache = kwargs[self.cache_argument] = with_side_layers(

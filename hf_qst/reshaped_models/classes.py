@@ -28,11 +28,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from hf_qst.base_model.packed_weights import forbid_packing
-from hf_qst.reshaped_models.folder import check_folder, write_folder
+from hf_qst.reshaped_models.folder import check_folder, complete_folder_card, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
 from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
 from hf_qst.reshaped_models.tensor_names import names_in_memory
 from hf_qst.saved.manifest import CheckpointError
+from hf_qst.saved.model_card import hub_name
 from hf_qst.saved.whole_files import finish_interrupted
 from hf_qst.tuner.registration import IMPORT_REMINDER
 
@@ -46,7 +47,7 @@ HOW_TO_LOAD = (
 FORMAT = 1
 CLASS_PREFIX = "Reshaped"
 _PACKAGE = __name__.rpartition(".")[0]
-_FIELDS = ("base_model_type", "hf_qst_format", "reshaped_modules", "saved_class")
+_FIELDS = ("base_model_type", "hf_qst_format", "reshaped_from", "reshaped_modules", "saved_class")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Arguments of a model's `from_pretrained` whose names are also fields of a config.
 _OF_LOADING = ("attn_implementation", "dtype", "experts_implementation", "quantization_config", "torch_dtype")
@@ -68,13 +69,14 @@ class ReshapedConfig:
     """The part of every reshaped model's config that is not its architecture's.
 
     `base_model_type` is the architecture's model type, `hf_qst_format` the version of this format,
-    `reshaped_modules` the description of each changed module by its path inside the base model, and `saved_class` the
-    model's class where that is not one of transformers.
+    `reshaped_modules` the description of each changed module by its path inside the base model, `saved_class` the
+    model's class where that is not one of transformers, and `reshaped_from` the dense model's name on the hub.
     """
 
     plain_class: type[PreTrainedConfig]
     auto_map = {}  # TRL reads it of a config whose `architectures` are not transformers' own
     saved_class: str | None = None
+    reshaped_from: str | None = None
     transformers_weights = HOW_TO_LOAD  # stops `from_pretrained` of every class but ours
 
     @classmethod
@@ -123,6 +125,7 @@ class ReshapedModel:
         Raises:
             CheckpointError: naming the file and the tensor that is missing, extra, of another shape, dtype or content.
         """
+        _refuse_tensor_parallelism(**kwargs)
         source = pretrained_model_name_or_path
         if source is not None and finish_interrupted(source):
             config = None  # the one that was read may be of the files before
@@ -166,7 +169,13 @@ class ReshapedModel:
         if not is_main_process or getattr(self, "_hf_peft_config_loaded", False):  # with an adapter, only that is saved
             save(save_directory)
         else:
-            write_folder(save, os.fspath(save_directory), self.config.reshaped_modules, _how_to_load(self))
+            write_folder(save, os.fspath(save_directory), self.config, _how_to_load(self))
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # push_to_hub has written transformers' own card over that of save_pretrained.
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            complete_folder_card(os.fspath(working_dir), self.config, _how_to_load(self))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _get_name(self):
         # What Trainer decides by whether labels are to be shifted when it smooths them.
@@ -184,6 +193,18 @@ class ReshapedModel:
     @classmethod
     def _can_set_experts_implementation(cls):
         return cls.plain_class._can_set_experts_implementation()
+
+
+def _refuse_tensor_parallelism(distributed_config=None, tp_plan=None, tp_size=None, **kwargs) -> None:
+    processes = getattr(distributed_config, "tp_size", None) or 1
+    if tp_plan is not None or tp_size is not None:
+        processes = tp_size or int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise ReshapedModelError(
+            f"tensor parallelism over {processes} processes (tp_plan, tp_size) divides layers as their architecture has them, and "
+            "those of a pruned or factorised model have other shapes: load it whole in each process, or divide it with FSDP "
+            "(fsdp_size)"
+        )
 
 
 def _load_config(config_class: type, source, kwargs: dict) -> tuple[ReshapedConfig, dict]:
@@ -434,6 +455,7 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
     config.base_model_type = plain_config.model_type
     config.hf_qst_format = FORMAT
     config.reshaped_modules = described
+    config.reshaped_from = config.reshaped_from or hub_name(model.name_or_path)
     plain = model_class.plain_class
     if plain.is_custom_code():
         config.saved_class = f"{plain.__module__}.{plain.__qualname__}"

@@ -12,7 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError, find_decoder_stack
-from hf_qst.base_model.offloading import has_values
+from hf_qst.base_model.offloading import has_values, is_sharded
 from hf_qst.saved import manifest
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,8 @@ class ManifestTuner(BaseTuner):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
         saved.update(_trained_modules(model, adapter_name, state_dict))
-        if all(map(has_values, saved.values())):  # a plan asks for names and sizes alone
+        # A plan asks for names and sizes alone, a checkpoint of shards for this process's part.
+        if all(has_values(tensor) and not is_sharded(tensor) for tensor in saved.values()):
             manifest.remember(config, saved, base_signature(with_head(model)))
         return tensors
 
