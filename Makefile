@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_VENV ?= .docs-venv
 DOCS_STAMP := $(DOCS_VENV)/.installed
-# Interpreters for `make package-test`.
+VLLM_VENV ?= .vllm-venv
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PINS := tests/plugins/serving/requirements.txt
+# Interpreters for `make package-test` and `make test-versions`.
 PYTHONS ?= $(PYTHON)
 
-.PHONY: demo demo-real test test-damage test-load lint bench docs docs-serve package-test clean
+.PHONY: demo demo-real test test-damage test-load test-vllm test-versions test-llama-cpp lint bench docs docs-serve package-test clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -26,6 +29,16 @@ test-damage: $(STAMP)
 
 test-load: $(STAMP)
 	$(BIN)/python -m pytest -s tests/damage/test_load.py --load 1
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/plugins/serving
+
+test-versions: $(STAMP)
+	$(BIN)/python -m benchmarks.versions --pythons $(PYTHONS)
+
+test-llama-cpp: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps cyllama
+	$(BIN)/python -m pytest tests/plugins/gguf_files
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,5 +67,13 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,benchmark,dev]"
 	touch $@
 
+# Without dependencies, because vLLM names some that it does not need for text: torchvision, torchaudio, torchcodec.
+$(VLLM_STAMP): setup.cfg setup.py pyproject.toml $(VLLM_PINS)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint $(VLLM_PINS) torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement $(VLLM_PINS)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) build demo_output
+	rm -rf $(VENV) $(DOCS_VENV) $(VLLM_VENV) build demo_output

@@ -8,6 +8,8 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+# The versions of other packages, before their names are imported that older ones do not have.
+from hf_qst import requirements  # noqa: F401
 from hf_qst.disp import DISPConfig
 from hf_qst.mixed_rank import MixedRankConfig, compress_model, rank_report
 from hf_qst.pruning import prune_model

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 EXTRAS = {
     "bitsandbytes": "quantized",
     "datasets": "cli",
+    "gguf": "gguf",
     "jsonargparse": "cli",
     "lm_eval": "evaluate",
     "matplotlib": "plots",

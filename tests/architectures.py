@@ -75,7 +75,8 @@ def tiny(name: str, seed: int = 0, dtype=torch.float32, classifier: bool = False
         setattr(config, key, value)
     torch.manual_seed(seed)
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    model = auto.from_config(config)
+    # Drawn in float32 by every version of transformers, so that a model in another dtype has the rounded weights.
+    model = auto.from_config(config, dtype=torch.float32)
     # The usual 0.02 makes the logits of a tiny model nearly flat, and tests of greedy decoding would compare ties.
     for parameter in model.parameters():
         if parameter.dim() > 1:

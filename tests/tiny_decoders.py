@@ -155,19 +155,19 @@ def fields(kind: type) -> set[str]:
     return {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
 
 
-def tiny_config(model_type: str):
-    """The smallest configuration of a type that has what is peculiar to it."""
+def tiny_config(model_type: str, **widths: int):
+    """The smallest configuration of a type that has what is peculiar to it; `widths` are in place of those in `WIDTHS`."""
     kind = CONFIG_MAPPING[model_type]
-    known = {name: value for name, value in WIDTHS.items() if name in fields(kind)}
+    known = {name: value for name, value in {**WIDTHS, **widths}.items() if name in fields(kind)}
     config = kind(**{**known, **CHANGES.get(model_type, {})})
     config.dtype = torch.float32
     return config
 
 
-def tiny_decoder(model_type: str, seed: int = 0):
+def tiny_decoder(model_type: str, seed: int = 0, **widths: int):
     """A random causal language model of this type in eval mode, float32."""
     torch.manual_seed(seed)
-    return spread(AutoModelForCausalLM.from_config(tiny_config(model_type)))
+    return spread(AutoModelForCausalLM.from_config(tiny_config(model_type, **widths)))
 
 
 def spread(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,3 +25,8 @@ def first_argument(args: tuple, kwargs: dict):
 def hidden_of(output) -> torch.Tensor:
     """The hidden state in what a block returns: itself, or the first of a tuple or a list."""
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def by_name(names: Sequence[str], args: tuple) -> dict:
+    """Positional arguments by the names of a call's parameters. torch 2.9 fails to compile `zip(strict=False)`."""
+    return {names[i]: value for i, value in enumerate(args[: len(names)])}

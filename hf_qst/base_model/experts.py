@@ -37,6 +37,11 @@ def _fused_names(module: nn.Module) -> tuple[str, ...]:
     return () if has_gate is None else ("gate_up_proj" if has_gate else "up_proj", "down_proj")
 
 
+def has_post_norm(experts: nn.Module) -> bool:
+    """Whether every expert's output is normalised; transformers 5.17 knows no such experts."""
+    return getattr(experts, "has_post_expert_norm", False)
+
+
 def expert_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(d_in, d_out) of every linear layer that `split` would make of fused experts, by its path inside the module."""
     shapes = {}
@@ -78,7 +83,7 @@ def are_experts(module: nn.Module | None) -> bool:
 
 def read_residual(experts: nn.Module, hidden_size: int) -> bool:
     """Whether the experts read channels of the residual and add to them: not of a smaller state, nor through a norm."""
-    return not experts.has_post_expert_norm and ExpertSizes.of(experts).inputs == hidden_size
+    return not has_post_norm(experts) and ExpertSizes.of(experts).inputs == hidden_size
 
 
 def layer_names(experts: nn.Module) -> tuple[str, str]:
@@ -263,7 +268,7 @@ class SplitExperts(nn.Module):
         middle = first(inputs)
         middle = self._apply_gate(middle) if self.has_gate else self.act_fn(middle)
         output = last(middle)
-        return self.post_expert_norm(output) if self.has_post_expert_norm else output
+        return self.post_expert_norm(output) if has_post_norm(self) else output
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self.fused_class._apply_gate(self, gate_up)

@@ -1,4 +1,5 @@
-"""Models whose weights are elsewhere: offloaded by accelerate (`device_map`, `cpu_offload`), or never loaded."""
+"""Models whose weights are elsewhere: offloaded by accelerate (`device_map`, `cpu_offload`), divided among processes (FSDP,
+ZeRO-3, tensor parallelism), or never loaded."""
 
 from __future__ import annotations
 
@@ -16,8 +17,15 @@ def has_values(tensor: torch.Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process holds a part of the tensor alone, under FSDP, ZeRO-3 or tensor parallelism."""
+    if hasattr(tensor, "ds_status"):
+        return tensor.ds_status.name != "AVAILABLE"
+    return type(tensor.data).__name__ == "DTensor"
+
+
 def require_weights(model: nn.Module, wanted_by: str) -> None:
-    """Refuse a model some of whose weights are on the meta device.
+    """Refuse a model some of whose weights are on the meta device or divided among processes.
 
     Args:
         model
@@ -27,6 +35,11 @@ def require_weights(model: nn.Module, wanted_by: str) -> None:
         MissingWeightsError: naming a weight, and what has become of it.
     """
     for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise MissingWeightsError(
+                f"{wanted_by} reads the model's weights, but of {name!r} each process holds a part (FSDP, ZeRO-3 or tensor "
+                "parallelism). Do it before the model is divided, or with the saved model in one process"
+            )
         if parameter.is_meta:
             why = (
                 "the model is offloaded by accelerate (device_map or cpu_offload), which puts weights on the meta device "
@@ -41,11 +54,17 @@ def require_weights(model: nn.Module, wanted_by: str) -> None:
 
 
 def require_in_place(model: nn.Module, wanted_by: str) -> None:
-    """Refuse a model that accelerate has offloaded; one that is on the meta device for good may be.
+    """Refuse a model that accelerate has offloaded, or whose layers are divided by channels; one that is on the meta device for
+    good may be.
 
     Raises:
         MissingWeightsError
     """
+    if (processes := getattr(model, "tp_size", None) or 1) > 1:
+        raise MissingWeightsError(
+            f"{wanted_by} changes single channels of layers, but the model is divided by channels among {processes} processes "
+            "(tensor parallelism, tp_plan or tp_size): load it without, and divide it with FSDP where it does not fit"
+        )
     if is_offloaded(model):
         require_weights(model, wanted_by)
 

@@ -37,7 +37,7 @@ class DISPModel(StackTuner):
     def _check_stack(self, peft_config, stack: DecoderStack) -> None:
         require_in_place(self.model, type(peft_config).__name__)
         find_prunable_stack(self.model)
-        if (packed := find_packed(stack.module)) is not None:
+        if (packed := find_packed(self.model)) is not None:
             raise ValueError(
                 f"the gates' gradients go through the base, but bitsandbytes has packed {packed!r} for a kernel without "
                 "backward, as it does at a model's first forward in evaluation mode on this processor: load the base "
@@ -50,7 +50,7 @@ class DISPModel(StackTuner):
         return SelectionNetwork(peft_config, PruningLayout.of(stack), budget)
 
     def _make_layer(self, target: nn.Module, stack: DecoderStack) -> DISPLayer:
-        forbid_packing(target)  # the gates' gradients go through the base
+        forbid_packing(self.model)  # the gates' gradients go through the base and its head
         return super()._make_layer(target, stack)
 
     def _start(self, peft_config, adapter_name: str, twin: SelectionNetwork | None) -> None:

@@ -128,7 +128,11 @@ class SelectionNetwork(nn.Module):
         """float32 [size] for each owner, with the initial bias added; above the threshold a channel is kept."""
         with torch.autocast(self.kept.device.type, enabled=False):
             parameters = dict(self.hypernetwork.named_parameters())
-            if all(parameter.dtype == torch.float32 for parameter in parameters.values()):
+            if any(hasattr(parameter, "full_tensor") for parameter in parameters.values()):
+                # Outside a forward under FSDP: all processes ask. ZeRO-3 gathers by itself.
+                parameters = {name: parameter.full_tensor() for name, parameter in parameters.items()}
+                outputs = functional_call(self.hypernetwork, parameters, ())
+            elif all(parameter.dtype == torch.float32 for parameter in parameters.values()):
                 outputs = self.hypernetwork()
             else:  # a lower precision is for keeping them, not for computing with them
                 tensors = {**parameters, **dict(self.hypernetwork.named_buffers())}

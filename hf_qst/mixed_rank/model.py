@@ -15,6 +15,7 @@ from torch import nn
 from hf_qst.base_model.experts import join, own_memory, split_named
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
 from hf_qst.base_model.offloading import require_in_place
+from hf_qst.base_model.packed_weights import forbid_packing, refuse_training_while_packed
 from hf_qst.base_model.quantized_layers import scheme_of
 from hf_qst.mixed_rank.compression import compress, finished
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
@@ -77,6 +78,9 @@ class MixedRankModel(ManifestTuner):
             raise
         if not all(layer.keeps_base for layer in self._layers().values()):
             own_memory(self.model)
+        # Gradients of factors go through the 4-bit layers that stay.
+        forbid_packing(self.model)
+        refuse_training_while_packed(self.model)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         name = next(name for name, config in self.peft_config.items() if config is peft_config)

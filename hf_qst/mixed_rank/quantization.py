@@ -50,7 +50,6 @@ def quantize_factors(layer: LowRankLinear, scheme: str) -> LowRankLinear:
         ValueError: a factor is out of the range of float16, in which bitsandbytes takes 8-bit scales.
     """
     layer.down, layer.up = (quantized(part, scheme) for part in (layer.down, layer.up))
-    # The packed layout of some processors has no backward and no exact way back.
     forbid_packing(layer)
     return layer
 

@@ -8,7 +8,7 @@ import logging
 import torch
 import torch.distributed
 
-from hf_qst.base_model.offloading import is_offloaded
+from hf_qst.base_model.offloading import is_offloaded, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def announce(model, inputs: dict, device: torch.device) -> None:
     from hf_qst.planning.planner import Planner, Run
     from hf_qst.planning.table import gigabytes
 
-    if any(hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         raise ValueError("its parameters are sharded")
     if is_offloaded(model):
         raise ValueError("its weights are offloaded")

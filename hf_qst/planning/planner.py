@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from hf_qst.planning import traced_run
+from hf_qst.planning import communication, traced_run
 from hf_qst.planning.chips import CARDS, GIB, USABLE, Chip, cards_for, chip_of
 from hf_qst.planning.model_parts import (
     adapter_file_bytes,
@@ -61,6 +61,8 @@ class Plan:
         largest (`dict[str, dict]`): for the device, or the cards where its size is not known, the largest `"batch"` and
             `"sequence"` that fit; 0: none.
         savings (`dict[str, int]`): bytes that another option would save.
+        exchanged (`dict[str, int]`): bytes of the tensors that the processes of a training sum or gather in a step; see
+            `communication`.
     """
 
     model: str
@@ -81,6 +83,21 @@ class Plan:
     ceilings: str = ""
     largest: dict[str, dict[str, int]] = field(default_factory=dict)
     savings: dict[str, int] = field(default_factory=dict)
+    exchanged: dict[str, int] = field(default_factory=dict)
+
+    def communication(self, processes: int) -> dict[str, int]:
+        """Bytes that each of this many processes receives in a training step, by `"ddp"`, `"zero2"` and `"fsdp2"`.
+
+        The plan is that of each process: `batch` is its own. With gradient accumulation a step is one batch for FSDP2.
+
+        Raises:
+            ValueError: there is no training step, or `processes` is less than 1.
+        """
+        if not isinstance(processes, int) or processes < 1:
+            raise ValueError(f"processes must be an integer of at least 1, got {processes!r}")
+        if not self.exchanged:
+            raise ValueError("the plan is of no training step of a known decoder, in which something is exchanged")
+        return communication.received(self.exchanged, processes)
 
     @property
     def total(self) -> int:
@@ -236,6 +253,7 @@ class Planner:
         self.model = _prepared(run)
         self.simulation = Simulation(self.model, run.chip.kernels, padded)
         self.twin = self.simulation.model
+        self.exchange = communication.Exchange(self.twin, run.autocast)
         self._runs: dict[tuple[int, int], traced_run.TracedRun] = {}
 
     def traced(self, batch: int, sequence: int, inputs: Mapping | None = None) -> traced_run.TracedRun:
@@ -307,6 +325,7 @@ class Planner:
             products=traced.products,
             seconds=chip.with_ceilings().seconds(traced.operations) if timed and traced.operations else None,
             ceilings=chip.with_ceilings().source if timed else "",
+            exchanged=self.exchange.bytes() if traced.operations and not run.inference else {},
         )
 
     def searched(self, made: Plan) -> Plan:

@@ -23,10 +23,15 @@ def as_table(plan) -> str:
         more["kept at the end of the forward pass"] = gigabytes(plan.kept)
     if plan.adapter_file:
         more["adapter's file"] = gigabytes(plan.adapter_file)
-    more["products"] = f"{plan.products / 1e12:.3g} TFLOP"
+    if plan.products:
+        more["products"] = f"{plan.products / 1e12:.3g} TFLOP"
     if plan.seconds is not None:
         more["seconds, an estimate"] = f"{plan.seconds:.3g} (ceilings: {plan.ceilings})"
-    lines += _section("and", more)
+    if plan.exchanged:
+        ddp, _, fsdp2 = (gigabytes(size) for size in plan.communication(8).values())
+        more["received by each of 8 processes in a step"] = f"DDP {ddp}, FSDP2 {fsdp2}"
+    if more:
+        lines += _section("and", more)
     lines += _section("fits", {name: _fit(plan, name) for name in plan.fits})
     if plan.savings:
         lines += _section("would save", {name: gigabytes(size) for name, size in plan.savings.items()})

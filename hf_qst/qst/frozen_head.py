@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_qst_kernels
 from hf_qst.base_model.decoder_stack import ARCHITECTURES, find_decoder_stack, text_config
-from hf_qst.base_model.offloading import has_values
+from hf_qst.base_model.offloading import has_values, is_sharded
 from hf_qst.base_model.packed_weights import find_packed, forbid_packing, nf4_weight
 from hf_qst.qst.hidden_states.refusals import check_labels as check_labels_of_stored
 
@@ -193,8 +193,10 @@ class FrozenHeadLoss:
     def _can_chunk(self) -> bool:
         """Whether the head supports the chunked loss, and the model's own loss is the same function of the hidden states."""
         model, head = self.model, self.model.get_output_embeddings()
-        if head_weight(head) is None:
-            return self._say_once("the head is trained, offloaded, or quantised otherwise than in NF4")
+        if head_weight(head) is None or any(map(is_sharded, head.parameters())):
+            return self._say_once(
+                "the head is trained, offloaded, divided among processes, or quantised otherwise than in NF4"
+            )
         path = (model.__dict__.get("forward"), type(model).forward, logit_transform(model), head)
         if self._tried is None or any(new != old for new, old in zip(path, self._tried, strict=True)):
             self._tried, self._is_plain = path, is_of_transformers(model) and computes_plain_loss(model)

@@ -90,8 +90,8 @@ class InTurn:
             raise ValueError(f"{self._names()} learn apart, each from a loss of its own: call the model with labels")
         if self._kept is None:
             kwargs = self.layer.base_arguments(args, kwargs)
-            if kwargs.get("past_key_values") is not None:
-                raise ValueError(f"{self._names()} learn apart, without past_key_values")
+            if kwargs.get(self.layer.cache_argument) is not None:
+                raise ValueError(f"{self._names()} learn apart, without {self.layer.cache_argument}")
             kwargs["use_cache"] = False
             running, output = self.layer.run_base([(name, None) for name in self.layer.active_networks()], kwargs)
             self._kept = running, output, output[0]

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from hf_qst.base_model.architecture import argument
-from hf_qst.base_model.block_calls import hidden_of, with_first_argument
+from hf_qst.base_model.block_calls import by_name, hidden_of, with_first_argument
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.qst import continuous_batching
@@ -72,7 +72,7 @@ class _BlockHook:
         running = self.tape.current
         if running is None or not running.reads(self.index):
             return
-        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        arguments = {**by_name(self.parameters, args), **kwargs}
         states = arguments.pop(self.parameters[0]), hidden_of(output)
         entering, leaving = (self.state(state, self.width) for state in states)
         mask = argument(arguments, self.mask)
@@ -217,15 +217,22 @@ class QSTLayer(StackLayer):
 
     def run_base(self, networks: list[tuple[str, Rows | None]], kwargs: dict) -> tuple[BasePass, object]:
         """Run the stack once, with its arguments by name, for these networks; returns the pass and the stack's output."""
-        if kwargs.get("cache") is not None:
+        if not isinstance(kwargs.get("cache"), Cache | None):
             # The paged cache of continuous batching, which transformers passes through to each attention.
             raise NotImplementedError(continuous_batching.MESSAGE)
         kwargs.pop("logits_to_keep", None)  # Gemma 4 leaves the other tokens out of its last blocks
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(self.cache_argument)
         chosen = [(name, rows, self.checked(name)) for name, rows in networks]
+        if any(hasattr(parameter, "ds_id") for *_, network in chosen for parameter in network.parameters()):
+            raise NotImplementedError(
+                "QST does not train under ZeRO-3, which releases a layer's weights after the layer's own forward pass, and "
+                "a side network reads some of them elsewhere. Divide the base with FSDP2, or use ZeRO-2"
+            )
         if kwargs["use_cache"] or cache is not None:
             owners = [(name, rows and rows.indices, network.sources) for name, rows, network in chosen]
-            cache = kwargs["past_key_values"] = with_side_layers(cache, self.base_layer.config, self.num_layers, owners)
+            cache = kwargs[self.cache_argument] = with_side_layers(
+                cache, self.base_layer.config, self.num_layers, owners
+            )
         stored = self._stored_states(chosen, kwargs)
         readers, first, grad = [], self.num_layers, torch.is_grad_enabled()
         for name, rows, network in chosen:

@@ -10,6 +10,7 @@ from hf_qst.reshaped_models.classes import (
     MODEL_TYPE,
     ReshapedConfig,
     ReshapedModel,
+    registered_config_class,
     reshape_model,
     reshaped_class,
     to_dense,
@@ -43,5 +44,6 @@ def __getattr__(name: str) -> type:
     kind = transformers.PreTrainedModel if name.startswith(CLASS_PREFIX) else transformers.PreTrainedConfig
     plain = None if name.startswith("_") else getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
     if isinstance(plain, type) and issubclass(plain, kind):
-        return reshaped_class(plain)
+        # A config that comes from another process is known to the Auto classes here too.
+        return reshaped_class(plain) if name.startswith(CLASS_PREFIX) else registered_config_class(plain)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

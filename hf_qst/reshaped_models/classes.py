@@ -27,12 +27,13 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
-from hf_qst.reshaped_models.folder import check_folder, write_folder
+from hf_qst.base_model.packed_weights import forbid_packing
+from hf_qst.reshaped_models.folder import check_folder, complete_folder_card, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
 from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
 from hf_qst.reshaped_models.tensor_names import names_in_memory
 from hf_qst.saved.manifest import CheckpointError
+from hf_qst.saved.model_card import hub_name
 from hf_qst.saved.whole_files import finish_interrupted
 from hf_qst.tuner.registration import IMPORT_REMINDER
 
@@ -46,7 +47,7 @@ HOW_TO_LOAD = (
 FORMAT = 1
 CLASS_PREFIX = "Reshaped"
 _PACKAGE = __name__.rpartition(".")[0]
-_FIELDS = ("base_model_type", "hf_qst_format", "reshaped_modules", "saved_class")
+_FIELDS = ("base_model_type", "hf_qst_format", "reshaped_from", "reshaped_modules", "saved_class")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Arguments of a model's `from_pretrained` whose names are also fields of a config.
 _OF_LOADING = ("attn_implementation", "dtype", "experts_implementation", "quantization_config", "torch_dtype")
@@ -68,13 +69,14 @@ class ReshapedConfig:
     """The part of every reshaped model's config that is not its architecture's.
 
     `base_model_type` is the architecture's model type, `hf_qst_format` the version of this format,
-    `reshaped_modules` the description of each changed module by its path inside the base model, and `saved_class` the
-    model's class where that is not one of transformers.
+    `reshaped_modules` the description of each changed module by its path inside the base model, `saved_class` the
+    model's class where that is not one of transformers, and `reshaped_from` the dense model's name on the hub.
     """
 
     plain_class: type[PreTrainedConfig]
     auto_map = {}  # TRL reads it of a config whose `architectures` are not transformers' own
     saved_class: str | None = None
+    reshaped_from: str | None = None
     transformers_weights = HOW_TO_LOAD  # stops `from_pretrained` of every class but ours
 
     @classmethod
@@ -101,7 +103,7 @@ class _AnyReshapedConfig(PreTrainedConfig):
         base = _as_architecture(config_dict, MODEL_TYPE).get("base_model_type")
         if base in (MODEL_TYPE, PLAIN_MODEL_TYPE) or base not in CONFIG_MAPPING:
             raise ReshapedModelError(f"config.json says base_model_type {base!r}, which transformers does not know")
-        return _registered_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+        return registered_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
 
 
 class ReshapedModel:
@@ -123,6 +125,7 @@ class ReshapedModel:
         Raises:
             CheckpointError: naming the file and the tensor that is missing, extra, of another shape, dtype or content.
         """
+        _refuse_tensor_parallelism(**kwargs)
         source = pretrained_model_name_or_path
         if source is not None and finish_interrupted(source):
             config = None  # the one that was read may be of the files before
@@ -133,7 +136,7 @@ class ReshapedModel:
         config = copy.copy(config)
         # Without a source the tensors come with the call (`state_dict=`).
         tensors = None if source is None else check_folder(os.fspath(source), config.reshaped_modules, **hub)
-        _require_saved_class(cls, config)
+        require_saved_class(cls, config)
         if tensors is not None:
             tensors = names_in_memory(cls, config, tensors)
             leave_new_heads_unquantised(cls, config, tensors)
@@ -145,7 +148,7 @@ class ReshapedModel:
             if isinstance(getattr(module, "config", None), ReshapedConfig):
                 vars(module.config).pop("transformers_weights", None)
         _require_loaded(model, loading_info["missing_keys"])
-        forbid_packing_of_odd_shapes(model)
+        forbid_packing(model)
         save_as_loaded(model)
         finish_modules(model.base_model, config.reshaped_modules)  # again, for now it is on its device
         return (model, loading_info) if output_loading_info else model
@@ -166,7 +169,13 @@ class ReshapedModel:
         if not is_main_process or getattr(self, "_hf_peft_config_loaded", False):  # with an adapter, only that is saved
             save(save_directory)
         else:
-            write_folder(save, os.fspath(save_directory), self.config.reshaped_modules, _how_to_load(self))
+            write_folder(save, os.fspath(save_directory), self.config, _how_to_load(self))
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # push_to_hub has written transformers' own card over that of save_pretrained.
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            complete_folder_card(os.fspath(working_dir), self.config, _how_to_load(self))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _get_name(self):
         # What Trainer decides by whether labels are to be shifted when it smooths them.
@@ -186,6 +195,18 @@ class ReshapedModel:
         return cls.plain_class._can_set_experts_implementation()
 
 
+def _refuse_tensor_parallelism(distributed_config=None, tp_plan=None, tp_size=None, **kwargs) -> None:
+    processes = getattr(distributed_config, "tp_size", None) or 1
+    if tp_plan is not None or tp_size is not None:
+        processes = tp_size or int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise ReshapedModelError(
+            f"tensor parallelism over {processes} processes (tp_plan, tp_size) divides layers as their architecture has them, and "
+            "those of a pruned or factorised model have other shapes: load it whole in each process, or divide it with FSDP "
+            "(fsdp_size)"
+        )
+
+
 def _load_config(config_class: type, source, kwargs: dict) -> tuple[ReshapedConfig, dict]:
     """The config in a folder with the arguments of `from_pretrained` that are fields of it, and the other arguments."""
     kept = {name: kwargs[name] for name in _OF_LOADING if name in kwargs}
@@ -194,7 +215,7 @@ def _load_config(config_class: type, source, kwargs: dict) -> tuple[ReshapedConf
     return config, {**unused, **kept}
 
 
-def _require_saved_class(model_class: type, config: ReshapedConfig) -> None:
+def require_saved_class(model_class: type, config: ReshapedConfig) -> None:
     """Refuse to load what a user's own class saved with a class of transformers, which computes something else.
 
     Another head on the same base, as `AutoModelForSequenceClassification` makes it, is fine.
@@ -236,7 +257,7 @@ def _translate_names_as(plain: type[PreTrainedModel]) -> None:
 
 
 @functools.cache
-def _registered_config_class(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def registered_config_class(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The reshaped config class, after every Auto class that knows the plain one has been told about it."""
     config_class = reshaped_class(plain)
     for _, mapping in _auto_mappings(plain):
@@ -429,11 +450,12 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
         )
     model_class = reshaped_class(getattr(model, "plain_class", type(model)))
     config = copy.copy(model.config)
-    config.__class__ = _registered_config_class(plain_config)
+    config.__class__ = registered_config_class(plain_config)
     config.architectures = [model_class.__name__]
     config.base_model_type = plain_config.model_type
     config.hf_qst_format = FORMAT
     config.reshaped_modules = described
+    config.reshaped_from = config.reshaped_from or hub_name(model.name_or_path)
     plain = model_class.plain_class
     if plain.is_custom_code():
         config.saved_class = f"{plain.__module__}.{plain.__qualname__}"
@@ -442,6 +464,7 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
     _exchange_config(model, config)
     _forget_origin(model)
     finish_modules(model.base_model, described)
+    forbid_packing(model)
     return model
 
 

@@ -6,7 +6,6 @@ from transformers import PreTrainedModel
 
 from hf_qst.base_model.experts import SplitExperts, fused_experts, own_memory, split
 from hf_qst.base_model.offloading import require_weights
-from hf_qst.base_model.packed_weights import forbid_packing_of_odd_shapes
 from hf_qst.base_model.quantized_layers import attach_quantizer, find_quantizer, put_experts_in_nf4
 from hf_qst.extras import require
 from hf_qst.reshaped_models.classes import reshape_model
@@ -68,5 +67,4 @@ def quantize_experts(model: PreTrainedModel) -> PreTrainedModel:
     model.hf_quantizer = quantizer
     model = reshape_model(model)
     attach_quantizer(model, quantizer)
-    forbid_packing_of_odd_shapes(model)
     return model

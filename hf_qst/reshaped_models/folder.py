@@ -26,7 +26,7 @@ from hf_qst.saved.manifest import (
     require_entry,
     tensor_name,
 )
-from hf_qst.saved.model_card import complete_card
+from hf_qst.saved.model_card import LIBRARY, complete_card
 from hf_qst.saved.whole_files import whole_files, write_text
 
 MANIFEST_NAME = "hf_qst_manifest.json"
@@ -51,12 +51,31 @@ with the Auto classes when it is imported, builds them:
 import hf_qst  # noqa: F401  (without it transformers does not know the model type)
 {{imports}}
 
-model = {{loader}}.from_pretrained("path/of/this/folder")
+model = {{loader}}.from_pretrained("path/of/this/folder")  # or the name of its repository
 ```
 """
 
 
-def write_folder(save: Callable[[str], None], directory: str, modules: dict, how_to_load: tuple[str, str]) -> None:
+def complete_folder_card(directory: str, config, how_to_load: tuple[str, str], written_to: str | None = None) -> None:
+    """Put how to load a model into the README of its folder, and what the hub wants to know.
+
+    Args:
+        directory (`str`): the folder.
+        config: the model's, a `ReshapedConfig`.
+        how_to_load (`tuple[str, str]`): import lines and the class that loads the folder.
+        written_to (`str`, *optional*): another folder to write the README to.
+    """
+    imports, loader = how_to_load
+    kinds = sorted({description["kind"] for description in config.reshaped_modules.values()})
+    metadata: dict[str, object] = {"library_name": LIBRARY, "tags": [LIBRARY, *kinds]}
+    if config.reshaped_from is not None:
+        metadata["base_model"] = config.reshaped_from
+    if loader == "AutoModelForCausalLM":
+        metadata["pipeline_tag"] = "text-generation"
+    complete_card(directory, _CARD_MARK, _CARD.format(imports=imports, loader=loader), metadata, written_to)
+
+
+def write_folder(save: Callable[[str], None], directory: str, config, how_to_load: tuple[str, str]) -> None:
     """Save a model's folder so that `directory` holds all of it or is left as it was.
 
     Args:
@@ -64,8 +83,8 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
             Writes configuration and weights into the empty folder it is given.
         directory (`str`):
             Where they go. Files of another name, such as a tokenizer's, stay; weights of an earlier save do not.
-        modules (`dict`):
-            The descriptions in the configuration, kept in the manifest too.
+        config (`ReshapedConfig`):
+            Of the model, with the descriptions that are kept in the manifest too.
         how_to_load (`tuple[str, str]`):
             Import lines and the class that loads the folder, for the model card.
 
@@ -82,10 +101,14 @@ def write_folder(save: Callable[[str], None], directory: str, modules: dict, how
                 raise CheckpointError(f"{directory}: nothing was saved as safetensors, the only format with a manifest")
             files = {name: build(read_tensors(os.path.join(staging, name)), {})["tensors"] for name in names}
             settings = describe_settings(load_json(os.path.join(staging, CONFIG_NAME)), _FREE_SETTINGS)
-            manifest = {"version": MANIFEST_VERSION, "modules": modules, "files": files, "settings": settings}
+            manifest = {
+                "version": MANIFEST_VERSION,
+                "modules": config.reshaped_modules,
+                "files": files,
+                "settings": settings,
+            }
             write_text(os.path.join(staging, MANIFEST_NAME), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-            imports, loader = how_to_load
-            complete_card(directory, _CARD_MARK, _CARD.format(imports=imports, loader=loader), staging)
+            complete_folder_card(directory, config, how_to_load, staging)
     except BaseException:
         if created:
             with contextlib.suppress(OSError):  # something else was put there meanwhile

@@ -11,7 +11,7 @@ from typing import ClassVar
 from peft.config import PeftConfig
 
 from hf_qst.saved import manifest
-from hf_qst.saved.model_card import complete_card
+from hf_qst.saved.model_card import LIBRARY, complete_card, hub_name
 from hf_qst.saved.whole_files import whole_files, write_text
 from hf_qst.tuner.registration import HfQstPeftType, saved_name
 
@@ -35,6 +35,7 @@ This adapter is of the `hf_qst` package, which registers its methods with PEFT w
 import hf_qst  # noqa: F401  (without it PEFT raises a KeyError)
 from peft import PeftModel
 
+# `base_model` is a loaded model, the other a folder or the name of a repository
 model = PeftModel.from_pretrained(base_model, "path/of/this/folder")
 ```
 
@@ -144,7 +145,16 @@ class MethodConfig(PeftConfig):
                 self._complete(os.path.join(staging, manifest.CONFIG_NAME))
         finally:
             self.manifest = loaded
-        complete_card(save_directory, CARD_MARK, CARD_TEXT.format(remark=self.card_remark))
+        complete_card(save_directory, CARD_MARK, CARD_TEXT.format(remark=self.card_remark), self._card_metadata())
+
+    def _card_metadata(self) -> dict[str, object]:
+        metadata = {
+            "library_name": "peft",
+            "base_model": hub_name(self.base_model_name_or_path),
+            "tags": [LIBRARY, self.method.lower()],
+            "pipeline_tag": "text-generation" if self.task_type == "CAUSAL_LM" else None,
+        }
+        return {name: value for name, value in metadata.items() if value is not None}
 
     def _complete(self, path: str) -> None:
         """Put the saved name of the method and the checksums of the settings into an `adapter_config.json`."""

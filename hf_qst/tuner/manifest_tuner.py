@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -10,8 +12,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError, find_decoder_stack
-from hf_qst.base_model.offloading import has_values
+from hf_qst.base_model.offloading import has_values, is_sharded
 from hf_qst.saved import manifest
+
+logger = logging.getLogger(__name__)
 
 
 class ManifestLayer(nn.Module, BaseTunerLayer):
@@ -58,7 +62,11 @@ class ManifestLayer(nn.Module, BaseTunerLayer):
             self._check_loaded(adapter_name)
         if (damage := self.damage.get(adapter_name)) is not None:
             raise damage
-        return self.networks[adapter_name]
+        network = self.networks[adapter_name]
+        learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if learns and any(p.dtype == torch.float16 and p.requires_grad for p in network.parameters()):
+            _warn_of_float16(self.method)
+        return network
 
     def requires_grad_(self, requires_grad: bool = True):
         """transformers' loader calls this on an adapter that it has loaded for inference: the moment to check it.
@@ -78,6 +86,14 @@ class ManifestLayer(nn.Module, BaseTunerLayer):
             self.damage[adapter_name], checked = error, True
         if checked:
             del self.unchecked[adapter_name]
+
+
+@cache
+def _warn_of_float16(method: str) -> None:
+    logger.warning(
+        f"{method} trains weights in float16, in which AdamW's epsilon of 1e-8 is 0: the first step may give NaN. Load the "
+        "model in bfloat16 or float32 to train it; autocast_adapter_dtype=True keeps an adapter beside its base in float32"
+    )
 
 
 class ManifestTuner(BaseTuner):
@@ -169,7 +185,8 @@ class ManifestTuner(BaseTuner):
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
         saved.update(_trained_modules(model, adapter_name, state_dict))
-        if all(map(has_values, saved.values())):  # a plan asks for names and sizes alone
+        # A plan asks for names and sizes alone, a checkpoint of shards for this process's part.
+        if all(has_values(tensor) and not is_sharded(tensor) for tensor in saved.values()):
             manifest.remember(config, saved, base_signature(with_head(model)))
         return tensors
 

@@ -13,6 +13,7 @@ import re
 import torch
 from torch import nn
 
+from hf_qst.base_model.block_calls import by_name
 from hf_qst.base_model.decoder_stack import DecoderStack, find_decoder_stack
 from hf_qst.planning.announcement import Announcement
 from hf_qst.tuner.manifest_tuner import ManifestLayer, ManifestTuner
@@ -35,6 +36,8 @@ class StackLayer(ManifestLayer):
         super().__init__(base_layer)
         self.hook_handles: list = []
         self._parameters_of_base = list(inspect.signature(type(base_layer).forward).parameters)[1:]
+        # transformers 5.24 has renamed it.
+        self.cache_argument = "cache" if "cache" in self._parameters_of_base else "past_key_values"
 
     def update_layer(self, adapter_name: str, network: nn.Module, inference_mode: bool) -> None:
         """Add a network under this name."""
@@ -83,7 +86,12 @@ class StackLayer(ManifestLayer):
 
     def base_arguments(self, args: tuple, kwargs: dict) -> dict:
         """All arguments of the stack by name; without a cache in training, where transformers makes one unless told."""
-        kwargs = {**dict(zip(self._parameters_of_base, args, strict=False)), **kwargs}
+        kwargs = {**by_name(self._parameters_of_base, args), **kwargs}
+        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        if given is not None and 0 in given.shape[:2]:
+            raise ValueError(
+                f"{self.method} needs at least one row and one token, got a batch of shape {list(given.shape)}"
+            )
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = not torch.is_grad_enabled() and getattr(self.base_layer.config, "use_cache", False)
         return kwargs

@@ -7,11 +7,13 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 
 import pytest
 import torch
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -34,6 +36,8 @@ def killed(work, draw: random.Random, longest: float) -> None:
     if process == 0:
         try:
             torch.set_num_threads(1)
+            # Progress bars share a lock with the processes that are forked, and the killed one would keep it.
+            tqdm.set_lock(threading.RLock())
             work()
         finally:
             os._exit(1)

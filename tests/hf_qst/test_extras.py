@@ -34,7 +34,11 @@ def test_every_import_is_required_or_has_an_extra():
     files = [path for root in ("hf_qst", "kernels", "plugins") for path in (ROOT / root).rglob("*.py")]
     found = {name for path in files for name in imported(path)} - sys.stdlib_module_names
     found -= {"hf_qst", "hf_qst_kernels", "hf_qst_plugins", *ELSEWHERE}
-    required = names_of(SETTINGS["options"]["install_requires"]) | {"numpy", "yaml"}  # transformers requires these
+    required = names_of(SETTINGS["options"]["install_requires"]) | {
+        "huggingface_hub",
+        "numpy",
+        "yaml",
+    }  # transformers requires these
     assert found <= required | set(extras.EXTRAS)
     assert set(extras.EXTRAS) <= found
 

@@ -110,6 +110,7 @@ def test_folders_import_one_way():
         "__init__.py",
         "errors.py",
         "extras.py",
+        "requirements.py",
         "version.py",
         "decoder_stack.py",
         "supported.py",

@@ -25,6 +25,7 @@ from transformers import (
 import hf_qst
 from hf_qst import DISPCallback, DISPConfig, MixedRankConfig, QSTConfig, adaptive_generate_kwargs, rank_report
 from hf_qst_plugins.code_evaluation import read_problems
+from hf_qst_plugins.gguf_files import write_gguf
 
 IDS = torch.arange(3, 67).reshape(4, 16)
 
@@ -105,6 +106,7 @@ def main(folder: str) -> None:
     plots = DISPCallback(plot_directory=f"{folder}/plots", progress=False)
     again = get_peft_model(tiny(), DISPConfig(task_type="CAUSAL_LM", keep_ratio=0.6))
     one_line_error(lambda: train(again, f"{folder}/again", [plots]), "matplotlib", "plots")
+    one_line_error(lambda: write_gguf(tiny(), None, f"{folder}/model.gguf"), "gguf", "gguf")
     print(f"hf_qst {hf_qst.__version__} works with Python {sys.version.split()[0]}, torch {torch.__version__}")
 
 

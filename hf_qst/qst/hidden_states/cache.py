@@ -151,7 +151,8 @@ class HiddenStateCache:
         if wanted and torch.is_grad_enabled() and not self._said:
             self._said = True
             logger.warning("hidden-state cache: %s is set, so the base runs in this step and the like", wanted[0])
-        return not wanted and not inputs["use_cache"] and inputs.get("past_key_values") is None
+        filled = inputs.get("past_key_values") is not None or inputs.get("cache") is not None
+        return not wanted and not inputs["use_cache"] and not filled
 
     @torch.compiler.disable
     @torch.no_grad()

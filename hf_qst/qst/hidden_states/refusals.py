@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_qst.base_model.architecture import one_stream
 from hf_qst.base_model.decoder_stack import DecoderStack
+from hf_qst.base_model.offloading import is_sharded
 from hf_qst.qst.hidden_states.config import HiddenStateCacheError
 from hf_qst.qst.hidden_states.replaceable_blocks import ReplaceableForward
 
@@ -19,7 +20,7 @@ KNOWN = (
 )  # fmt: skip
 # Arguments that change what is returned and no state.
 _OF_OUTPUT = (
-    "use_cache", "past_key_values", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep", "num_items_in_batch",
+    "use_cache", "past_key_values", "cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep", "num_items_in_batch",
 )  # fmt: skip
 
 
@@ -85,7 +86,8 @@ def check_call(stack: nn.Module, inputs: Mapping) -> None:
 
 
 def check_modules(modules: Mapping[str, nn.Module], embeddings: nn.Module) -> None:
-    """Check the modules of a stack, by their names: none is trained, and none is in training mode with its dropout.
+    """Check the modules of a stack, by their names: none is trained, in training mode with its dropout, or divided among
+    processes.
 
     Raises:
         HiddenStateCacheError
@@ -97,6 +99,12 @@ def check_modules(modules: Mapping[str, nn.Module], embeddings: nn.Module) -> No
         for part, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 refuse(f"the base is trained: {f'{name}.{part}'!r} requires a gradient")
+            if parameter is not None and is_sharded(parameter):
+                refuse(
+                    f"each process holds a part of {f'{name}.{part}'!r} (FSDP, ZeRO-3 or tensor parallelism), so all have to run the "
+                    "base together, and one may find the states of its rows where another does not. Fill and read a cache with "
+                    "the whole base in each process"
+                )
 
 
 def check_labels(inputs: Mapping) -> None:

@@ -1,6 +1,6 @@
 """Evaluation of code models.
 
-`python -m hf_qst_plugins.code_evaluation` measures pass@k; `python -m hf_qst_plugins.code_evaluation.difficulty` shows
+`hf-qst evaluate-code` measures pass@k; `python -m hf_qst_plugins.code_evaluation.difficulty` shows
 which tokens of code are hard to predict. The guide is `docs/code_evaluation.md`.
 
 - `runner`: `evaluate`, which draws completions, executes them and reports.

@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "Speed and memory of a model",
     "plan": "What a run will take: parameters, bytes, an estimate of seconds",
     "cache": "Store a base's hidden states, so that fine-tuning runs it once",
+    "export": "Write a model for other tools: a GGUF file for llama.cpp, or a plain folder",
     "models": "Which method works with which type of model",
 }
 

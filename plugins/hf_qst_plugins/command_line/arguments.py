@@ -130,7 +130,7 @@ class Options:
         self.given = set(given.keys()) - {"config"}
 
     def __getattr__(self, name: str):
-        if name.startswith("_"):
+        if name.startswith("_") or name not in self._values:
             raise AttributeError(name)
         return self._values[name]
 

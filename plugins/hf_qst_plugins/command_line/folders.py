@@ -15,7 +15,12 @@ _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 def checkpoints(folder: str | Path) -> list[Path]:
     """The folders of a Trainer's checkpoints, by step."""
     found = [path for path in Path(folder).glob("checkpoint-*") if _CHECKPOINT.match(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -96,7 +96,8 @@ def plan_of_model(options) -> str:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     count = sum(p.numel() for p in model.parameters())
-    how = f" in {options.quantization}" if options.quantization else ""
+    quantization = getattr(options, "quantization", None)
+    how = f" in {quantization}" if quantization else ""
     return f"model: {options.model}{how}, {type(model).__name__}, {count:,} parameters"
 
 

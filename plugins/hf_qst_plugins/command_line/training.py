@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments
+from peft import peft_model, set_peft_model_state_dict
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_qst import plan
 from hf_qst.planning import PlanError
@@ -15,7 +17,7 @@ from hf_qst_plugins.training import StopOnSignalCallback
 
 from .arguments import Arguments
 from .errors import one_line
-from .folders import checkpoint_to_resume
+from .folders import checkpoint_to_resume, step_of
 from .measures import pad_token_id
 
 # Of Trainer's own 5e-5, three epochs, and reports to whatever is installed, none suits these methods.
@@ -66,11 +68,21 @@ def train(model, settings: TrainingArguments, rows, held_out, tokenizer, checkpo
         data_collator=Collator(pad_token_id(tokenizer)),
         callbacks=[*callbacks, StopOnSignalCallback()],
     )
+    if checkpoint is not None and 0 < settings.max_steps <= step_of(checkpoint):
+        # All steps are done, and Trainer would make one more before it looked.
+        # Not the function of `peft` itself, which checks no manifest.
+        set_peft_model_state_dict(model, peft_model.load_peft_weights(str(checkpoint)))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        return _record(trainer, checkpoint, 0.0)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return _record(trainer, checkpoint, result.metrics["train_runtime"])
+
+
+def _record(trainer: Trainer, checkpoint: Path | None, seconds: float) -> dict:
     return {
         "steps": trainer.state.global_step,
         "resumed_from": None if checkpoint is None else checkpoint.name,
-        "seconds": round(result.metrics["train_runtime"], 2),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds": round(seconds, 2),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "log": [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
     }

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from hf_qst.base_model import drop_quantizer, forbid_packing
+from hf_qst.extras import require
 
 from .cache import kept_model
 
@@ -53,8 +54,10 @@ def model_path(name: str | os.PathLike) -> str:
 
 def _as_folder(file: Path, name: str) -> Path:
     """The folder with the float32 weights and the tokenizer of a GGUF file; written at the first call."""
-    if find_spec("gguf") is None:
-        raise NoModelError("reading a GGUF file needs the package 'gguf'. Get it with: pip install gguf")
+    try:
+        require("gguf", "reading a GGUF file")
+    except ImportError as error:
+        raise NoModelError(str(error)) from error
     # A file of another version has another size or time, and gets a folder of its own.
     status = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from hf_qst.base_model.offloading import is_sharded
 from hf_qst.disp import DISPLayer, PruningReport
 from hf_qst.disp.start import rows_of, share_start, start_from_scores
 from hf_qst.extras import require
@@ -115,6 +117,8 @@ class DISPCallback(TrainerCallback):
             )
         if getattr(args, "fp16", False):
             raise ValueError("fp16=True scales the loss, which the budget term would not follow; use bf16=True")
+        if any(map(is_sharded, model.parameters())):
+            self._check_sharded(network)
         if self._layer.merged:
             raise ValueError("the DISP adapter is merged: training changes nothing. Call unmerge_adapter() first")
         if self.export_directory is not None:
@@ -127,6 +131,19 @@ class DISPCallback(TrainerCallback):
             _require_free(self.export_directory)
         if self.plot_directory is not None:
             require("matplotlib", "DISPCallback.plot_directory")
+
+    def _check_sharded(self, network) -> None:
+        if network.awaits_start:
+            raise ValueError(
+                f"DISPConfig.start_scores={network.config.start_scores!r} reads whole weights, and FSDP or ZeRO-3 has divided "
+                "them before the callback sees data: give DISPConfig the calibration_data, the same in all processes, or "
+                "start_scores='none'"
+            )
+        if self.export_directory is not None:
+            raise ValueError(
+                f"export_directory={self.export_directory!r} needs whole weights, and each process holds a part of them (FSDP "
+                "or ZeRO-3): save the adapter, load it in one process and export it with merge_and_unload()"
+            )
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         length = _length(train_dataloader)
@@ -154,8 +171,7 @@ class DISPCallback(TrainerCallback):
         self._micro_batches += 1
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        gradients = [p.grad for p in self._layer.active_network().parameters() if p.grad is not None]
-        if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():
+        if not _all_finite([p.grad for p in self._layer.active_network().parameters() if p.grad is not None]):
             logger.error(
                 "step %d: the loss or its gradients are not finite. The step is not taken and training ends; the "
                 "parameters are those of the step before.",
@@ -226,10 +242,11 @@ class DISPCallback(TrainerCallback):
             tqdm.write(f"DISP: the smaller model, {size / 1e6:.1f} MB, is in {self.export_directory}")
 
     def _plot(self, state) -> None:
-        if self.plot_directory is None or not state.is_world_process_zero:
+        if self.plot_directory is None:
             return
-        network = self._layer.active_network()
-        plot_widths(network.masks(), os.path.join(self.plot_directory, "widths.png"), f"step {state.global_step}")
+        masks = self._layer.active_network().masks()  # under FSDP all processes gather the logits
+        if state.is_world_process_zero:
+            plot_widths(masks, os.path.join(self.plot_directory, "widths.png"), f"step {state.global_step}")
 
 
 def _disp_layer(model) -> DISPLayer:
@@ -239,6 +256,18 @@ def _disp_layer(model) -> DISPLayer:
             f"DISPCallback needs a model made by get_peft_model(model, DISPConfig(...)), got {type(model).__name__}"
         )
     return layer
+
+
+def _all_finite(gradients: list[torch.Tensor]) -> bool:
+    """Whether all gradients are finite, in all processes where each holds a part."""
+    if not gradients:
+        return True
+    sharded = any(map(is_sharded, gradients))
+    finite = torch.stack([(g.to_local() if is_sharded(g) else g).isfinite().all() for g in gradients]).all()
+    if sharded:
+        finite = finite.int()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def _require_free(directory: str) -> None:

@@ -270,12 +270,20 @@ def plan(record: dict, charts: list[dict]) -> str:
 
 def cache(record: dict, charts: list[dict]) -> str:
     """What filling a hidden-state cache took."""
-    found = record.get("cache")
+    return _named(record, "cache", "Stored hidden states")
+
+
+def export(record: dict, charts: list[dict]) -> str:
+    """What was written for other tools."""
+    return _named(record, "export", "Export")
+
+
+def _named(record: dict, key: str, title: str) -> str:
+    found = record.get(key)
     if not found:
         return ""
-    return _section(
-        "Stored hidden states", table(["", ""], [[k.replace("_", " "), v] for k, v in found.items()], "cache")
-    )
+    rows = [[k.replace("_", " "), ", ".join(v) if isinstance(v, list) else v] for k, v in found.items()]
+    return _section(title, table(["", ""], rows, key))
 
 
 def options(record: dict, charts: list[dict]) -> str:
@@ -304,6 +312,7 @@ SECTIONS: tuple[Callable[[dict, list[dict]], str], ...] = (
     speed,
     plan,
     cache,
+    export,
     code,
     tasks,
     completions,

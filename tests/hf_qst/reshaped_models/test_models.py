@@ -26,6 +26,7 @@ from transformers import (
     pipeline,
 )
 
+from hf_qst import MixedRankConfig, compress_model
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.reshaped_models import MODEL_TYPE, ReshapedModelError, reshape_model, to_dense
 from tests.architectures import NF4, side_tuned, tiny
@@ -201,6 +202,23 @@ def test_from_config_builds_the_same_shapes(folders, name):
     expected = auto_class(name).from_pretrained(folders / name).state_dict()
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.items()}
     assert all(torch.isfinite(v).all() for v in outputs(model).values())
+
+
+def test_a_pickled_config_makes_the_reshaped_model_in_another_process(tmp_path):
+    """As servers hand it to their workers."""
+    model = compress_model(tiny("llama"), MixedRankConfig(keep_ratio=0.5))
+    (tmp_path / "config").write_bytes(pickle.dumps(model.config))
+    made = python(
+        """
+import pickle, sys
+from transformers import AutoModelForCausalLM
+with open(sys.argv[1], "rb") as file:
+    config = pickle.load(file)
+print(AutoModelForCausalLM.from_config(config).num_parameters())
+""",
+        tmp_path / "config",
+    )
+    assert int(made) == model.num_parameters()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

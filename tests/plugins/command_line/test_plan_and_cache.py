@@ -1,7 +1,7 @@
 """Plans from a configuration, and training on stored hidden states."""
 
 import hf_qst
-from hf_qst import DISPConfig, QSTConfig
+from hf_qst import DISPConfig, MixedRankConfig, QSTConfig
 
 from .conftest import record_of
 
@@ -17,13 +17,21 @@ def test_plan_is_that_of_the_function(hf_qst_command, inputs, tmp_path):
     code, out, err = hf_qst_command("plan", "--model", model, "--method", "disp", *argv, tmp_path / "disp")
     assert code == 0, err
     assert str(hf_qst.plan(model, DISPConfig(task_type="CAUSAL_LM"), 2, 64, "24GB", search=False)) in out
+    for keep_ratio in (None, 0.7):
+        given = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
+        more = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+        folder = tmp_path / f"mixed_rank_{keep_ratio}"
+        code, out, err = hf_qst_command("plan", "--model", model, "--method", "mixed_rank", *more, *argv, folder)
+        assert code == 0, err
+        expected = hf_qst.plan(model, MixedRankConfig(task_type="CAUSAL_LM", **given), 2, 64, "24GB", search=False)
+        assert str(expected) in out and record_of(folder)["plan"]["parameters"] == expected.parameters
 
 
 def test_plan_names_the_option(hf_qst_command, inputs):
     for argv, message in (
         (["--batch", "0"], "--batch: batch must be"),
         (["--method", "none"], "--method: none is for --inference"),
-        (["--method", "x"], "--method: it must be one of qst, disp, full, none"),
+        (["--method", "x"], "--method: it must be one of qst, disp, mixed_rank, full, none"),
     ):
         code, _, err = hf_qst_command("plan", "--model", inputs / "model", *argv)
         assert code == 2 and message in err, err

@@ -1,10 +1,6 @@
-"""The adapter inside vLLM: what it draws from is the model's own distribution over the temperatures of the rule.
+"""The adaptive temperature in vLLM: it draws from the model's own distribution over the temperatures of the rule."""
 
-    python -m pytest tests/plugins/adaptive_temperature/test_vllm.py
-
-in an environment with vLLM; docs/adaptive_temperature.md says how to make one.
-"""
-
+import copy
 import os
 import subprocess
 import sys
@@ -12,44 +8,26 @@ import sys
 import numpy as np
 import pytest
 import torch
+import vllm
 from transformers import LlamaForCausalLM
-
-# Read when vLLM is imported: the engine in this process, and no statistics sent.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-vllm = pytest.importorskip(
-    "vllm", reason="vLLM is not installed; docs/adaptive_temperature.md says how to run these tests"
-)
-from vllm.exceptions import VLLMValidationError  # noqa: E402
-from vllm.v1.sample.logits_processor import LogitsProcessor  # noqa: E402
-from vllm.v1.worker.gpu.sample.logits_processor import (  # noqa: E402
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.worker.gpu.sample.logits_processor import (
     LogitsContext,
     build_custom_logits_processors,
     build_custom_logits_processors_params_validator,
 )
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2  # noqa: E402
 
-from hf_qst_plugins.adaptive_temperature import (  # noqa: E402
-    BlockStart,
-    VLLMAdaptiveTemperature,
-    VocabularyTable,
-)
-from tests.plugins.adaptive_temperature.test_generation import llama  # noqa: E402
-from tests.plugins.code_tokenizers import tokenizer  # noqa: E402
+from hf_qst_plugins.adaptive_temperature import BlockStart, VocabularyTable
+from tests.plugins.adaptive_temperature.test_generation import llama
+from tests.plugins.code_tokenizers import tokenizer
 
+NAME = "hf_qst_plugins.serving:AdaptiveTemperature"
 TEXTS = ["if x:\n    ", "def f(x):\n    return x\n", "x", "class A:\n    def f(self):\n        return 1\n\n    "]
 OWN = {"block_temperature": 1.7, "temperature": 0.9}
 PRESET = {"block_temperature": 0.8, "temperature": 0.6}
 BAD = [{"temperature": 0}, {"block_temperature": -1.0}, {"temperature": "0.5"}, {"temperature": 1e-60}]
-
-
+SETTINGS = {"adaptive_temperature": {"preset": "humaneval"}}
 IN_NEWER_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-
-
-class AdaptiveTemperature(VLLMAdaptiveTemperature, LogitsProcessor, LogitsProcessorV2):
-    preset = "humaneval"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +52,9 @@ def engine(folder):
         enforce_eager=True,
         max_num_seqs=4,  # fewer than the requests, so that rows are taken over and moved
         logprobs_mode="processed_logprobs",
-        logits_processors=[AdaptiveTemperature],
+        logits_processors=[NAME],
+        additional_config=SETTINGS,
+        kv_cache_memory_bytes=2**26,
     )
     assert made.llm_engine.vllm_config.use_v2_model_runner is IN_NEWER_RUNNER
     return made
@@ -163,7 +143,7 @@ def test_the_engine_of_the_newer_runner_does_the_same():
     command = [
         sys.executable,
         "-m",
-        "tests.plugins.adaptive_temperature.vllm_newer_runner",
+        "tests.plugins.serving.newer_runner",
         __file__,
         "-k",
         "mixed_batch or bad_request",
@@ -174,7 +154,7 @@ def test_the_engine_of_the_newer_runner_does_the_same():
 
 
 def test_the_newer_validator_refuses_a_bad_request():
-    validate = build_custom_logits_processors_params_validator([f"{__name__}:AdaptiveTemperature"])
+    validate = build_custom_logits_processors_params_validator([NAME])
     validate(vllm.SamplingParams())
     validate(vllm.SamplingParams(extra_args=OWN))
     for own in BAD:
@@ -200,7 +180,7 @@ def newer(engine):
     """The adapter as vLLM's V2 runner makes it, and the state of its requests."""
     requests = _Requests(4, 128, 2048)
     config = engine.llm_engine.vllm_config
-    (processor,) = build_custom_logits_processors(config, requests, False, [f"{__name__}:AdaptiveTemperature"])
+    (processor,) = build_custom_logits_processors(config, requests, False, [NAME])
     return processor, requests
 
 
@@ -260,3 +240,18 @@ def test_the_newer_interface_gives_each_row_its_temperature(newer, made, referen
         found = processor.apply(logits.clone(), context(rows))
         torch.testing.assert_close(found, logits / torch.tensor(expected)[:, None])
     assert hot > 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"presets": "humaneval"}, "preset, scope, language, tokenizer_name, got 'presets'"),
+        ({"preset": "HumanEval"}, "preset must be one of default, humaneval, .*, got 'HumanEval'"),
+    ],
+)
+def test_wrong_settings_are_refused(engine, newer, settings, message):
+    _, requests = newer
+    config = copy.copy(engine.llm_engine.vllm_config)
+    config.additional_config = {"adaptive_temperature": settings}
+    with pytest.raises(ValueError, match=message):
+        build_custom_logits_processors(config, requests, False, [NAME])

@@ -1,4 +1,4 @@
-"""Runs the tests of a file in vLLM's V2 model runner on a CPU: `python -m tests.plugins.adaptive_temperature.vllm_newer_runner FILE ...`.
+"""Runs the tests of a file in vLLM's V2 model runner on a CPU: `python -m tests.plugins.serving.newer_runner FILE ...`.
 
 That runner's kernels are Triton's. vLLM asks for a Triton with a CPU backend; Triton's interpreter runs them too, once a
 backend of that name is listed.
