@@ -112,6 +112,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=float, default=80, help="of their training on the digits")
     add("--vit-size", choices=list(fashion_mnist.SIZES), default="small", help="of the one for fashion-mnist")
     add("--vit-epochs", type=float, help="of its training (default: by its size)")
+    add("--vit-model", help="folder of one that is trained already, in its place")
+    add("--vit-variants", nargs="*", choices=list(vit.VARIANTS), default=list(vit.VARIANTS),
+        help="what else is measured of its rows, when they are made: int8, a short fine-tuning (default: both)")  # fmt: skip
     add("--images", type=int, default=256, help="their calibration images")
     add("--rank", type=int, default=16, help="mean rank of the residuals")
     add("--widths-7b", nargs="+", type=int, default=[llama_7b.HIDDEN, llama_7b.INNER],
@@ -126,7 +129,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cost-blocks", type=int, default=48, help="calibration blocks of its step cost")
     add("--steps", nargs="+", choices=STEPS, default=STEPS, help="what of the part pretrained to make")
     add("--merge", nargs="+", type=Path, metavar="FILE",
-        help="put result files of the same arguments together, as several processes wrote them, and print the tables")  # fmt: skip
+        help="put result files of the same arguments together, as several processes wrote them, and print the tables; "
+        "of `--parts` alone")  # fmt: skip
     add("--predict-7b", action="store_true", help="the part 7b alone")
     add_part_options(parser, PARTS)
     args = parser.parse_args(argv)
@@ -159,7 +163,8 @@ def used(args: argparse.Namespace, part: str) -> dict:
     if args.fashion:
         del values["epochs"]
         fashion = vit.fashion_of(args)
-        values |= {"quick": args.quick, "size": fashion.size, "training": fashion.training, "tuning": vit.TUNING}
+        made = {"vit_model": Path(fashion.model).name} if fashion.model else {"training": fashion.training}
+        values |= {"quick": args.quick, "size": fashion.size, "tuning": vit.TUNING} | made
     if "pretrained" in values:
         values["pretrained"] = Path(args.pretrained).name  # wherever its folder lies
         values |= {"device": args.device} if args.device != "cpu" else {}
@@ -242,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     # float32 throughout: the convolution that cuts an image into patches would round its inputs.
     torch.backends.cudnn.allow_tf32 = False
     if args.merge:
-        found = merge(args.merge)
+        found = {part: entry for part, entry in merge(args.merge).items() if part in args.parts}
         write_json(path_of(args), found)
         print(report({part: entry["result"] for part, entry in found.items()}, list(found)))
         return

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-# What tells one row of a list from another.
+# What tells one row of a list from another. Where it does not, as with timings, the first file's list counts as a whole.
 _IDENTITY = ("seed", "keep", "method", "recovery", "model")
 
 
@@ -31,13 +31,12 @@ def merge(paths: Sequence[Path]) -> dict[str, dict]:
 
 def _united(one, other):
     if isinstance(one, dict) and isinstance(other, dict):
-        return other | {key: _united(value, other[key]) if key in other else value for key, value in one.items()}
+        known = {key: _united(value, other[key]) if key in other else value for key, value in one.items()}
+        return known | {key: value for key, value in other.items() if key not in one}
     if isinstance(one, list) and isinstance(other, list) and all(isinstance(row, dict) for row in [*one, *other]):
-        rows = {_identity(row): row for row in one}
-        for row in other:
-            key = _identity(row)
-            rows[key] = _united(rows[key], row) if key in rows else row
-        return list(rows.values())
+        rows, others = ({_identity(row): row for row in parts} for parts in (one, other))
+        if len(rows) == len(one) and len(others) == len(other):
+            return list(_united(rows, others).values())
     return one
 
 

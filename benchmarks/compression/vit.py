@@ -71,11 +71,14 @@ def digits_vit(seed: int, epochs: float, device: torch.device) -> Dense:
 class Fashion:
     """Which of the vision transformers for Fashion-MNIST, how many epochs it is trained (None: as its size is), where.
 
+    `model` is the folder of one that is trained already. `variants` are those of `VARIANTS` that are measured.
     `quick` trains one step and tests on some images.
     """
 
     size: str
     epochs: float | None
+    model: str | None
+    variants: tuple[str, ...]
     device: torch.device
     quick: bool
 
@@ -115,7 +118,8 @@ def fashion_dense(fashion: Fashion) -> Dense:
     training, test = fashion_mnist.fashion_mnist()
     if fashion.quick:
         training, test = (tuple(part[:500] for part in data) for data in (training, test))
-    model = AutoModelForImageClassification.from_pretrained(fashion_vit(fashion)).to(fashion.device).eval()
+    model = AutoModelForImageClassification.from_pretrained(fashion.model or fashion_vit(fashion))
+    model = model.to(fashion.device).eval()
     some = tuple(part[: len(test[1])] for part in training)
     return Dense(model, training, test, facts_of(model, some, test) | {"int8": in_int8(model, test)})
 
@@ -151,9 +155,11 @@ def tuned(model: nn.Module, training: Images, test: Images, seed: int) -> dict:
     return {"accuracy": accuracy(model, test)}
 
 
-def fashion_variants(method: str, model: nn.Module, dense: Dense, seed: int) -> dict:
-    """What else is measured of a compressed model: {"int8": ..., "tuned": ...} for some methods."""
-    wanted = VARIANTS_OF.get(method, [])
+def fashion_variants(
+    method: str, model: nn.Module, dense: Dense, seed: int, names: Iterable[str] = tuple(VARIANTS)
+) -> dict:
+    """What else is measured of a compressed model, by the names of `VARIANTS`, for some methods."""
+    wanted = set(VARIANTS_OF.get(method, [])) & set(names)
     made = {"int8": in_int8(model, dense.test)} if "int8" in wanted else {}
     if "tuned" in wanted:
         made["tuned"] = tuned(model, dense.training, dense.test, seed)
@@ -165,7 +171,8 @@ def seeds_of(args: argparse.Namespace) -> range:
 
 
 def fashion_of(args: argparse.Namespace) -> Fashion:
-    return Fashion(args.vit_size, args.vit_epochs, torch.device(args.device), args.quick)
+    variants = tuple(args.vit_variants)
+    return Fashion(args.vit_size, args.vit_epochs, args.vit_model, variants, torch.device(args.device), args.quick)
 
 
 def compare_digits(args: argparse.Namespace, done: dict, save: Callable[[dict], None]) -> dict:
@@ -174,9 +181,10 @@ def compare_digits(args: argparse.Namespace, done: dict, save: Callable[[dict], 
 
 
 def compare_fashion(args: argparse.Namespace, done: dict, save: Callable[[dict], None]) -> dict:
-    dense_of = partial(fashion_seed, fashion=fashion_of(args))
+    fashion = fashion_of(args)
+    dense_of, variants = partial(fashion_seed, fashion=fashion), partial(fashion_variants, names=fashion.variants)
     methods = args.methods or FASHION_METHODS
-    return compare(dense_of, methods, args.vit_keep, seeds_of(args), args.images, done, save, fashion_variants)
+    return compare(dense_of, methods, args.vit_keep, seeds_of(args), args.images, done, save, variants)
 
 
 def compare(

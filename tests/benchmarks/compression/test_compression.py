@@ -18,6 +18,7 @@ from benchmarks.compression import llama_7b as compression_7b
 from benchmarks.compression import methods as compression_methods
 from benchmarks.compression import pretrained
 from benchmarks.compression import report as compression_report
+from benchmarks.compression.merging import merge
 from benchmarks.compression.speed import break_even, random_factors, with_ranks
 from benchmarks.compression.vit import Dense, compare, facts_of, fashion_variants, summary
 from benchmarks.side_tuning.bases import SHAPES
@@ -179,9 +180,17 @@ def test_results_of_several_processes_go_together(tmp_path, capsys):
     files = []
     for name, seeds in {"a": [seed(0, ["svd"])], "b": [seed(0, ["asvd"]), seed(1, ["svd", "asvd"])]}.items():
         files.append(tmp_path / name)
-        files[-1].write_text(json.dumps({"vit": {"arguments": {"images": 1}, "result": {"seeds": seeds}}}))
+        timings = [{"shape": [64, 64], "rows": rows, "of_dense": 0.5} for rows in (1, 16)]
+        parts = {
+            "vit": {"arguments": {"images": 1}, "result": {"seeds": seeds}},
+            "speed": {"arguments": {}, "result": {"layers": timings}},
+        }
+        files[-1].write_text(json.dumps(parts))
     compression.main(["--merge", *map(str, files), "--parts", "vit", "--output", str(tmp_path / "both")])
-    found = json.loads((tmp_path / "both" / "compression.json").read_text())["vit"]["result"]
+    found = json.loads((tmp_path / "both" / "compression.json").read_text())
+    assert list(found) == ["vit"]
+    assert merge(files)["speed"]["result"]["layers"] == timings
+    found = found["vit"]["result"]
     assert [[row["method"] for row in one["rows"]] for one in found["seeds"]] == [["svd", "asvd"]] * 2
     assert "89.0 ± 0.0" in capsys.readouterr().out
     files[0].write_text(json.dumps({"vit": {"arguments": {"images": 2}, "result": {"seeds": []}}}))
@@ -275,9 +284,22 @@ def test_variants_of_a_vision_transformer_are_measured_and_made_once():
     assert [(row["method"], row["variant"]) for row in summary(result)] == [
         ("svd", None), ("mix-lstsq", None), ("mix-lstsq", "int8"), ("mix-lstsq", "tuned")
     ]  # fmt: skip
+    # A row that has no other variant than the one that is not wanted.
+    assert fashion_variants("svd-llm", model, dense, 0, ["int8"]) == {}
     # The images are no seed's own here, the plain SVD knows none, and nothing is made again.
     assert len({row["accuracy"] for one in result["seeds"] for row in one["rows"] if row["method"] == "svd"}) == 1
     assert run(json.loads(json.dumps(result))) == result and len(saved) == 4
+
+
+def test_figures_of_another_vision_transformer_are_not_mixed_in():
+    used = lambda *options: compression.used(
+        compression.arguments(["--parts", "vit", "--data", "fashion-mnist", *options]), "vit"
+    )
+    assert used("--vit-epochs", "3")["training"]["epochs"] == 3
+    other = used("--vit-model", "folder/other")
+    assert other["vit_model"] == "other" and "training" not in other
+    # What is measured beside the rows changes none of them.
+    assert used("--vit-variants", "int8") == used("--vit-variants") == used()
 
 
 def test_a_vision_benchmark_without_its_images_says_so_and_skips(tmp_path, monkeypatch, capsys):
