@@ -10,7 +10,7 @@ QST and LoRA in the last blocks run on stored hidden states of the base (`benchm
 loss that they have in the model, which the script checks for QST; the other peers are trained in full. Every method gets
 the same batches and every rate of `--rates`, and is listed at the best. With `--sweep` the first seed at the first number
 of steps tries more rates until the best lies between two others, and all other runs get that rate. The best is that of
-the lowest loss on the validation batches (on the held-out ones in result files from before there were any).
+the lowest loss on the validation batches, or on the held-out ones where a run is from before there were any.
 
 Results are added to `benchmarks/results/side_tuning_real_model.json`, run by run; runs that are in it are not repeated.
 The picture beside it shows the loss on prose against seconds and kept bytes. Everything is computed in float32.

@@ -15,19 +15,24 @@ SAME_LOSS = {"QLoRA, checkpointed": "QLoRA"}
 MOST_RATES = 6
 
 
-def _criterion(runs: list[dict]) -> float:
-    """Mean validation loss, of runs from before there was one the held-out loss; a loss that is not finite is infinite."""
-    losses = [run.get("validation_loss", run["loss"]) for run in runs]
-    return mean(losses) if all(map(math.isfinite, losses)) else math.inf
-
-
 def best_rate(runs: list[dict]) -> float:
-    """The best rate of one method's runs: of the lowest validation loss, over the seeds that every rate has, if any."""
+    """The best rate of one method's runs: of the lowest mean loss, over the seeds that every rate has, if any.
+
+    It is the validation loss, or the held-out one where some of these runs are from before there was a validation; a loss
+    that is not finite is infinite.
+    """
     by_rate: dict[float, list[dict]] = {}
     for run in runs:
         by_rate.setdefault(run["rate"], []).append(run)
     shared = set.intersection(*({run["seed"] for run in those} for those in by_rate.values()))
-    return min(by_rate, key=lambda rate: _criterion([r for r in by_rate[rate] if r["seed"] in shared] or by_rate[rate]))
+    compared = {rate: [run for run in by_rate[rate] if run["seed"] in shared] or by_rate[rate] for rate in by_rate}
+    validated = all("validation_loss" in run for those in compared.values() for run in those)
+
+    def criterion(rate: float) -> float:
+        losses = [run["validation_loss" if validated else "loss"] for run in compared[rate]]
+        return mean(losses) if all(map(math.isfinite, losses)) else math.inf
+
+    return min(by_rate, key=criterion)
 
 
 def next_rate(runs: list[dict]) -> list[float]:
@@ -77,7 +82,7 @@ def table(result: dict) -> str:
                     f"{rate:g}",
                     str(len(chosen)),
                     f"{loss:.3f}" + (f" ({spread:.3f})" if len(chosen) > 1 else ""),
-                    f"{100 * (start['loss'] - loss) / full:.0f} %",
+                    "" if math.isnan(full) else f"{100 * (start['loss'] - loss) / full:.0f} %",
                     *_percent(chosen),
                     f"{mean(run['old_loss'] for run in chosen):.3f}",
                     f"{chosen[0]['parameters'] / 1000000.0:.2f}",

@@ -137,6 +137,14 @@ def test_the_rate_is_chosen_by_the_validation_loss_with_the_seeds_that_all_rates
     assert best_runs(runs) == {"default": runs[:2]}
 
 
+def test_runs_without_a_validation_loss_are_compared_by_the_held_out_one():
+    old = {"method": "default", "rate": 1e-3, "seed": 0, "loss": 2.0}
+    runs = [old, valued(2e-3, 1.5, loss=2.1), valued(4e-3, 1.6, loss=2.2)]
+    assert best_runs(runs) == {"default": [old]}
+    # Where all have one, it is the validation loss.
+    assert best_runs([*runs[1:], valued(1e-3, 1.7, loss=2.0)]) == {"default": [runs[1]]}
+
+
 def test_merged_results_have_the_runs_of_all():
     one = {"tasks": {"prose, 40": {"base": {"loss": 3.0}, "runs": [valued(1e-3, 1.0)]}}, "commit": "a"}
     other = {"tasks": {"prose, 40": {"runs": [valued(1e-3, 2.0), valued(2e-3, 1.0)]}}, "cost": {"default": {}}}
