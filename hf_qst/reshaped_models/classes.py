@@ -18,19 +18,18 @@ import os
 import torch
 import transformers
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.pytorch_utils import Conv1D
 
 from hf_qst.base_model.packed_weights import forbid_packing
 from hf_qst.reshaped_models.folder import check_folder, complete_folder_card, write_folder
 from hf_qst.reshaped_models.kinds import ReshapedModelError, build_module, described_modules, finish_modules
 from hf_qst.reshaped_models.quantised_folder import leave_new_heads_unquantised, save_as_loaded
+from hf_qst.reshaped_models.rebuilding import CLASS_PREFIX, require_rebuilt
 from hf_qst.reshaped_models.tensor_names import names_in_memory
 from hf_qst.saved.manifest import CheckpointError
 from hf_qst.saved.model_card import hub_name
@@ -45,7 +44,6 @@ HOW_TO_LOAD = (
     f"{IMPORT_REMINDER}, and load with an Auto class such as AutoModelForCausalLM"
 )
 FORMAT = 1
-CLASS_PREFIX = "Reshaped"
 _PACKAGE = __name__.rpartition(".")[0]
 _FIELDS = ("base_model_type", "hf_qst_format", "reshaped_from", "reshaped_modules", "saved_class")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -336,75 +334,6 @@ def _require_loaded(model: PreTrainedModel, missing: set[str]) -> None:
         raise CheckpointError(f"tensor {lost[0]!r} is in none of the model's files ({len(lost)} such tensors)")
 
 
-def _require_rebuilt(model: PreTrainedModel, model_class: type, config: PreTrainedConfig) -> None:
-    """Compare `model` with `model_class(config)`, which takes no memory: what a saved folder would come back as."""
-    config = copy.deepcopy(config)
-    if isinstance(config.dtype, str):  # as a saved one has it; from_pretrained takes it by its name too
-        config.dtype = getattr(torch, config.dtype)
-    try:
-        with torch.device("meta"):
-            twin = model_class(config)
-    except TypeError as error:
-        raise ReshapedModelError(
-            f"{model_class.__name__.removeprefix(CLASS_PREFIX)} cannot be built from its config alone, as from_pretrained "
-            f"does: {error}"
-        ) from error
-    if getattr(model, "hf_quantizer", None) is None:  # packed weights have shapes of their own
-        _require_tensors(model, twin)
-    _require_classes(model, twin)
-
-
-def _require_tensors(model: PreTrainedModel, twin: PreTrainedModel) -> None:
-    expected = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name) and not (name not in found and _is_left_out(model, name)):
-            raise ReshapedModelError(
-                f"tensor {name!r} of the model has shape {found.get(name)}, {type(twin).__name__} built from its "
-                f"config has {expected.get(name)}"
-            )
-
-
-def _require_classes(model: PreTrainedModel, twin: PreTrainedModel) -> None:
-    """Compare what computes with the tensors: a module of another class would come back as the architecture's."""
-    inside = tuple(f"{path}." for path in getattr(twin.config, "reshaped_modules", ()))
-    prefix = "" if twin.base_model is twin else f"{twin.base_model_prefix}."
-    quantised = getattr(model, "hf_quantizer", None) is not None
-    modules = dict(model.named_modules())
-    for name, expected in twin.named_modules():
-        if not name or f"{name.removeprefix(prefix)}.".startswith(inside):
-            continue  # the model's own class is about to change; a kind answers for what is inside its modules
-        if (quantised and isinstance(expected, (nn.Linear, Conv1D))) or _is_left_out(model, f"{name}."):
-            continue
-        found, wanted = _class_of(modules.get(name)), _class_of(expected)
-        if found is not wanted:
-            raise ReshapedModelError(
-                f"module {name!r} of the model is of class {found.__module__}.{found.__qualname__}, "
-                f"{type(twin).__name__} built from its config has {wanted.__module__}.{wanted.__qualname__} there, so a "
-                "saved model would compute something else; make the module in the __init__ of a subclass of "
-                f"{type(twin).__name__.removeprefix(CLASS_PREFIX)}"
-            )
-
-
-def _class_of(module: nn.Module | None) -> type:
-    """The class that a module is made of: torch gives one with a parametrization (weight norm) a class of its own."""
-    kind = type(module)
-    kind = getattr(kind, "plain_class", kind)
-    return kind.__mro__[1] if module is not None and is_parametrized(module) else kind
-
-
-def _is_left_out(model: nn.Module, name: str) -> bool:
-    """Whether a tensor's module is None: a pooler that was not asked for (`add_pooling_layer=False`) is not saved."""
-    module = model
-    for part in name.split(".")[:-1]:
-        if not hasattr(module, part):
-            return False
-        module = getattr(module, part)
-        if module is None:
-            return True
-    return False
-
-
 def _exchange_config(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Put `config` wherever a module of `model` refers to the model's present one."""
     present = model.config
@@ -459,7 +388,7 @@ def reshape_model(model: PreTrainedModel) -> PreTrainedModel:
     plain = model_class.plain_class
     if plain.is_custom_code():
         config.saved_class = f"{plain.__module__}.{plain.__qualname__}"
-    _require_rebuilt(model, model_class, config)
+    require_rebuilt(model, model_class, config)
     model.__class__ = model_class
     _exchange_config(model, config)
     _forget_origin(model)
@@ -503,7 +432,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
             module.__class__ = type(module).plain_class
     _exchange_config(dense, config)
     _forget_origin(dense)
-    _require_rebuilt(dense, model.plain_class, config)
+    require_rebuilt(dense, model.plain_class, config)
     return dense
 
 
