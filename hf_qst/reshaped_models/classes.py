@@ -15,7 +15,6 @@ import copy
 import functools
 import os
 
-import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel

@@ -185,7 +185,7 @@ def test_reshaped_classifier_reloads(tmp_path):
 def test_config_answers_like_the_architectures_own(saved):
     original, config = tiny("llama").config, AutoConfig.from_pretrained(saved)
     assert isinstance(config, LlamaConfig) and type(config) is type(load(saved).config)
-    ours = {"base_model_type", "hf_qst_format", "reshaped_modules"}
+    ours = {"base_model_type", "hf_qst_format", "reshaped_from", "reshaped_modules"}
     fields = {k: v for k, v in config.to_dict().items() if k not in {*ours, "architectures", "_name_or_path"}}
     assert fields == {k: original.to_dict()[k] for k in fields}
     assert config.model_type == config.base_model_type == "llama"
