@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.measure import RESULTS
+from benchmarks.common.measure import RESULTS, ROOT
 
 
 def parser_of(name: str, description: str) -> argparse.ArgumentParser:
@@ -51,8 +51,18 @@ def require_device(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def as_json(arguments: Mapping[str, object]) -> dict[str, object]:
-    """The arguments of a run as a result file holds them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+    """The arguments of a run as a result file holds them: of paths what they are on every machine."""
+    return {name: _shown(value) for name, value in arguments.items()}
+
+
+def _shown(value: object) -> object:
+    """A path of this project from its root, and the last part of any other."""
+    if not isinstance(value, (str, Path)):
+        return value
+    path = Path(value)
+    if not path.is_absolute():
+        return str(value)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def _option(name: str) -> str:
