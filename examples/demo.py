@@ -36,7 +36,7 @@ from hf_qst.planning import SavedForBackward
 from hf_qst_plugins.inputs import nf4
 
 BASE = Path(__file__).parent / "base_model"
-# The best of those tried for each method on this base and task, by held-out loss (docs/results.md).
+# The best of those tried for each method on this base and task, by held-out loss (docs/results/).
 LEARNING_RATE = {"QST": 3e-3, "QLoRA": 4e-3}
 SIDE_R = 2
 

@@ -8,7 +8,7 @@
 3. All together: the pruned model in NF4, tuned by QST.
 4. Sample HumanEval problems at one temperature and adaptively, from the base and from the model of stage 3.
 
-Prints one table at the end. Everything is small enough for two CPU cores; docs/results.md has the figures of long runs.
+Prints one table at the end. Everything is small enough for two CPU cores; docs/results/ has the figures of long runs.
 """
 
 from __future__ import annotations
