@@ -18,7 +18,7 @@ _HEAD = """# Supported models
 By `config.model_type`; a model of text and images has the limits of its language model's type. The tables behind this page
 are `hf_qst/base_model/decoder_table.py` and `encoder_blocks.py`; `python -m hf_qst.supported` writes it anew, and
 `hf_qst.supported_models()` returns it. `tests/hf_qst/test_architecture_matrix.py` runs every decoder here;
-[the outcome](../benchmarks/results/architecture_matrix.json) is [summed up](results/index.md) in the results.
+[the outcome](../benchmarks/results/architecture_matrix.json) is [summed up](results/model_types.md) in the results.
 
 For a type that is not here, the error names what its blocks hold and a known type that calls its parts the same;
 `hf_qst.register_architecture("new_type", "llama")` then treats it as that type, and takes an `Architecture` of your own too.

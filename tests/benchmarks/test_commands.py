@@ -17,7 +17,8 @@ SOURCES = [
 ]
 COMMAND = re.compile(r"python\)? -m ((?:benchmarks|examples)\b[\w.]*)([^`|#\n\"]*)")
 RESULT = re.compile(
-    r"(?:benchmarks/results/)?\b((?:measured/|kernels_|compression|pruning|side_|decoding)[\w/-]*\.(?:json|png|md))"
+    r"(?:benchmarks/results/)?\b"
+    r"((?:measured/|kernels_|compression|pruning|side_|decoding)[\w/-]*\.(?:json|png)|kernels_[\w-]*\.md)"
 )
 
 
