@@ -145,8 +145,8 @@ def held_out_loss(model, rows, batch_size: int = 8) -> float:
 
     Args:
         model: a causal language model; it is in eval mode meanwhile.
-        rows (`torch.Tensor` [n, length], or a sequence of {"input_ids", "labels"})
-        batch_size (`int`)
+        rows: token ids `torch.Tensor` [n, length], or a sequence of {"input_ids", "labels"}.
+        batch_size: rows that are run at once.
     """
     if len(rows) == 0:
         raise ValueError("rows is empty; give at least one block, [n, length]")
