@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-_PATIENCE = timedelta(seconds=120)
+_PATIENCE = timedelta(seconds=300)
 
 
 def in_processes(count: int, function, directory: Path, *args, environment: dict[str, str] | None = None) -> list:
@@ -59,6 +61,7 @@ def in_processes(count: int, function, directory: Path, *args, environment: dict
 
 def _run(rank: int, count: int, port: int, function, directory: Path, args: tuple, environment: dict) -> None:
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # a thread of the parent may have held its lock at the fork
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({**environment, **{name: str(value) for name, value in own.items()}})
