@@ -19,13 +19,16 @@ _OF_OTHERS = {"library_name": "transformers"}
 
 def hub_name(name: str | None) -> str | None:
     """`name` if it can be that of a repository on the hub, None if it is a folder's."""
-    if not name or os.path.exists(name):
-        return None
+    return name if name and not os.path.exists(name) and _is_repository(name) else None
+
+
+def _is_repository(name: str) -> bool:
+    """Whether the hub takes `name` for that of a repository."""
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return None
-    return name
+        return False
+    return True
 
 
 def complete_card(
@@ -58,7 +61,7 @@ def _with_metadata(text: str, metadata: Mapping[str, object]) -> str:
     except (ValueError, yaml.YAMLError):
         return text
     before, data = card.data.to_dict(), card.data
-    if isinstance(base := data.get("base_model"), str) and hub_name(base) is None:
+    if isinstance(base := data.get("base_model"), str) and not _is_repository(base):
         data["base_model"] = None
     tags = [*(data.get("tags") or []), *metadata.get("tags", ())]
     data["tags"] = list(dict.fromkeys(tag for tag in tags if _is_valid(tag)))
@@ -70,4 +73,4 @@ def _with_metadata(text: str, metadata: Mapping[str, object]) -> str:
 
 def _is_valid(tag: str) -> bool:
     """PEFT also writes the base into a tag, `base_model:adapter:` and its name or path."""
-    return not tag.startswith(_OF_BASE) or hub_name(tag.rpartition(":")[2]) is not None
+    return not tag.startswith(_OF_BASE) or _is_repository(tag.rpartition(":")[2])

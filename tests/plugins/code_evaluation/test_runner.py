@@ -1,9 +1,6 @@
 """Sampling, the file of samples, the report: a small model that learned a few problems by heart, really sampled."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +19,6 @@ from hf_qst_plugins.code_evaluation import (
     read_samples,
     truncate,
 )
-from hf_qst_plugins.code_evaluation.problems import as_record
 from hf_qst_plugins.code_evaluation.samples_file import KEYS
 
 ROOT = Path(__file__).parents[3]
@@ -263,21 +259,3 @@ def test_bad_arguments_are_refused_before_anything_is_drawn(model, tokenizer, tm
 )
 def test_truncation(completion, options, kept):
     assert truncate(completion, **options) == kept
-
-
-def test_command_line(model, tokenizer, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text("".join(json.dumps(as_record(problem)) + "\n" for problem in PROBLEMS))
-    command = [sys.executable, "-m", "hf_qst_plugins.code_evaluation", "--model", str(tmp_path / "model")]
-    command += ["--problems", str(problems), "--limit", "2", "--samples", "5", "--temperature", "0.4"]
-    command += ["--max-new-tokens", "30", "--out", str(tmp_path / "s.jsonl"), "--report", str(tmp_path / "r.json")]
-    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "plugins"))
-    options = {"env": {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}, "capture_output": True, "text": True}
-    refused = subprocess.run(command, **options)
-    assert refused.returncode != 0 and "--allow-execution" in refused.stderr and not (tmp_path / "s.jsonl").exists()
-    done = subprocess.run([*command, "--allow-execution"], **options)
-    assert done.returncode == 0, done.stderr
-    assert "pass@1 0.500  pass@5 0.500" in done.stdout
-    assert json.loads((tmp_path / "r.json").read_text())["passed"] == {"double": 5, "wrong": 0}

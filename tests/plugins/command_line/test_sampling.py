@@ -85,7 +85,10 @@ def test_evaluate_code(hf_qst_command, tmp_path):
         "--device",
         "cpu",
     ]
-    argv += ["--allow-execution", "--out", tmp_path / "samples.jsonl", "--limits.wall_seconds", "5"]
+    argv += ["--out", tmp_path / "samples.jsonl", "--limits.wall_seconds", "5"]
+    code, _, err = hf_qst_command(*argv)
+    assert code == 2 and "--allow_execution" in err and not (tmp_path / "samples.jsonl").exists(), err
+    argv.append("--allow-execution")
     code, out, err = hf_qst_command(*argv, "--output_dir", tmp_path / "out")
     assert code == 0, err
     record = record_of(tmp_path / "out")
