@@ -18,7 +18,35 @@ IMPLEMENTATION = "hf_qst_shared_prompts"
 """The name of `attend` among transformers' attention functions."""
 
 
-class SharedPrompt:
+class _RowStorage:
+    """Keys and values of the tokens that rows have after their prompt. All rows have the same length at any time."""
+
+    def __init__(self, room: int):
+        self.length = 0
+        """Tokens after the prompt whose keys and values are kept."""
+        self._room = room
+        self._rows: dict[int, torch.Tensor] = {}
+
+    def _appended(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of all tokens `[rows, key-value heads, tokens, head size]`, a new one of each row, `[..., 1, ...]`, included."""
+        if layer not in self._rows:
+            rows, heads, _, size = key.shape
+            self._rows[layer] = key.new_empty(2, rows, heads, self._room, size)
+        keys, values = self._rows[layer]
+        keys[:, :, self.length], values[:, :, self.length] = key[:, :, 0], value[:, :, 0]
+        return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+
+    def _keep(self, rows: Sequence[int], room: int) -> None:
+        """Go on with these rows only, each with room for so many tokens."""
+        self._room = room
+        for layer, stored in self._rows.items():
+            _, _, heads, _, size = stored.shape
+            new = stored.new_empty(2, len(rows), heads, room, size)
+            new[..., : self.length, :] = stored[:, torch.tensor(rows, device=stored.device), :, : self.length]
+            self._rows[layer] = new
+
+
+class SharedPrompt(_RowStorage):
     """Keys and values of one prompt, and of the tokens that each of its rows has after it.
 
     Args:
@@ -27,11 +55,9 @@ class SharedPrompt:
     """
 
     def __init__(self, rows: int, most: int):
+        super().__init__(most)
         self.rows, self.most = rows, most
-        self.length = 0
-        """Tokens after the prompt whose keys and values are kept."""
         self._prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rows: dict[int, torch.Tensor] = {}
 
     @property
     def holds_layers(self) -> bool:
@@ -62,11 +88,7 @@ class SharedPrompt:
         """
         rows, heads, _, size = query.shape
         shared = key.shape[1]  # each key-value head serves a group of query heads
-        if layer not in self._rows:
-            self._rows[layer] = key.new_empty(2, rows, shared, self.most, size)
-        keys, values = self._rows[layer]
-        keys[:, :, self.length], values[:, :, self.length] = key[:, :, 0], value[:, :, 0]
-        keys, values = keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+        keys, values = self._appended(layer, key, value)
         prompt_keys, prompt_values = self._prompt[layer]
 
         def of_prompt(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -83,15 +105,11 @@ class SharedPrompt:
 
     def take(self, rows: Sequence[int]) -> None:
         """Go on with these rows only; a row that is named more than once is copied."""
-        kept = torch.tensor(rows)
-        for layer, stored in self._rows.items():
-            smaller = stored.new_empty(2, len(rows), *stored.shape[2:])
-            smaller[..., : self.length, :] = stored[:, kept.to(stored.device), :, : self.length]
-            self._rows[layer] = smaller
+        self._keep(rows, self.most)
         self.rows = len(rows)
 
 
-class PromptBatch:
+class PromptBatch(_RowStorage):
     """Keys and values of several prompts and of the rows after them, in one tensor each.
 
     For a GPU, where the launches of a loop over prompts take longer than the arithmetic.
@@ -116,10 +134,7 @@ class PromptBatch:
         self._device = next(iter(self._prompt.values()))[0].device
         places = torch.arange(longest, device=self._device)
         self._absent = places >= torch.tensor(lengths, device=self._device)[:, None]
-        self._rows: dict[int, torch.Tensor] = {}
-        self.length = 0
-        """Tokens after the prompt whose keys and values are kept."""
-        self._room = room
+        super().__init__(room)
         self._place(list(owners))
 
     def _place(self, owners: list[int]) -> None:
@@ -144,24 +159,14 @@ class PromptBatch:
 
     def take(self, rows: Sequence[int], room: int) -> None:
         """Go on with these rows only, each with room for so many more tokens."""
-        kept = torch.tensor(rows, device=self._device)
-        self._room = self.length + room
-        for layer, stored in self._rows.items():
-            _, _, heads, _, size = stored.shape
-            new = stored.new_empty(2, len(rows), heads, self._room, size)
-            new[..., : self.length, :] = stored[:, kept, :, : self.length]
-            self._rows[layer] = new
+        self._keep(rows, self.length + room)
         self._place([self.owners[row] for row in rows])
 
     def read_rows(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
         """See `SharedPrompt.read_rows`; the rows are those of all prompts."""
         rows, heads, _, size = query.shape
         shared = key.shape[1]
-        if layer not in self._rows:
-            self._rows[layer] = key.new_empty(2, rows, shared, self._room, size)
-        keys, values = self._rows[layer]
-        keys[:, :, self.length], values[:, :, self.length] = key[:, :, 0], value[:, :, 0]
-        keys, values = keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+        keys, values = self._appended(layer, key, value)
         prompt_keys, prompt_values = self._prompt[layer]
         query = (query * scaling).view(rows, shared, heads // shared, size)
         of_prompt = self._of_prompts(query, prompt_keys.transpose(2, 3)).masked_fill(self._absent_of_rows, -torch.inf)
