@@ -131,6 +131,8 @@ def collect_statistics(
     states: Callable[..., Sequence[torch.Tensor]] | None = None,
     run: CalibrationRun | None = None,
     rows_per_dimension: int | None = None,
+    least_rows: int = 0,
+    forward: Callable | None = None,
 ) -> dict[tuple[str, ...], SecondMoment | MeanInput]:
     """Input statistics of groups of modules, in one pass over the batches.
 
@@ -148,6 +150,8 @@ def collect_statistics(
         run (*optional*): of the model, prepared for these batches and modules.
         rows_per_dimension (`int`, *optional*):
             Stop after the batch with which every module has seen so many rows for each dimension of its input.
+        least_rows (`int`): and not before every module has seen so many.
+        forward (`Callable`, *optional*): runs one of `batches`, which may then be of any kind; by default `run`.
 
     Raises:
         CalibrationError: values are not finite, or a module is not reached.
@@ -188,8 +192,9 @@ def collect_statistics(
     ]
     with hooks(handles), calibration_mode(model):
         for batch in tqdm(batches, desc=label, unit="batch", disable=not progress):
-            run(batch)
-            if rows_per_dimension and all(_has_rows(statistics.get(group), rows_per_dimension) for group in groups):
+            run(batch) if forward is None else forward(batch)
+            seen = [statistics.get(group) for group in groups]
+            if rows_per_dimension and all(_has_rows(one, rows_per_dimension, least_rows) for one in seen):
                 break
     for group in groups:
         unseen = group not in statistics or (
@@ -200,8 +205,8 @@ def collect_statistics(
     return statistics
 
 
-def _has_rows(statistic: SecondMoment | MeanInput | None, per_dimension: int) -> bool:
-    return statistic is not None and statistic.count >= per_dimension * statistic.size
+def _has_rows(statistic: SecondMoment | MeanInput | None, per_dimension: int, least: int) -> bool:
+    return statistic is not None and statistic.count >= max(least, per_dimension * statistic.size)
 
 
 def _normalized(rows: torch.Tensor, out: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from hf_qst.mixed_rank.compression import compress, compress_model
 from hf_qst.mixed_rank.config import CompressionResults, MixedRankConfig
 from hf_qst.mixed_rank.decomposition import factorize, metric_matrix, output_energies, output_error
 from hf_qst.mixed_rank.decomposition.stage import Decomposition
+from hf_qst.mixed_rank.from_disk import FolderCompression, compress_folder
 from hf_qst.mixed_rank.layer import KIND, LowRankLinear, MixedRankLayer, NoDenseWeightsError
 from hf_qst.mixed_rank.model import MixedRankModel
 from hf_qst.mixed_rank.pipeline import Compression, Pipeline
@@ -34,6 +35,7 @@ __all__ = [
     "CompressionResults",
     "Decomposition",
     "DecompositionConfig",
+    "FolderCompression",
     "InputGroup",
     "LayerSpectrum",
     "LowRankLinear",
@@ -46,6 +48,7 @@ __all__ = [
     "TargetWeights",
     "allocate_ranks",
     "compress",
+    "compress_folder",
     "compress_model",
     "double_products",
     "factorize",

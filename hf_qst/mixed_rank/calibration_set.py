@@ -7,16 +7,21 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
+from hf_qst.base_model.disk_weights import present
 from hf_qst.base_model.experts import enclosing_experts
+from hf_qst.base_model.linear_layers import in_features
 from hf_qst.calibration import (
     CalibrationError,
     CalibrationRun,
     as_batches,
+    calibration_mode,
     collect_statistics,
     input_groups,
     plan_passes,
 )
+from hf_qst.mixed_rank.block_walk import BlockWalk, by_blocks
 from hf_qst.mixed_rank.expert_statistics import is_pool, of_expert, pool_of, with_pools
 
 # Rows for each input dimension that a second moment is taken from where only its spectrum is wanted.
@@ -37,6 +42,7 @@ class CalibrationSet:
     memory_limit: int | None = None
     progress: bool = True
     _runs: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    _walks: dict = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, data: Iterable[Mapping], settings, model: nn.Module) -> CalibrationSet:
@@ -84,25 +90,83 @@ class CalibrationSet:
         groups = with_pools(model, groups) if kind == "second_moment" else groups
         return plan_passes(model, groups, kind, self.memory_limit)
 
+    def walk_of(self, run: CalibrationRun, blocks: str) -> BlockWalk:
+        """The way of a run's batches through a list of blocks; the same for the same run and list."""
+        key = run, blocks
+        if key not in self._walks:
+            self._walks[key] = BlockWalk(run, blocks, self.batches[0])
+        return self._walks[key]
+
     def statistics(
         self, model: nn.Module, groups: Sequence[tuple[str, ...]], kind: str, rows_per_dimension: int | None = None
     ) -> Iterator[tuple]:
-        """Groups of modules with the statistic of their inputs, in as many passes as memory allows.
+        """Groups of modules with the statistic of their inputs, each while the weights of its block are in memory.
 
-        With `rows_per_dimension` a pass ends with the batch that brings every module so many rows.
+        The batches go through the model block by block where the blocks can be called so, else in as many passes as memory
+        allows. With `rows_per_dimension` as many batches are run as bring every module so many rows.
         """
-        plan, pools = self._plan(model, groups, kind), {}
+        plan = self._plan(model, groups, kind)
         run = self.run_of(model, (name for part in plan for group in part for name in group))
+        (blocks, _), *others = by_blocks(model, groups)
+        if blocks is not None and not others:
+            with calibration_mode(model):
+                walk = self.walk_of(run, blocks)
+            if walk.skips:
+                yield from self._by_block(walk, [group for part in plan for group in part], kind, rows_per_dimension)
+                return
+        pools: dict = {}
         for index, part in enumerate(plan):
             label = f"calibration {index + 1}/{len(plan)}"
             statistics = collect_statistics(
                 model, part, self.batches, kind, self.progress, label, run=run, rows_per_dimension=rows_per_dimension
             )
-            for group in part:
-                statistic = statistics.pop(group)
-                if is_pool(model, group):
-                    pools = {group[0]: statistic}
-                    continue
-                if enclosing_experts(model, group[0]) is not None:
-                    statistic = of_expert(statistic, pools.get(pool_of(model, group[0])))
-                yield group, statistic
+            yield from _finished(model, part, statistics, pools)
+
+    def _by_block(
+        self, walk: BlockWalk, groups: Sequence[tuple[str, ...]], kind: str, rows_per_dimension: int | None
+    ) -> Iterator[tuple]:
+        run, model, pools = walk.run, walk.run.model, {}
+        with calibration_mode(model):
+            calls, states = walk.start(self.batches)
+        numbers = [number for number, own in enumerate(calls) if own]
+        # Other layers all see the same rows, and the widest decides how many are needed; experts see what is routed to them.
+        routed = any(enclosing_experts(model, group[0]) is not None for group in groups)
+        widest = max(in_features(model.get_submodule(group[0])) for group in groups)
+        least = 0 if routed or rows_per_dimension is None else rows_per_dimension * widest
+        last = max(i for i, path in enumerate(walk.paths) if any(group[0].startswith(path) for group in groups))
+        for i in tqdm(range(last + 1), desc="calibration", unit="block", disable=not self.progress):
+            following: dict[int, torch.Tensor] = {}
+
+            def forward(number: int, i=i, following=following) -> None:
+                run.enter(self.batches[number])
+                following[number] = calls[number][i](walk.layers[i], states[number])
+
+            own = [group for group in groups if group[0].startswith(walk.paths[i])]
+            with present(walk.layers[i]):
+                for part in plan_passes(model, own, kind, self.memory_limit):
+                    statistics = collect_statistics(
+                        model, part, numbers, kind, False, run=run, rows_per_dimension=rows_per_dimension,
+                        least_rows=least, forward=forward,
+                    )  # fmt: skip
+                    if least:
+                        numbers = sorted(following)
+                    yield from _finished(model, part, statistics, pools)
+                with calibration_mode(model):
+                    for number in numbers:
+                        if number not in following and i < last:
+                            forward(number)
+            for number, state in following.items():
+                states[number] = state
+
+
+def _finished(model: nn.Module, part: Sequence[tuple[str, ...]], statistics: dict, pools: dict) -> Iterator[tuple]:
+    """The statistics of a pass that are asked for, each freed when the next is taken; those of all experts go to `pools`."""
+    for group in part:
+        statistic = statistics.pop(group)
+        if is_pool(model, group):
+            pools.clear()
+            pools[group[0]] = statistic
+            continue
+        if enclosing_experts(model, group[0]) is not None:
+            statistic = of_expert(statistic, pools.get(pool_of(model, group[0])))
+        yield group, statistic

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_qst.base_model.disk_weights import DiskWeights
 from hf_qst.base_model.experts import own_memory, split_named
 from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.base_model.offloading import require_weights
@@ -40,14 +41,21 @@ def compress(model: nn.Module, config, calibration_data: Iterable[Mapping] | Non
     if config.residual and config.residual.reference_model is not None:
         require_weights(config.residual.reference_model, "MixedRankConfig.residual.reference_model")
     with unpacked(model), experts_split(model, config):
-        names = find_targets(model, config)
-        require_reach(model, names, config)
-        require_available(config.quantize_factors, model, config.mode)
-        narrowest = min(min(dense_shape(model.get_submodule(name))) for name in names)
-        settings = config.resolved(data is not None, narrowest)
-        calibration = None if data is None else CalibrationSet.read(data, settings, model)
-        _require_backward(model, settings)
-        return Pipeline(TargetWeights(model, names, settings), settings, calibration).run()
+        return run_pipeline(model, config, data)
+
+
+def run_pipeline(
+    model: nn.Module, config, data: Iterable[Mapping] | None, on_disk: DiskWeights | None = None
+) -> Compression:
+    """Factors for a model whose weights are in memory, or `on_disk`. Args and errors as of `compress`."""
+    names = find_targets(model, config)
+    require_reach(model, names, config)
+    require_available(config.quantize_factors, model, config.mode)
+    narrowest = min(min(dense_shape(model.get_submodule(name))) for name in names)
+    settings = config.resolved(data is not None, narrowest)
+    calibration = None if data is None else CalibrationSet.read(data, settings, model)
+    _require_backward(model, settings)
+    return Pipeline(TargetWeights(model, names, settings, on_disk), settings, calibration).run()
 
 
 def _require_backward(model: nn.Module, settings) -> None:

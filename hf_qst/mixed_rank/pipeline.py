@@ -127,11 +127,13 @@ class Pipeline:
             ranks = trial.allocate(layers)
             key = tuple(sorted(ranks.items()))
             if key not in divergence:
+                self.weights.forget()
                 factors = trial.compensate(layers, ranks)
                 modules = {name: self.weights.in_place(name, layer) for name, layer in factors.items()}
                 divergence[key] = mean_divergence(self.weights.model, self.weights.reference, modules, held_out.batches)
             candidates.append({**candidate, "divergence": divergence[key]})
         best = min(range(len(candidates)), key=lambda i: candidates[i]["divergence"])
+        self.weights.forget()
         logger.info("allocator='auto' chose %s from %s", CANDIDATES[best], candidates)
         self.settings = self._with_allocator(self.settings, CANDIDATES[best])
         return {"chosen": CANDIDATES[best], "candidates": candidates}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_qst.base_model.disk_weights import DiskWeights
 from hf_qst.base_model.linear_layers import dense_shape, dense_weight, float_dtype, is_linear
 from hf_qst.base_model.quantized_layers import scheme_of
 from hf_qst.mixed_rank.layer import LowRankLinear, MixedRankLayer
@@ -21,18 +22,34 @@ class TargetWeights:
         model: with the layers that are compressed.
         names: of these layers.
         settings ([`MixedRankConfig`]): resolved.
+        on_disk (*optional*): where the model's weights come from, a block at a time, and where the factors go.
 
     Raises:
         ValueError: a weight is not finite, or the reference model does not fit.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], settings):
-        self.model, self.names, self.settings = model, list(names), settings
+    def __init__(self, model: nn.Module, names: Sequence[str], settings, on_disk: DiskWeights | None = None):
+        self.model, self.names, self.settings, self.on_disk = model, list(names), settings, on_disk
         self.residual = settings.residual is not None
         self.reference = _reference(model, settings.residual.reference_model, names) if self.residual else model
-        for name in names:
+        for name in names if on_disk is None else ():  # those are checked when they come in
             if not torch.isfinite(self.dense(name)).all():
                 raise ValueError(f"the weight of {name!r} holds NaN or infinite values and cannot be compressed")
+
+    def in_turn(self, names: Iterable[str]) -> Iterator[str]:
+        """The names one by one, each while its weight is in memory."""
+        return iter(names) if self.on_disk is None else self.on_disk.in_turn(names)
+
+    def put_away(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """The modules that stand for layers, by name, when no more is to be done to them for now."""
+        if self.on_disk is not None:
+            self.on_disk.put_away(modules)
+        return modules
+
+    def forget(self) -> None:
+        """What was put away is not needed any more."""
+        if self.on_disk is not None:
+            self.on_disk.forget()
 
     def dense(self, name: str) -> torch.Tensor:
         """W [d_in, d_out] of the dense layer."""

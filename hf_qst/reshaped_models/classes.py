@@ -166,12 +166,12 @@ class ReshapedModel:
         if not is_main_process or getattr(self, "_hf_peft_config_loaded", False):  # with an adapter, only that is saved
             save(save_directory)
         else:
-            write_folder(save, os.fspath(save_directory), self.config, _how_to_load(self))
+            write_folder(save, os.fspath(save_directory), self.config, how_to_load(self))
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         # push_to_hub has written transformers' own card over that of save_pretrained.
         if not getattr(self, "_hf_peft_config_loaded", False):
-            complete_folder_card(os.fspath(working_dir), self.config, _how_to_load(self))
+            complete_folder_card(os.fspath(working_dir), self.config, how_to_load(self))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _get_name(self):
@@ -274,7 +274,7 @@ def _auto_mappings(config_class: type[PreTrainedConfig]) -> list[tuple[str, dict
     return [(name, mapping) for name, mapping in found if mapping is not None and config_class in mapping]
 
 
-def _how_to_load(model: PreTrainedModel) -> tuple[str, str]:
+def how_to_load(model: PreTrainedModel) -> tuple[str, str]:
     """The imports that loading this model takes, and the class that does it."""
     plain = model.plain_class
     for name, mapping in _auto_mappings(type(model.config)):

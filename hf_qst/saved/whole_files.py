@@ -73,6 +73,14 @@ def whole_files(directory: str | os.PathLike, replaced: Callable[[str], bool] = 
     _move(complete, directory)
 
 
+@contextmanager
+def scratch_folder(directory: str | os.PathLike) -> Iterator[str]:
+    """A temporary folder in `directory`, for what goes into its files later; gone when the block ends."""
+    remove_abandoned(directory)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=_prefix()) as folder:
+        yield folder
+
+
 def finish_interrupted(directory: str | os.PathLike) -> bool:
     """Move the files of a save that was killed after all of them were written; whether there was one."""
     directory = os.fspath(directory)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from hf_qst.base_model.encoder_blocks import find_blocks
 from hf_qst.base_model.experts import enclosing_experts
 from hf_qst.base_model.linear_layers import in_features
 from hf_qst.calibration import CalibrationError
 from hf_qst.calibration.moments import CrossMoment
+from hf_qst.mixed_rank.block_walk import by_blocks
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.compensation.gradient import ProxyRows, gradient_factors
 from hf_qst.mixed_rank.compensation.least_squares import bias_shift, least_squares_factors
@@ -63,27 +63,16 @@ def _uncompensated(weights: TargetWeights, layers: Decomposition, ranks: Mapping
             weight, mean = weights.replaced(name), layers.means.get(name)
             factors = factorize(weight, ranks[name], moment)
             shift = None if mean is None else bias_shift(weight, *factors, mean, mean)
-            built[name] = weights.layer(name, *factors, shift=shift)
+            built |= weights.put_away({name: weights.layer(name, *factors, shift=shift)})
     return built
 
 
 def _compensated(weights: TargetWeights, groups, ranks, settings, calibration) -> dict[str, LowRankLinear]:
     fitting, built = _Fitting(weights, ranks, settings, len(calibration.batches)), {}
-    for blocks, own in _by_blocks(weights.model, groups):
+    for blocks, own in by_blocks(weights.model, groups):
         with installed(weights.model, built):
             built |= replace_in_order(weights, blocks, own, calibration, fitting)
     return {name: layer.factors if weights.residual else layer for name, layer in built.items()}
-
-
-def _by_blocks(model: nn.Module, groups: list[tuple[str, ...]]) -> list[tuple[str | None, list[tuple[str, ...]]]]:
-    """Each list of blocks with its groups, in the order in which they run; one None with all where some lie in none."""
-    found: dict[str, list[tuple[str, ...]]] = {}
-    for group in groups:
-        inside = [path for path in find_blocks(model) if all(name.startswith(f"{path}.") for name in group)]
-        if not inside:
-            return [(None, groups)]
-        found.setdefault(inside[0], []).append(group)
-    return list(found.items())
 
 
 class _Fitting:

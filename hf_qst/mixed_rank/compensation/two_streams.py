@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_qst.base_model.block_calls import first_argument, hidden_of, with_first_argument
+from hf_qst.base_model.disk_weights import present
 from hf_qst.base_model.experts import SplitExperts, enclosing_experts
 from hf_qst.base_model.linear_layers import in_features
-from hf_qst.calibration import CalibrationRun, calibration_mode, first_input, hooks
+from hf_qst.calibration import calibration_mode, first_input, hooks
+from hf_qst.mixed_rank.block_walk import Reached, StandIn
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.expert_statistics import pool_of
 from hf_qst.mixed_rank.predictions import installed
@@ -42,111 +42,6 @@ class Fitting(Protocol):
 
     def fit(self, group: Group, inputs: Inputs, pool: Inputs | None) -> dict[str, nn.Module]:
         """The modules that replace a group's, by name; `pool` is of all tokens of the layer that an expert is in."""
-
-
-class _Reached(Exception):
-    """Ends a forward pass where all inputs that were wanted are known."""
-
-
-@dataclass
-class _Call:
-    """The arguments of one block in one batch but the hidden state: masks and positions, which the streams share."""
-
-    args: tuple
-    kwargs: dict
-
-    def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        args, kwargs = with_first_argument(self.args, self.kwargs, lambda _: hidden)
-        return hidden_of(block(*args, **kwargs))
-
-
-def _record(
-    run: CalibrationRun, blocks: str, batches: Sequence[Mapping]
-) -> tuple[list[list[_Call]], list[torch.Tensor]]:
-    """The calls of every block by batch, and the hidden state that enters the first.
-
-    The blocks themselves run only where their calls depend on what they compute.
-    """
-    layers = list(run.model.get_submodule(blocks))
-    trial = run.first_sample(run.enter(batches[0]))
-    real, _, outputs = _calls(run, layers, trial)
-    made = enumerate(zip(layers, outputs, strict=False))
-    stand_ins = {f"{blocks}.{i}": _PassedOn(layer, type(output)) for i, (layer, output) in made}
-    skipped = all(_is_state(output) for output in outputs) and len(outputs) == len(layers)
-    if skipped:
-        with installed(run.model, stand_ins):
-            passed, _, _ = _calls(run, list(stand_ins.values()), trial)
-        skipped = _same(real, passed)
-    found = []
-    with installed(run.model, stand_ins) if skipped else nullcontext():
-        for batch in batches:
-            found.append(_calls(run, list(stand_ins.values()) if skipped else layers, run.enter(batch)))
-    return [calls for calls, _, _ in found], [state for _, state, _ in found]
-
-
-class _StandIn(nn.Module):
-    """Stands in the place of a module and has its attributes."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
-
-
-class _PassedOn(_StandIn):
-    """Gives the hidden state of a block as it is, in the form of the block's output."""
-
-    def __init__(self, block: nn.Module, form: type):
-        super().__init__(block)
-        self.form = form
-
-    def forward(self, *args, **kwargs):
-        state = first_argument(args, kwargs)
-        return (state,) if self.form is tuple else state
-
-
-def _is_state(output) -> bool:
-    """Whether a block gave a hidden state and nothing else."""
-    return torch.is_tensor(output) or (isinstance(output, tuple) and len(output) == 1)
-
-
-def _same(one, other) -> bool:
-    """Whether two calls, or lists and mappings of their arguments, are equal; tensors by their values."""
-    if torch.is_tensor(one):
-        return torch.is_tensor(other) and torch.equal(one, other)
-    if isinstance(one, _Call):
-        return _same((one.args, one.kwargs), (other.args, other.kwargs))
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return one is other or one == other
-
-
-def _calls(run: CalibrationRun, blocks: Sequence[nn.Module], inputs: dict) -> tuple[list, torch.Tensor | None, list]:
-    """Each block's call in one run, the state that enters the first (None: it is not reached), and all outputs."""
-    calls: list[_Call] = []
-    states: list[torch.Tensor] = []
-    outputs: list = []
-
-    def record(block, args, kwargs):
-        states.append(first_argument(args, kwargs))
-        calls.append(_Call(*with_first_argument(args, kwargs, lambda _: None)))
-
-    def keep(block, args, output):
-        outputs.append(output)
-        if block is blocks[-1]:
-            raise _Reached
-
-    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    with hooks([*handles, *(block.register_forward_hook(keep) for block in blocks)]), suppress(_Reached):
-        run.run_inputs(inputs)
-    return calls, states[0] if states else None, outputs
 
 
 def replace_in_order(
@@ -202,17 +97,20 @@ def replace_in_order(
         dense.begin()
         compressed.begin(dense if reference is model else None)
         for i, own in enumerate(dense.groups[: last + 1]):
-            for stage in _stages(model, own, limit):
-                found = collect(stage, i)
-                pool, replaced = found.get(pool_of(model, stage[0][0])), {}
-                for group in stage:
-                    replaced |= fitting.fit(group, found.pop(group[0]), pool)
-                compressed.replace(i, replaced)
-                built |= replaced
-                bar.update(len(stage))
-            if i < last:
-                dense.advance(i)
-                compressed.advance(i)
+            done: dict[str, nn.Module] = {}
+            with present(dense.segments[i]), present(compressed.segments[i]):
+                for stage in _stages(model, own, limit):
+                    found = collect(stage, i)
+                    pool, replaced = found.get(pool_of(model, stage[0][0])), {}
+                    for group in stage:
+                        replaced |= fitting.fit(group, found.pop(group[0]), pool)
+                    compressed.replace(i, replaced)
+                    done |= replaced
+                    bar.update(len(stage))
+                if i < last:
+                    dense.advance(i)
+                    compressed.advance(i)
+            built |= weights.put_away(done)
     return built
 
 
@@ -260,7 +158,7 @@ class _Stream:
         targets: Sequence[str],
         calibration: CalibrationSet,
     ):
-        self.model, self.blocks, self.batches = model, blocks, calibration.batches
+        self.model, self.blocks, self.batches, self.calibration = model, blocks, calibration.batches, calibration
         # What all experts of a layer read is asked for too.
         pools = {pool_of(model, name) for name in targets} - {None}
         self.targets, self.run = targets, calibration.run_of(model, {*targets, *pools})
@@ -282,7 +180,7 @@ class _Stream:
             self.calls = [[lambda model, hidden, batch=batch: self.run(batch)] for batch in self.batches]
             self.states = [None] * len(self.batches)
         else:
-            self.calls, self.states = _record(self.run, self.blocks, self.batches)
+            self.calls, self.states = self.calibration.walk_of(self.run, self.blocks).start(self.batches)
 
     def inputs(self, names: Sequence[str], segment: int, number: int) -> dict[str, torch.Tensor]:
         """Rows [n, d] that these modules of a segment see of this batch, by name; of those that the batch reaches."""
@@ -292,14 +190,14 @@ class _Stream:
             def hook(module, args, kwargs):
                 captured.setdefault(name, self.run.rows(name, first_input(args, kwargs))[0])
                 if len(captured) == len(names):
-                    raise _Reached
+                    raise Reached
 
             return hook
 
         self.run.enter(self.batches[number])
         modules = [(name, self.model.get_submodule(name)) for name in names]
         watch = [module.register_forward_pre_hook(capture(name), with_kwargs=True) for name, module in modules]
-        with self.in_place(number), hooks(watch), suppress(_Reached):
+        with self.in_place(number), hooks(watch), suppress(Reached):
             self._call(segment, number)
         return captured
 
@@ -462,7 +360,7 @@ def _largest_part(model: nn.Module, name: str, path: str, left: Sequence[str]) -
     return name
 
 
-class _Kept(_StandIn):
+class _Kept(StandIn):
     """Gives for a batch what the module gave for it before, call by call."""
 
     def __init__(self, module: nn.Module, stream: _Stream):

@@ -57,11 +57,11 @@ class Decomposition:
         return LayerSpectrum(name, *weight.shape, energies, total, min_saving=self.min_saving)
 
     def metrics(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Each layer's name and its matrix C [d_in, d_in] (None: the identity), as many at a time as memory allows."""
+        """Each layer's name and its matrix C [d_in, d_in] (None: the identity), while its weight is in memory."""
         metric = self.config.metric
         if metric == "plain":
             self.facts = {name: {} for group in self.groups for name in group}
-            yield from ((name, None) for name in self.facts)
+            yield from ((name, None) for name in self.weights.in_turn(self.facts))
             return
         kind = metric if metric in ("normalized", "representative") else "second_moment"
         statistics = self._kept
@@ -69,7 +69,7 @@ class Decomposition:
             source = self.weights.reference, self.groups, kind
             if not self._keep:
                 statistics = self.calibration.spread().statistics(*source, ROWS_PER_DIMENSION)
-            elif self.calibration.in_one_pass(*source):
+            elif self.weights.on_disk is None and self.calibration.in_one_pass(*source):
                 statistics = self._kept = list(self.calibration.statistics(*source))
             else:
                 statistics = self.calibration.statistics(*source)

@@ -217,7 +217,7 @@ def test_every_layer_is_fitted_to_what_the_compressed_model_gives_it(name):
 
 def test_without_known_blocks_the_walk_gives_the_same(monkeypatch):
     known = compress(tiny("llama"), settings(compensation="lstsq"))
-    monkeypatch.setattr("hf_qst.mixed_rank.compensation.stage.find_blocks", lambda model: ())
+    monkeypatch.setattr("hf_qst.mixed_rank.block_walk.find_blocks", lambda model: ())
     whole = compress(tiny("llama"), settings(compensation="lstsq"))
     assert known.ranks == whole.ranks
     for name, layer in known.factors.items():
