@@ -113,6 +113,11 @@ def present(module: nn.Module) -> AbstractContextManager:
     return unit.held() if isinstance(unit, _Unit) else nullcontext()
 
 
+def comes_from_disk(module: nn.Module) -> bool:
+    """Whether a module's weights are in memory for a while only."""
+    return isinstance(getattr(module, "_hf_hook", None), _Unit)
+
+
 def _units(model: PreTrainedModel) -> list[str]:
     """Paths of what comes into memory as a whole: each block, the embeddings and the head. The rest is small, and stays."""
     stack = find_decoder_stack(model)
@@ -128,8 +133,7 @@ def _device_map(model: nn.Module, units: Iterable[str], device: str, path: str =
     if path and not any(unit.startswith(f"{path}.") for unit in units):
         return {path: device}
     prefix, module = f"{path}." if path else "", model.get_submodule(path)
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    found = {f"{prefix}{name}": device for name, _ in own}
+    found = {f"{prefix}{name}": device for name, _ in module.named_parameters(recurse=False)}
     for name, _ in module.named_children():
         found |= _device_map(model, units, device, f"{prefix}{name}")
     return found

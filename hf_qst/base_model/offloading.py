@@ -24,12 +24,13 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return type(tensor.data).__name__ == "DTensor"
 
 
-def require_weights(model: nn.Module, wanted_by: str) -> None:
+def require_weights(model: nn.Module, wanted_by: str, without: str = "") -> None:
     """Refuse a model some of whose weights are on the meta device or divided among processes.
 
     Args:
         model
         wanted_by (`str`): what reads the weights, for the message.
+        without (`str`): what does the same without the model in memory, for the message.
 
     Raises:
         MissingWeightsError: naming a weight, and what has become of it.
@@ -49,7 +50,7 @@ def require_weights(model: nn.Module, wanted_by: str) -> None:
             )
             raise MissingWeightsError(
                 f"{wanted_by} reads the model's weights, but {name!r} is not in memory: {why}. Load the model whole, for "
-                "example with device_map={'': 'cpu'}"
+                "example with device_map={'': 'cpu'}" + (without and f"; where it does not fit, {without}")
             )
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from hf_qst.base_model.block_calls import first_argument, hidden_of, with_first_argument
+from hf_qst.base_model.decoder_stack import UnsupportedArchitectureError
+from hf_qst.base_model.disk_weights import comes_from_disk
 from hf_qst.base_model.encoder_blocks import find_blocks
 from hf_qst.calibration import CalibrationRun, hooks
 from hf_qst.mixed_rank.predictions import installed
@@ -44,6 +46,9 @@ class BlockWalk:
 
     Attributes:
         skips (`bool`): whether the calls do not depend on what the blocks compute, so that no block runs before its turn.
+
+    Raises:
+        UnsupportedArchitectureError: they depend on it, and the blocks' weights are on disk.
     """
 
     def __init__(self, run: CalibrationRun, blocks: str, batch: Mapping):
@@ -53,12 +58,21 @@ class BlockWalk:
         trial = run.first_sample(run.enter(batch))
         real, _, outputs = _calls(run, self.layers, trial)
         made = enumerate(zip(self.layers, outputs, strict=False))
-        self._stand_ins = {f"{blocks}.{i}": _PassedOn(layer, type(output)) for i, (layer, output) in made}
-        self.skips = all(_is_state(output) for output in outputs) and len(outputs) == len(self.layers)
-        if self.skips:
-            with installed(run.model, self._stand_ins):
-                passed, _, _ = _calls(run, list(self._stand_ins.values()), trial)
-            self.skips = _same(real, passed)
+        self._stand_ins = {f"{blocks}.{i}": _PassedOn(layer, output) for i, (layer, output) in made}
+        self.skips = len(outputs) == len(self.layers) and _same(real, self._passed(trial))
+        if not self.skips and comes_from_disk(self.layers[0]):
+            raise UnsupportedArchitectureError(
+                f"the blocks of {type(run.model).__name__} hand on more than the hidden state, so that none can run by itself "
+                "with the weights of the others on disk: load the model as far as it fits into memory, and call compress_model"
+            )
+
+    def _passed(self, trial: dict) -> list[Call] | None:
+        """The calls without what the blocks compute; None if the model needs more of it than the hidden state."""
+        try:
+            with installed(self.run.model, self._stand_ins):
+                return _calls(self.run, list(self._stand_ins.values()), trial)[0]
+        except (AttributeError, TypeError, ValueError):
+            return None
 
     def start(self, batches: Sequence[Mapping]) -> tuple[list[list[Call]], list[torch.Tensor | None]]:
         """By batch: the call of every block, and the hidden state that enters the first (None: the batch reaches none)."""
@@ -97,20 +111,15 @@ class StandIn(nn.Module):
 
 
 class _PassedOn(StandIn):
-    """Gives the hidden state of a block as it is, in the form of the block's output."""
+    """Gives the hidden state of a block as it is, in the form of the block's output, and None for what else there is."""
 
-    def __init__(self, block: nn.Module, form: type):
+    def __init__(self, block: nn.Module, output):
         super().__init__(block)
-        self.form = form
+        self.others = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
 
     def forward(self, *args, **kwargs):
         state = first_argument(args, kwargs)
-        return (state,) if self.form is tuple else state
-
-
-def _is_state(output) -> bool:
-    """Whether a block gave a hidden state and nothing else."""
-    return torch.is_tensor(output) or (isinstance(output, tuple) and len(output) == 1)
+        return state if self.others is None else (state, *self.others)
 
 
 def _same(one, other) -> bool:

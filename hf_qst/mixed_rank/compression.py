@@ -37,7 +37,7 @@ def compress(model: nn.Module, config, calibration_data: Iterable[Mapping] | Non
             fit.
     """
     data = config.calibration_data if calibration_data is None else calibration_data
-    require_weights(model, "MixedRankConfig")
+    require_weights(model, "MixedRankConfig", "hf_qst.mixed_rank.compress_folder compresses its folder block by block")
     if config.residual and config.residual.reference_model is not None:
         require_weights(config.residual.reference_model, "MixedRankConfig.residual.reference_model")
     with unpacked(model), experts_split(model, config):

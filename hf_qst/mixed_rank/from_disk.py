@@ -27,6 +27,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.base_model.disk_weights import DiskWeights, skeleton_of
 from hf_qst.base_model.experts import expert_shapes, fused_experts
 from hf_qst.mixed_rank.block_walk import by_blocks
@@ -192,10 +193,10 @@ def _for_disk(skeleton: PreTrainedModel, config):
     """The configuration with a memory limit, after what can be known from the model's shapes was checked.
 
     Raises:
+        UnsupportedArchitectureError: the model is no decoder of a known type.
         ValueError: some targets are experts, or not all lie in the decoder's blocks.
     """
-    # Also names what is no decoder.
-    largest = max(sum(_DOUBLE * group.d_in**2 for group in block) for block in blocks_of(skeleton, config))
+    find_decoder_stack(skeleton)
     for path, experts in fused_experts(skeleton).items():
         layer = next((name for name in expert_shapes(experts) if _is_wanted(config, f"{path}.{name}")), None)
         if layer is not None:
@@ -209,7 +210,10 @@ def _for_disk(skeleton: PreTrainedModel, config):
             "compress_folder compresses layers in the blocks of one decoder; MixedRankConfig.target_modules="
             f"{config.target_modules!r} names others of {type(skeleton).__name__}. {_IN_MEMORY}"
         )
-    return config if config.memory_limit is not None else config.changed(memory_limit=largest)
+    if config.memory_limit is not None:
+        return config
+    largest = max(sum(_DOUBLE * group.d_in**2 for group in block) for block in blocks_of(skeleton, config))
+    return config.changed(memory_limit=largest)
 
 
 def _is_wanted(config, name: str) -> bool:

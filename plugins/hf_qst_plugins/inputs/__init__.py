@@ -7,7 +7,7 @@
 """
 
 from .cache import cache_folder, kept_model
-from .models import PACKAGED, NoModelError, load_model, model_path, nf4, quantization_config
+from .models import PACKAGED, NoModelError, device_and_dtype, load_model, model_path, nf4, quantization_config
 from .rows import BlockDataset, Collator, blocks, held_out_loss, token_rows
 from .sources import DataError, read_rows
 
@@ -19,6 +19,7 @@ __all__ = [
     "NoModelError",
     "blocks",
     "cache_folder",
+    "device_and_dtype",
     "held_out_loss",
     "kept_model",
     "load_model",

@@ -95,6 +95,12 @@ def quantization_config(quantization: str | None, compute_dtype: torch.dtype) ->
     return nf4(compute_dtype) if quantization == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
 
 
+def device_and_dtype(device: str | None) -> tuple[str, torch.dtype]:
+    """Where a model runs, by default on the first GPU, else the CPU; and the dtype that it computes in there."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, torch.float32 if device == "cpu" else torch.bfloat16
+
+
 def load_model(
     name: str | os.PathLike, quantization: str | None = None, device: str | None = None, adapter: str | None = None
 ) -> PreTrainedModel:
@@ -113,8 +119,7 @@ def load_model(
         NoModelError: the package or the file of the model is not there.
         ValueError: an unknown quantisation.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    device, dtype = device_and_dtype(device)
     settings = quantization_config(quantization, dtype)
     arguments = {} if settings is None else {"quantization_config": settings}
     model = AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype, device_map={"": device}, **arguments)
