@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -151,7 +152,8 @@ def collect_statistics(
         rows_per_dimension (`int`, *optional*):
             Stop after the batch with which every module has seen so many rows for each dimension of its input.
         least_rows (`int`): and not before every module has seen so many.
-        forward (`Callable`, *optional*): runs one of `batches`, which may then be of any kind; by default `run`.
+        forward (`Callable`, *optional*):
+            Runs one of `batches`, which may then be of any kind, in the mode that it sets; by default `run` in evaluation mode.
 
     Raises:
         CalibrationError: values are not finite, or a module is not reached.
@@ -190,7 +192,7 @@ def collect_statistics(
     handles = [
         model.get_submodule(group[0]).register_forward_hook(collect(group), with_kwargs=True) for group in groups
     ]
-    with hooks(handles), calibration_mode(model):
+    with hooks(handles), calibration_mode(model) if forward is None else nullcontext():
         for batch in tqdm(batches, desc=label, unit="batch", disable=not progress):
             run(batch) if forward is None else forward(batch)
             seen = [statistics.get(group) for group in groups]

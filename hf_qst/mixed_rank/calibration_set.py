@@ -139,7 +139,8 @@ class CalibrationSet:
 
             def forward(number: int, i=i, following=following) -> None:
                 run.enter(self.batches[number])
-                following[number] = calls[number][i](walk.layers[i], states[number])
+                with calibration_mode(walk.layers[i]):
+                    following[number] = calls[number][i](walk.layers[i], states[number])
 
             own = [group for group in groups if group[0].startswith(walk.paths[i])]
             with present(walk.layers[i]):
@@ -151,10 +152,9 @@ class CalibrationSet:
                     if least:
                         numbers = sorted(following)
                     yield from _finished(model, part, statistics, pools)
-                with calibration_mode(model):
-                    for number in numbers:
-                        if number not in following and i < last:
-                            forward(number)
+                for number in numbers:
+                    if number not in following and i < last:
+                        forward(number)
             for number, state in following.items():
                 states[number] = state
 
