@@ -59,7 +59,8 @@ class BlockWalk:
         real, _, outputs = _calls(run, self.layers, trial)
         made = enumerate(zip(self.layers, outputs, strict=False))
         self._stand_ins = {f"{blocks}.{i}": _PassedOn(layer, output) for i, (layer, output) in made}
-        self.skips = len(outputs) == len(self.layers) and _same(real, self._passed(trial))
+        passed = self._passed(trial) if len(outputs) == len(self.layers) else None
+        self.skips = passed is not None and _same(real, passed)
         if not self.skips and comes_from_disk(self.layers[0]):
             raise UnsupportedArchitectureError(
                 f"the blocks of {type(run.model).__name__} hand on more than the hidden state, so that none can run by itself "

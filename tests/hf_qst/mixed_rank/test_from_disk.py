@@ -229,7 +229,7 @@ def test_layers_outside_the_blocks_are_refused(tmp_path):
 def test_an_offloaded_model_is_told_of_it():
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2))
-    with pytest.raises(MissingWeightsError, match="where it does not fit, .*compress_folder compresses"):
+    with pytest.raises(MissingWeightsError, match="where it does not fit"):
         compress_model(model, settings(), batches())
 
 
