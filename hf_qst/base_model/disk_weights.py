@@ -60,7 +60,10 @@ class DiskWeights:
         self.index: dict[str, dict] = dict(index)
         self._own: dict[str, list[str]] = {}
         loader = OffloadedWeightsLoader(index=self.index, device=stays)
-        self.units = {path: _Unit(self.model.get_submodule(path), path, loader, self.device) for path in units}
+        self.units = {
+            path: _Unit(self.model.get_submodule(path), path, loader, self.device, is_block)
+            for path, is_block in units.items()
+        }
         for unit in self.units.values():
             unit.others = self.units.values()
 
@@ -118,12 +121,14 @@ def comes_from_disk(module: nn.Module) -> bool:
     return isinstance(getattr(module, "_hf_hook", None), _Unit)
 
 
-def _units(model: PreTrainedModel) -> list[str]:
-    """Paths of what comes into memory as a whole: each block, the embeddings and the head. The rest is small, and stays."""
+def _units(model: PreTrainedModel) -> dict[str, bool]:
+    """Paths of what comes into memory as a whole, and whether it is a block: the embeddings, the head, each block. The rest is
+    small, and stays."""
     stack = find_decoder_stack(model)
     outside = (stack.embeddings, model.get_output_embeddings())
     blocks = [f"{stack.path}.{stack.architecture.blocks}.{i}" for i in range(len(stack.blocks))]
-    return [*(path for path, module in model.named_modules() if module in outside), *blocks]
+    found = [path for path, module in model.named_modules() if module in outside]
+    return dict.fromkeys(found, False) | dict.fromkeys(blocks, True)
 
 
 def _device_map(model: nn.Module, units: Iterable[str], device: str, path: str = "") -> dict[str, str]:
@@ -150,12 +155,14 @@ class _Unit:
     offload = True
     others: Iterable[_Unit] = ()
 
-    def __init__(self, module: nn.Module, path: str, loader: OffloadedWeightsLoader, device: torch.device):
+    def __init__(
+        self, module: nn.Module, path: str, loader: OffloadedWeightsLoader, device: torch.device, is_block: bool
+    ):
         self.module, self.path, self.execution_device = module, path, device
         self.weights_map = PrefixedDataset(loader, f"{path}.")
         self._holders = 0
         self._absent: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self._checked = False
+        self._checked = not is_block  # others are not compressed
         module._hf_hook = self
         module.register_forward_pre_hook(lambda module, args: self._take())
         module.register_forward_hook(lambda module, args, output: self._release(), always_call=True)

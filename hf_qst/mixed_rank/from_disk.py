@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.base_model.disk_weights import DiskWeights, skeleton_of
@@ -37,15 +37,16 @@ from hf_qst.mixed_rank.targets import find_targets, matches
 from hf_qst.mixed_rank.workload import blocks_of
 from hf_qst.reshaped_models import ReshapedConfig
 from hf_qst.reshaped_models.classes import how_to_load
-from hf_qst.reshaped_models.folder import MANIFEST_NAME, write_folder
+from hf_qst.reshaped_models.folder import write_folder
 from hf_qst.saved.whole_files import scratch_folder
 
 logger = logging.getLogger(__name__)
 
 _DOUBLE = 8
-# Files beside a model that go with it, such as its tokenizer's.
-_COMPANIONS = re.compile(r".+\.(json|txt|model|jinja|tiktoken)")
-_OF_MODEL = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, MANIFEST_NAME)
+# Files of a tokenizer or a processor.
+_COMPANIONS = re.compile(
+    r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|processor|preprocessor).*|.+\.(model|tiktoken)"
+)
 _IN_MEMORY = "Load the model, as far as it fits into memory, and call compress_model"
 
 
@@ -243,14 +244,14 @@ def _write(model: PreTrainedModel, folder: str, output_folder: str, max_shard_si
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
             model.plain_class.save_pretrained(model, staging, max_shard_size=max_shard_size)
         for path in sorted(Path(folder).iterdir()):
-            if path.is_file() and _COMPANIONS.fullmatch(path.name) and path.name not in _OF_MODEL:
+            if path.is_file() and _COMPANIONS.fullmatch(path.name):
                 shutil.copyfile(path, os.path.join(staging, path.name))
 
     write_folder(save, output_folder, model.config, how_to_load(model))
 
 
 def _weight_bytes(folder: str) -> int:
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
 
 
 def _peak_memory() -> int | None:

@@ -188,6 +188,20 @@ def test_smaller_models(hf_qst_command, inputs, on_model, tmp_path, argv):
     assert code == 0 and out.startswith("t3 t4")
 
 
+def test_compression_from_disk_writes_the_same_files(hf_qst_command, on_model, tmp_path):
+    for name, switch in (("in_memory", []), ("from_disk", ["--from_disk"])):
+        argv = ["compress", *on_model, "--keep_ratio", "0.6", "--output_dir", tmp_path / name, *switch]
+        code, _, err = hf_qst_command(*argv)
+        assert code == 0, err
+    files = [{path.name: path for path in (tmp_path / name).iterdir()} for name in ("in_memory", "from_disk")]
+    assert files[0].keys() == files[1].keys()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert files[0][name].read_bytes() == files[1][name].read_bytes()
+    record = record_of(tmp_path / "from_disk")
+    assert "before" not in record and record["compression"]["parameters_before"] == 123_328
+    assert f"{record['compression']['parameters']:,} in " in err and record["compression"]["peak_memory"] > 2**26
+
+
 def test_record_is_strict_json(hf_qst_command, on_model, tmp_path):
     code, _, err = hf_qst_command("evaluate", *on_model, "--output_dir", tmp_path / "out")
     assert code == 0, err

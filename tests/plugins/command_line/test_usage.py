@@ -85,6 +85,15 @@ def test_without_a_command_it_is_wrong_usage(hf_qst_command):
             ["compress", "{model}", "--keep_ratio", "1e-5"],
             "--keep_ratio: MixedRankConfig.keep_ratio=1e-05 of the targets's",
         ),
+        (
+            ["compress", "{model}", "--from_disk", "--quantization", "nf4"],
+            "--quantization: leave it out with --from_disk",
+        ),
+        (["compress", "{model}", "--from_disk", "--prompts", "x"], "--prompts: leave it out with --from_disk"),
+        (
+            ["compress", "{model}", "--from_disk", "--compensation", "kd"],
+            "--compensation: compress_folder does not take MixedRankConfig.compensation='kd'",
+        ),
         (["evaluate", "--model", "{folder}"], "--data: it must be given, or --tasks"),
         (["evaluate", "--model", "/none", "--data", "x"], "--model: there is no file or folder '/none'"),
         (["evaluate", "{only}", "--adapter", "{folder}"], "--adapter: Can't find 'adapter_config.json'"),
