@@ -1,7 +1,8 @@
 """Processes of tests that begin clean, and quickly.
 
 They are children of a server that has imported the libraries and done nothing else. A fork of the test process itself has
-what hundreds of tests before it left: threads that are gone in the child, and locks that they held. It hung now and then.
+what the tests before it left, and hung for ever: OpenMP counts on threads that a fork does not have, and a semaphore of a
+progress bar may be held by a child that was killed.
 """
 
 import multiprocessing
