@@ -230,20 +230,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--models", type=Path, help="folder of the pruned model and the adapters (default: --work)")
     add("--output", type=Path, default=RESULTS / "four_together.json", help="file of the results")
     args = parser.parse_args(argv)
-    counts = ("limit", "width_multiple", "disp_steps", "tune_steps", "rate", "batch", "length")
-    counts += (
-        "training_rows",
-        "held",
-        "samples",
-        "temperature",
-        "new_tokens",
-        "rows",
-        "speed_rows",
-        "speed_tokens",
-        "repeats",
-        "workers",
-        "threads",
-    )
+    counts = ("limit", "width_multiple", "disp_steps", "tune_steps", "rate", "batch", "length", "training_rows", "held")
+    counts += ("samples", "temperature", "new_tokens", "rows", "speed_rows", "speed_tokens", "repeats", "workers")
+    counts += ("threads",)
     require_positive(parser, args, counts)
     require_device(parser, args)
     args.models = args.models or args.work
