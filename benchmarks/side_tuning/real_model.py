@@ -68,6 +68,7 @@ VARIANTS = {
     "tail 4": _side(tail_layers=4),
     "tail 8": _side(tail_layers=8),
     "tail 10": _side(tail_layers=10),
+    "tail 20": _side(tail_layers=20),
     "no readout": _side(readout_rank=0),
     "no input norm": _side(downsample_input_norm=False),
     "all blocks, r=16": _side(r=16, side_every=1),
@@ -91,7 +92,6 @@ NEAR = {"default, near the base": 10.0}
 PROBE = "linear probe"
 PEERS = {
     "QLoRA": lambda layers: _lora(),
-    "QLoRA, checkpointed": lambda layers: _lora(),
     "LoRA in the last 4": _last(4),
     "LoRA in the last 8": _last(8),
     "LoRA in the last 10": _last(10),
@@ -103,7 +103,8 @@ PEERS = {
 logistic regression on what the base's states have where the label is predicted and in the mean over the prompt, with a
 weight of its penalty in place of a rate."""
 PENALTIES, HEAD_RATES = (0.05, 0.1, 0.2), (5e-5, 1e-4, 2e-4)
-SHOWN = ("paper", "default", "tail 2", "tail 4", "tail 8", *(name for name in PEERS if name != PROBE))
+SHOWN = ("paper", "default", "tail 2", "tail 4", "tail 8", *(name for name in PEERS if name != PROBE), *SAME_LOSS)
+NAMES = [*VARIANTS, *PEERS, *SAME_LOSS]
 
 
 class Bench:
@@ -375,10 +376,10 @@ def cost(base: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict:
             head.weight.data.copy_(before)
             model.set_output_embeddings(head)
         else:
-            layers = base.config.num_hidden_layers
-            model = get_peft_model(model, copy.deepcopy(VARIANTS[name]) if name in VARIANTS else PEERS[name](layers))
+            layers, of = base.config.num_hidden_layers, SAME_LOSS.get(name, name)
+            model = get_peft_model(model, copy.deepcopy(VARIANTS[of]) if of in VARIANTS else PEERS[of](layers))
         model.train()
-        if name == "QLoRA, checkpointed":
+        if name in SAME_LOSS:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -401,8 +402,8 @@ def cost(base: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict:
 def _method(text: str) -> tuple[str, float | None]:
     """`METHOD` or `METHOD@RATE` of the command line."""
     name, _, rate = text.partition("@")
-    if name not in VARIANTS and name not in PEERS:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join([*VARIANTS, *PEERS])}")
+    if name not in NAMES:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(NAMES)}")
     return name, float(rate) if rate else None
 
 
@@ -418,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
         help="try --rates and more with the first seed and number of steps, and give the other runs the best")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0])
     add("--only", nargs="+", type=_method, default=[(name, None) for name in SHOWN], metavar="METHOD[@RATE]",
-        help=f"of {', '.join([*VARIANTS, *PEERS])}; with a rate of its own in place of those of --rates")  # fmt: skip
+        help=f"of {', '.join(NAMES)}; with a rate of its own in place of those of --rates")  # fmt: skip
     add("--cost", action="store_true", help="measure a step of each method in the model, and train nothing")
     add("--rounds", type=int, default=3, help="timed steps of --cost")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
