@@ -36,8 +36,9 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup, set_see
 
 from benchmarks.common.command_line import as_json, parser_of, require_device, require_positive
 from benchmarks.common.measure import RESULTS, environment, synchronize, write_json
+from benchmarks.common.merging import united
 from benchmarks.common.timing import in_turns, processor_clock
-from benchmarks.side_tuning.real_model_report import SAME_LOSS, best_rate, merged, next_rate, picture, table
+from benchmarks.side_tuning.real_model_report import SAME_LOSS, best_rate, next_rate, picture, table
 from benchmarks.side_tuning.stored_states import Step, StoredBase, hidden, last_blocks, states_read
 from benchmarks.side_tuning.tasks import IGNORED, TASKS, Batch, Task, accuracy
 from examples.demo import load_base
@@ -433,7 +434,7 @@ def main(argv: list[str] | None = None) -> None:
 
     result = json.loads(args.output.read_text()) if args.output.exists() else {"tasks": {}}
     if args.merge:
-        result = merged([result, *(json.loads(file.read_text()) for file in args.merge)])
+        result = united([result, *(json.loads(file.read_text()) for file in args.merge)])
         write_json(args.output, result)
     else:
         measure(args, result)

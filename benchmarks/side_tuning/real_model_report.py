@@ -53,19 +53,6 @@ def best_runs(runs: list[dict]) -> dict[str, list[dict]]:
     return {name: [run for run in those if run["rate"] == rates[name]] for name, those in by_method.items()}
 
 
-def merged(results: list[dict]) -> dict:
-    """One result with the runs of several; what two of them have is taken from the later."""
-    together: dict = {"tasks": {}}
-    for result in results:
-        tasks, cost = together["tasks"], {**together.get("cost", {}), **result.get("cost", {})}
-        for key, task in result["tasks"].items():
-            runs = [*tasks.get(key, {"runs": []})["runs"], *task["runs"]]
-            runs = {(run["method"], run["rate"], run["seed"]): run for run in runs}
-            tasks[key] = {**tasks.get(key, {}), **task, "runs": list(runs.values())}
-        together |= result | {"tasks": tasks} | ({"cost": cost} if cost else {})
-    return together
-
-
 def table(result: dict) -> str:
     """Of every task and number of steps: each method at its best rate, mean over the seeds."""
     lines = []
