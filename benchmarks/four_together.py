@@ -203,7 +203,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--width-multiple",
         type=int,
         default=64,
-        help="of the pruned widths; bitsandbytes is fast for multiples of 64 alone",
+        help="of the pruned widths; bitsandbytes is slow with odd ones on a CPU",
     )
     add("--disp-steps", type=int, default=120, help="steps of learning what to prune")
     add("--tune-steps", type=int, default=120, help="steps of each side tuning")

@@ -66,8 +66,9 @@ class SelectionMap:
 def multiple_of(width_multiple: int | str, hidden_size: int) -> int:
     """What every width is a multiple of; `"auto"`: 64 where the residual has 512 channels or more, otherwise 1.
 
-    bitsandbytes' 4-bit kernels take rows that are multiples of 64, and on one CPU a model of other widths decoded at less
-    than half the speed; the matrix units of GPUs want multiples of 8 to 64 too. In a narrow model steps of 64 are coarse.
+    On a CPU bitsandbytes multiplies 4-bit weights of an odd width several times more slowly, because they take a path of its
+    own in Python; 64 is the size of its blocks. The matrix units of GPUs want multiples of 8 to 64 too. In a narrow model
+    steps of 64 are coarse.
     """
     if width_multiple != AUTO:
         return width_multiple
