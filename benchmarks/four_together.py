@@ -97,7 +97,8 @@ class Stages:
         if (folder / "config.json").exists():
             return self._loaded(str(folder), None), {}
         set_seed(args.seed)
-        config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=args.keep, seed=args.seed)
+        multiple = args.width_multiple
+        config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=args.keep, width_multiple=multiple, seed=args.seed)
         model = get_peft_model(self._loaded(args.model, None), config)
         recipe = {"weight_decay": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
         schedule = Schedule(self.rows, args.disp_steps, args.batch)
@@ -198,6 +199,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--problems", type=humaneval_file, default="humaneval", help="'humaneval', or a JSONL file in its format")
     add("--limit", type=int, help="only the first so many problems")
     add("--keep", type=float, default=0.8, help="part of the weights in the blocks that is kept")
+    add(
+        "--width-multiple",
+        type=int,
+        default=64,
+        help="of the pruned widths; bitsandbytes is slow with odd ones on a CPU",
+    )
     add("--disp-steps", type=int, default=120, help="steps of learning what to prune")
     add("--tune-steps", type=int, default=120, help="steps of each side tuning")
     add("--rate", type=float, default=2e-3, help="learning rate of the side tuning")
@@ -223,8 +230,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--models", type=Path, help="folder of the pruned model and the adapters (default: --work)")
     add("--output", type=Path, default=RESULTS / "four_together.json", help="file of the results")
     args = parser.parse_args(argv)
-    counts = ("limit", "disp_steps", "tune_steps", "rate", "batch", "length", "training_rows", "held", "samples")
-    counts += ("temperature", "new_tokens", "rows", "speed_rows", "speed_tokens", "repeats", "workers", "threads")
+    counts = ("limit", "width_multiple", "disp_steps", "tune_steps", "rate", "batch", "length", "training_rows", "held")
+    counts += ("samples", "temperature", "new_tokens", "rows", "speed_rows", "speed_tokens", "repeats", "workers")
+    counts += ("threads",)
     require_positive(parser, args, counts)
     require_device(parser, args)
     args.models = args.models or args.work

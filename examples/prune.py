@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=model_argument, default=str(BASE), help=HELP)
     parser.add_argument("--keep", type=float, default=0.5, help="part of the weights in the blocks to keep")
-    parser.add_argument("--width-multiple", type=int, default=1, help="widths are multiples of it; 64 suits hardware")
+    parser.add_argument("--width-multiple", type=int, help="widths are multiples of it")
     parser.add_argument("--steps", type=int, default=300, help="steps of learning the widths")
     parser.add_argument("--recovery-steps", type=int, default=60, help="steps of LoRA on the smaller model")
     parser.add_argument("--batch", type=int, default=2, help="rows in a batch")
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Learn: the base is frozen, a hypernetwork learns which channels each block reads and writes. The callback starts it
     # from scores of the training data; the rate is twice the paper's, which is for ten thousand steps.
-    config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=args.keep, width_multiple=args.width_multiple)
+    config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=args.keep, width_multiple=args.width_multiple or "auto")
     model = get_peft_model(base, config)
     train(
         model,

@@ -27,10 +27,10 @@ import torch
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.llama import dense_llama
 from benchmarks.common.measure import write_json
+from benchmarks.common.merging import DifferentRunsError, merged_files
 from benchmarks.common.parts import Part, ResultFile, run_parts
 from benchmarks.compression import llama_7b, llm, pretrained, speed, vit
 from benchmarks.compression.layers import both
-from benchmarks.compression.merging import merge
 from benchmarks.compression.methods import DEFAULT, LLM_METHODS, METHODS
 from benchmarks.compression.plots import plots
 from benchmarks.compression.report import TABLES, report
@@ -247,7 +247,10 @@ def main(argv: list[str] | None = None) -> None:
     # float32 throughout: the convolution that cuts an image into patches would round its inputs.
     torch.backends.cudnn.allow_tf32 = False
     if args.merge:
-        found = {part: entry for part, entry in merge(args.merge).items() if part in args.parts}
+        try:
+            found = {part: entry for part, entry in merged_files(args.merge).items() if part in args.parts}
+        except DifferentRunsError as error:
+            raise SystemExit(str(error)) from None
         write_json(path_of(args), found)
         print(report({part: entry["result"] for part, entry in found.items()}, list(found)))
         return

@@ -33,12 +33,12 @@ from tqdm.auto import tqdm
 from benchmarks.common.command_line import add_part_options, parser_of, require_device, require_parts, require_positive
 from benchmarks.common.llama import dense_llama
 from benchmarks.common.measure import write_json
+from benchmarks.common.merging import DifferentRunsError, merged_files, united
 from benchmarks.common.parts import Part, ResultFile, run_parts
 from benchmarks.compression.llm import BASE_NAME, evaluated, load_dense
 from benchmarks.compression.methods import parameters
 from benchmarks.pruning import cost
 from benchmarks.pruning.draws import draws
-from benchmarks.pruning.merging import DifferentRunsError, merged
 from benchmarks.pruning.methods import DEFAULT, METHODS, ROUNDED, Bench, Schedule, made, recovered
 from benchmarks.pruning.report import TABLES, plots, report
 from benchmarks.pruning.text import TEXTS, OtherTextError, kept
@@ -263,12 +263,21 @@ def parts_of(args: argparse.Namespace, results: ResultFile) -> dict[str, Part]:
     }
 
 
+def joined(results: ResultFile, paths: list[Path]) -> dict:
+    """The part `quality` of these files and of the results so far, if those are of the same machine and arguments."""
+    quality = merged_files(paths, ("arguments", "machine"))["quality"]
+    before = results.parts.get("quality", {})
+    if all(before.get(name) == quality.get(name) for name in ("arguments", "machine")):
+        quality = united([before, quality])
+    return {"quality": quality}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     results = results_of(args)
     if args.merge:
         try:
-            results.parts |= merged([results.path, *(folder / file_name(args) for folder in args.merge)])
+            results.parts |= joined(results, [folder / file_name(args) for folder in args.merge])
         except DifferentRunsError as error:
             raise SystemExit(str(error)) from None
         write_json(results.path, results.parts)

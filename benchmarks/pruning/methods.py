@@ -167,7 +167,7 @@ def _learned(name: str, rate: float = LEARNING_RATE, rounded: str | None = None,
     """DISP; `rounded` names a second row of the first seed, of the same logits at widths in multiples of `ROUNDED`."""
 
     def make(bench: Bench, keep: float, seed: int):
-        config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=keep, seed=seed, **settings)
+        config = DISPConfig(task_type="CAUSAL_LM", keep_ratio=keep, width_multiple=1, seed=seed, **settings)
         model = get_peft_model(copy.deepcopy(bench.dense), config)
         callback = DISPCallback(progress=False)
         schedule = dataclasses.replace(bench.learning, steps=times * bench.learning.steps)

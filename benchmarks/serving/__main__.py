@@ -49,10 +49,12 @@ def make_forms(model: str, keep: float, folder: Path) -> dict[str, Path]:
 
     makers = {
         "dense": load,
-        "pruned": lambda: prune_model(load(), "flap", keep, calibration_data=data),
+        "pruned": lambda: prune_model(load(), "flap", keep, calibration_data=data, width_multiple=1),
         "factorised": lambda: compress_model(load(), MixedRankConfig(keep_ratio=keep), data),
         "pruned and factorised": lambda: compress_model(
-            prune_model(load(), "flap", part, calibration_data=data), MixedRankConfig(keep_ratio=part), data
+            prune_model(load(), "flap", part, calibration_data=data, width_multiple=1),
+            MixedRankConfig(keep_ratio=part),
+            data,
         ),
     }
     found = {form: folder / form.replace(" ", "_") for form in FORMS}

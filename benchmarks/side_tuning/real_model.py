@@ -36,8 +36,9 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup, set_see
 
 from benchmarks.common.command_line import as_json, parser_of, require_device, require_positive
 from benchmarks.common.measure import RESULTS, environment, synchronize, write_json
+from benchmarks.common.merging import united
 from benchmarks.common.timing import in_turns, processor_clock
-from benchmarks.side_tuning.real_model_report import SAME_LOSS, best_rate, merged, next_rate, picture, table
+from benchmarks.side_tuning.real_model_report import SAME_LOSS, best_rate, next_rate, picture, table
 from benchmarks.side_tuning.stored_states import Step, StoredBase, hidden, last_blocks, states_read
 from benchmarks.side_tuning.tasks import IGNORED, TASKS, Batch, Task, accuracy
 from examples.demo import load_base
@@ -68,6 +69,7 @@ VARIANTS = {
     "tail 4": _side(tail_layers=4),
     "tail 8": _side(tail_layers=8),
     "tail 10": _side(tail_layers=10),
+    "tail 20": _side(tail_layers=20),
     "no readout": _side(readout_rank=0),
     "no input norm": _side(downsample_input_norm=False),
     "all blocks, r=16": _side(r=16, side_every=1),
@@ -91,7 +93,6 @@ NEAR = {"default, near the base": 10.0}
 PROBE = "linear probe"
 PEERS = {
     "QLoRA": lambda layers: _lora(),
-    "QLoRA, checkpointed": lambda layers: _lora(),
     "LoRA in the last 4": _last(4),
     "LoRA in the last 8": _last(8),
     "LoRA in the last 10": _last(10),
@@ -103,7 +104,8 @@ PEERS = {
 logistic regression on what the base's states have where the label is predicted and in the mean over the prompt, with a
 weight of its penalty in place of a rate."""
 PENALTIES, HEAD_RATES = (0.05, 0.1, 0.2), (5e-5, 1e-4, 2e-4)
-SHOWN = ("paper", "default", "tail 2", "tail 4", "tail 8", *(name for name in PEERS if name != PROBE))
+SHOWN = ("paper", "default", "tail 2", "tail 4", "tail 8", *(name for name in PEERS if name != PROBE), *SAME_LOSS)
+NAMES = [*VARIANTS, *PEERS, *SAME_LOSS]
 
 
 class Bench:
@@ -375,10 +377,10 @@ def cost(base: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict:
             head.weight.data.copy_(before)
             model.set_output_embeddings(head)
         else:
-            layers = base.config.num_hidden_layers
-            model = get_peft_model(model, copy.deepcopy(VARIANTS[name]) if name in VARIANTS else PEERS[name](layers))
+            layers, of = base.config.num_hidden_layers, SAME_LOSS.get(name, name)
+            model = get_peft_model(model, copy.deepcopy(VARIANTS[of]) if of in VARIANTS else PEERS[of](layers))
         model.train()
-        if name == "QLoRA, checkpointed":
+        if name in SAME_LOSS:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -401,8 +403,8 @@ def cost(base: nn.Module, batch: Batch, names: list[str], rounds: int) -> dict:
 def _method(text: str) -> tuple[str, float | None]:
     """`METHOD` or `METHOD@RATE` of the command line."""
     name, _, rate = text.partition("@")
-    if name not in VARIANTS and name not in PEERS:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join([*VARIANTS, *PEERS])}")
+    if name not in NAMES:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(NAMES)}")
     return name, float(rate) if rate else None
 
 
@@ -418,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
         help="try --rates and more with the first seed and number of steps, and give the other runs the best")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0])
     add("--only", nargs="+", type=_method, default=[(name, None) for name in SHOWN], metavar="METHOD[@RATE]",
-        help=f"of {', '.join([*VARIANTS, *PEERS])}; with a rate of its own in place of those of --rates")  # fmt: skip
+        help=f"of {', '.join(NAMES)}; with a rate of its own in place of those of --rates")  # fmt: skip
     add("--cost", action="store_true", help="measure a step of each method in the model, and train nothing")
     add("--rounds", type=int, default=3, help="timed steps of --cost")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -432,7 +434,7 @@ def main(argv: list[str] | None = None) -> None:
 
     result = json.loads(args.output.read_text()) if args.output.exists() else {"tasks": {}}
     if args.merge:
-        result = merged([result, *(json.loads(file.read_text()) for file in args.merge)])
+        result = united([result, *(json.loads(file.read_text()) for file in args.merge)])
         write_json(args.output, result)
     else:
         measure(args, result)

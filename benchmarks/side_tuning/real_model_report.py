@@ -10,8 +10,8 @@ from benchmarks.common.plots import pyplot, save_figure
 from benchmarks.common.tables import MIB, markdown
 
 PICTURED = "prose"
-# The same training by another way: the losses are those of the second.
-SAME_LOSS = {"QLoRA, checkpointed": "QLoRA"}
+# The same training with gradient checkpointing: the losses are those of the second.
+SAME_LOSS = {f"{name}, checkpointed": name for name in ("QLoRA", "tail 10", "tail 20")}
 MOST_RATES = 6
 
 
@@ -51,19 +51,6 @@ def best_runs(runs: list[dict]) -> dict[str, list[dict]]:
         by_method.setdefault(run["method"], []).append(run)
     rates = {name: best_rate(those) for name, those in by_method.items()}
     return {name: [run for run in those if run["rate"] == rates[name]] for name, those in by_method.items()}
-
-
-def merged(results: list[dict]) -> dict:
-    """One result with the runs of several; what two of them have is taken from the later."""
-    together: dict = {"tasks": {}}
-    for result in results:
-        tasks, cost = together["tasks"], {**together.get("cost", {}), **result.get("cost", {})}
-        for key, task in result["tasks"].items():
-            runs = [*tasks.get(key, {"runs": []})["runs"], *task["runs"]]
-            runs = {(run["method"], run["rate"], run["seed"]): run for run in runs}
-            tasks[key] = {**tasks.get(key, {}), **task, "runs": list(runs.values())}
-        together |= result | {"tasks": tasks} | ({"cost": cost} if cost else {})
-    return together
 
 
 def table(result: dict) -> str:

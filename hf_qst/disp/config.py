@@ -46,7 +46,9 @@ class DISPConfig(MethodConfig):
         hardening (`str`):
             The final choice: `"budget"` shifts all logits by one number so that the budget is met, `"threshold"` takes
             them as they are.
-        width_multiple (`int`): every width is a multiple of it, or all channels.
+        width_multiple (`int` or `str`):
+            Every width is a multiple of it, or all channels. `"auto"`: 64 where the residual has 512 channels or more,
+            otherwise 1.
         min_width (`int`): no width falls below it.
         start_scores (`str`, *optional*):
             The pruning method, by its name in `hf_qst.pruning.PRUNING_METHODS`, whose choice of channels learning starts
@@ -75,7 +77,7 @@ class DISPConfig(MethodConfig):
     hypernetwork_input_size: int = field(default=32, metadata={"help": "Width of the hypernetwork's input."})
     hypernetwork_hidden_size: int = field(default=64, metadata={"help": "Width of its GRU in one direction."})
     hardening: str = field(default="budget", metadata={"help": "'budget' or 'threshold'."})
-    width_multiple: int = field(default=1, metadata={"help": "Widths are multiples of it."})
+    width_multiple: int | str = field(default="auto", metadata={"help": "Widths are multiples of it."})
     min_width: int = field(default=1, metadata={"help": "Least width."})
     start_scores: str | None = field(default=None, metadata={"help": "Where learning starts: 'fisher', 'none', ..."})
     calibration_data: Any = field(
@@ -128,5 +130,5 @@ class DISPConfig(MethodConfig):
 
     @classmethod
     def paper(cls, **changes) -> DISPConfig:
-        """The settings of the paper: every channel starts alike."""
-        return cls(**{"start_scores": "none", **changes})
+        """The settings of the paper: every channel starts alike, and widths are any numbers."""
+        return cls(**{"start_scores": "none", "width_multiple": 1, **changes})

@@ -15,7 +15,14 @@ from hf_qst.disp.config import DISPConfig
 from hf_qst.disp.estimators import ESTIMATORS, THRESHOLDS
 from hf_qst.disp.hypernetwork import make_hypernetwork
 from hf_qst.pruning.layout import PruningLayout
-from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, rounded_width, widths_on_budget
+from hf_qst.pruning.widths import (
+    SelectionMap,
+    best_channels,
+    masks_by_layer,
+    multiple_of,
+    rounded_width,
+    widths_on_budget,
+)
 
 _UNDECIDED = 2
 
@@ -152,6 +159,11 @@ class SelectionNetwork(nn.Module):
         penalty = self.regularization * (ratio.log() - math.log(self.keep_share)).abs()
         return SampledSelections(self.plan.expand([s.gates for s in samples]), penalty, ratio.detach())
 
+    @property
+    def width_multiple(self) -> int:
+        """What every width is a multiple of."""
+        return multiple_of(self.config.width_multiple, self.layout.hidden_size)
+
     @torch.no_grad()
     def threshold_ratio(self) -> float:
         """The part of the weights that stays if every channel above the threshold does."""
@@ -160,7 +172,7 @@ class SelectionNetwork(nn.Module):
     def _threshold_widths(self, logits: list[torch.Tensor]) -> list[int]:
         threshold, config = THRESHOLDS[self.config.estimator], self.config
         return [
-            rounded_width(int((z > threshold).sum()), len(z), config.width_multiple, config.min_width) for z in logits
+            rounded_width(int((z > threshold).sum()), len(z), self.width_multiple, config.min_width) for z in logits
         ]
 
     def hardened(self) -> list[torch.Tensor]:
@@ -202,7 +214,7 @@ class SelectionNetwork(nn.Module):
         else:
             logits = self.logits() if logits is None else logits
             seen = torch.cat(logits)
-        settings = (hardened, self.budget, config.hardening, config.width_multiple, config.min_width, config.estimator)
+        settings = (hardened, self.budget, config.hardening, self.width_multiple, config.min_width, config.estimator)
         decided = self._decided
         if decided is not None and decided.follows_from(seen, settings):
             return decided
@@ -221,7 +233,7 @@ class SelectionNetwork(nn.Module):
     def _hardened_widths(self, logits: list[torch.Tensor]) -> list[int]:
         if self.config.hardening == "threshold":
             return self._threshold_widths(logits)
-        return widths_on_budget(logits, self.plan, self.budget, self.config.width_multiple, self.config.min_width)
+        return widths_on_budget(logits, self.plan, self.budget, self.width_multiple, self.config.min_width)
 
     @torch.no_grad()
     def harden(self) -> None:

@@ -21,7 +21,7 @@ from hf_qst.pruning.scores import (
     experts_as_layers,
     require_allocation,
 )
-from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, widths_on_budget
+from hf_qst.pruning.widths import SelectionMap, best_channels, masks_by_layer, multiple_of, widths_on_budget
 from hf_qst.tuner.config import is_count
 
 
@@ -83,7 +83,7 @@ def prune_model(
     calibration_data: Iterable[Mapping] | None = None,
     selections: Sequence[str] = SELECTIONS,
     constraint: str = "none",
-    width_multiple: int = 1,
+    width_multiple: int | str = "auto",
     min_width: int = 1,
     allocation: str | None = None,
     seed: int = 0,
@@ -132,7 +132,8 @@ def prune_model(
         with experts_as_layers(stack):
             plan = SelectionMap.of(task.layout, options.selections, constraint)
             owned = comparable_scores(method, chosen.score(task), plan, allocation)
-            widths = widths_on_budget(owned, plan, budget, width_multiple, min_width)
+            multiple = multiple_of(width_multiple, task.layout.hidden_size)
+            widths = widths_on_budget(owned, plan, budget, multiple, min_width)
             masks = masks_by_layer(plan, best_channels(owned, widths))
             if chosen.keeps_means:
                 _add_means_to_biases(task, masks)
@@ -150,7 +151,8 @@ def prune_evenly(model: PreTrainedModel, options: PruningOptions) -> PreTrainedM
     plan = SelectionMap.of(PruningLayout.of(stack), options.selections, options.constraint)
     scores = [torch.linspace(1, 0, size, dtype=torch.float64) for size in plan.sizes]
     budget = parameter_budget(model, stack, options)
-    widths = widths_on_budget(scores, plan, budget, options.width_multiple, options.min_width)
+    multiple = multiple_of(options.width_multiple, plan.layout.hidden_size)
+    widths = widths_on_budget(scores, plan, budget, multiple, options.min_width)
     return prune_blocks(model, masks_by_layer(plan, best_channels(scores, widths)))
 
 

@@ -12,7 +12,7 @@ from hf_qst.base_model.budget import Budget
 from hf_qst.base_model.decoder_stack import DecoderStack
 from hf_qst.base_model.linear_layers import weight_count
 from hf_qst.pruning.layout import SELECTIONS, PruningLayout
-from hf_qst.pruning.widths import CONSTRAINTS, SelectionMap, rounded_width
+from hf_qst.pruning.widths import AUTO, CONSTRAINTS, SelectionMap, multiple_of, rounded_width
 from hf_qst.tuner.config import BUDGET_SCOPES, is_count, is_number
 
 
@@ -27,7 +27,8 @@ class PruningOptions:
         constraint (`str`):
             `"none"`; `"layer"`: the selections on the residual are one and the same within a layer; `"model"`: in all
             layers, as when the residual itself is pruned.
-        width_multiple (`int`): every width is a multiple of it, or all channels.
+        width_multiple (`int` or `str`):
+            Every width is a multiple of it, or all channels. `"auto"`: see [`~hf_qst.pruning.widths.multiple_of`].
         min_width (`int`): no width falls below it.
 
     Raises:
@@ -38,7 +39,7 @@ class PruningOptions:
     budget_scope: str = "targets"
     selections: Sequence[str] = SELECTIONS
     constraint: str = "none"
-    width_multiple: int = 1
+    width_multiple: int | str = AUTO
     min_width: int = 1
 
     def __post_init__(self):
@@ -60,8 +61,9 @@ def check_options(options, owner: str = "") -> None:
     require("keep_ratio", is_number(options.keep_ratio) and 0 < options.keep_ratio <= 1, "in (0, 1]")
     for name, accepted in (("budget_scope", BUDGET_SCOPES), ("constraint", CONSTRAINTS)):
         require(name, getattr(options, name) in accepted, f"one of {', '.join(accepted)}")
-    for name in ("width_multiple", "min_width"):
-        require(name, is_count(getattr(options, name)), "an integer of at least 1")
+    require("min_width", is_count(options.min_width), "an integer of at least 1")
+    multiple = options.width_multiple
+    require("width_multiple", multiple == AUTO or is_count(multiple), "an integer of at least 1 or 'auto'")
     chosen = options.selections
     known = isinstance(chosen, (list, tuple, set)) and len(chosen) > 0 and set(chosen) <= set(SELECTIONS)
     require("selections", known, f"a non-empty list out of {', '.join(SELECTIONS)}")
@@ -83,7 +85,8 @@ def parameter_budget(model: nn.Module, stack: DecoderStack, options, owner: str 
     """
     layout = PruningLayout.of(stack)
     plan = SelectionMap.of(layout, options.selections, options.constraint)
-    least = plan.parameters([rounded_width(0, n, options.width_multiple, options.min_width) for n in plan.sizes])
+    multiple = multiple_of(options.width_multiple, layout.hidden_size)
+    least = plan.parameters([rounded_width(0, n, multiple, options.min_width) for n in plan.sizes])
     budget = Budget(options.keep_ratio, options.budget_scope, layout.total, other_parameters(model, stack))
     if budget.parameters < least:
         raise budget.error(owner, least, "at the least widths")

@@ -13,6 +13,7 @@ from hf_qst.base_model.budget import BudgetError
 from hf_qst.pruning.layout import ON_RESIDUAL, SELECTIONS, PruningLayout
 
 CONSTRAINTS = ("none", "layer", "model")
+AUTO = "auto"
 _BISECTIONS = 60
 
 
@@ -60,6 +61,18 @@ class SelectionMap:
     def parameters(self, owned: Sequence[int]) -> int:
         """Weights left at these widths of the owners."""
         return self.layout.count(self.widths(owned))
+
+
+def multiple_of(width_multiple: int | str, hidden_size: int) -> int:
+    """What every width is a multiple of; `"auto"`: 64 where the residual has 512 channels or more, otherwise 1.
+
+    On a CPU bitsandbytes multiplies 4-bit weights of an odd width several times more slowly, because they take a path of its
+    own in Python; 64 is the size of its blocks. The matrix units of GPUs want multiples of 8 to 64 too. In a narrow model
+    steps of 64 are coarse.
+    """
+    if width_multiple != AUTO:
+        return width_multiple
+    return 64 if hidden_size >= 512 else 1
 
 
 def rounded_width(count: int, size: int, multiple: int, least: int) -> int:

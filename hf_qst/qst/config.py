@@ -38,7 +38,8 @@ class QSTConfig(MethodConfig):
         tail_layers (`int`):
             How many of the last base blocks learn too, by low-rank updates of their linear layers (LoRA). The backward
             pass runs through these blocks and no further; the side network and the readout read the blocks below them. 0
-            differentiates nothing in the base; the number of blocks, less one, is nearly LoRA in all of it.
+            differentiates nothing in the base; the number of blocks, less one, is nearly LoRA in all of it. Gradient
+            checkpointing, as the user asks for it, is of these blocks.
         tail_rank (`int`):
             Rank of these updates.
         downsample (`str`):

@@ -23,7 +23,7 @@ from hf_qst.qst.hidden_states.replaceable_blocks import ReplaceableForward
 from hf_qst.qst.in_turn import InTurn
 from hf_qst.qst.side_block import BlockContext
 from hf_qst.qst.side_network import SideNetwork
-from hf_qst.qst.tail import key, linear_layers
+from hf_qst.qst.tail import CheckpointedForward, key, linear_layers
 from hf_qst.tuner.running_forward import RunningForward
 from hf_qst.tuner.stack_tuner import StackLayer, with_last_hidden_state
 
@@ -162,6 +162,7 @@ class QSTLayer(StackLayer):
         for i in range(first, self.hooked_from):
             start = _TailStart(i, self.tape)
             self.hook_handles.append(blocks[i].register_forward_pre_hook(start, with_kwargs=True))
+            self.hook_handles.append(CheckpointedForward(blocks[i], self.tape))
             for path, linear in linear_layers(blocks[i]):
                 self.hook_handles.append(linear.register_forward_hook(_TailUpdate(key(i, path), self.tape)))
             # bitsandbytes' packed layout on a CPU has no backward pass.

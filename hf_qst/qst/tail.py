@@ -3,7 +3,8 @@
     y = W x + 2 B A x        for each linear layer W of the last k blocks, B zero at the start (Hu et al., LoRA, 2021)
 
 Nothing below the tail is differentiated, so a step costs a forward pass of the base and a backward pass of k blocks. With
-k = 0 there is no tail; with k the number of blocks it is LoRA on the whole base.
+k = 0 there is no tail; with k the number of blocks it is LoRA on the whole base. Where the user asked for gradient
+checkpointing, a block of the tail keeps its input and computes the rest again in the backward pass.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import math
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
 
 from hf_qst.base_model.linear_layers import dense_shape, is_linear
+from hf_qst.tuner.running_forward import ForwardInPlace
 
 SCALE = 2.0
 """LoRA's alpha / r, as QLoRA has it."""
@@ -58,6 +62,27 @@ class Tail(nn.Module):
     def update(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What is added to the output of the layer called `name` for its input x."""
         return self.updates[name](x)
+
+
+class CheckpointedForward(ForwardInPlace):
+    """The forward of a block that may be in a tail.
+
+    transformers checkpoints blocks in training mode, and those of a frozen base are in evaluation mode. Its own way would
+    also miss the updates: they are added by hooks that look for the running forward, which is over in the backward pass.
+    """
+
+    def __call__(self, *args, **kwargs):
+        running, wanted = self.tape.current, getattr(self.block, "gradient_checkpointing", False)
+        # With a cache of keys and values, which a second run would write again, nothing is checkpointed.
+        cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+        if running is None or not wanted or cached or not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+
+        def run(*args, **kwargs):
+            with self.tape.using(running):
+                return self.forward(*args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 def linear_layers(block: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -87,7 +87,7 @@ FIELDS = {
         "hypernetwork_input_size": COUNTS,
         "hypernetwork_hidden_size": COUNTS,
         "hardening": of("budget", "threshold"),
-        "width_multiple": COUNTS,
+        "width_multiple": st.one_of(COUNTS, of("auto")),
         "min_width": COUNTS,
         "start_scores": of(None, "none", *PRUNING_METHODS),
         "calibration_data": of(None, DATA),

@@ -6,14 +6,12 @@
 import os
 import random
 import shutil
-import signal
-import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,6 +19,7 @@ from hf_qst.errors import CheckpointError
 from hf_qst.saved.whole_files import finish_interrupted, remove_abandoned, whole_file, whole_files, write_text
 from hf_qst_plugins.code_evaluation import read_samples
 from hf_qst_plugins.code_evaluation.samples_file import SamplesFile
+from tests.child_processes import CHILD
 from tests.conformance.methods import LINES, logits, small
 from tests.reshaped_toys import reshaped
 
@@ -30,42 +29,58 @@ def kills(request):
     return request.config.getoption("--kills")
 
 
-def killed(work, draw: random.Random, longest: float) -> None:
-    """Run `work` in a process of its own and kill it at a random moment."""
-    process = os.fork()
-    if process == 0:
-        try:
-            torch.set_num_threads(1)
-            # Progress bars share a lock with the processes that are forked, and the killed one would keep it.
-            tqdm.set_lock(threading.RLock())
-            work()
-        finally:
-            os._exit(1)
+def _work(begun, work, arguments) -> None:
+    torch.set_num_threads(1)
+    begun.set()
+    work(*arguments)
+
+
+def killed(work, *arguments, draw: random.Random, longest: float) -> None:
+    """Run `work`, a function of this file, in a process of its own and kill it at a random moment."""
+    begun = CHILD.Event()
+    process = CHILD.Process(target=_work, args=(begun, work, arguments))
+    process.start()
+    assert begun.wait(60)
     time.sleep(draw.uniform(0, longest))
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    process.kill()
+    process.join()
+
+
+def two_models(make) -> dict:
+    """By seed."""
+    return {seed: make(seed) for seed in (1, 2)}
+
+
+def save_in_turns(make, folder, settings) -> None:
+    """Without an end: the model of seed 2, that of seed 1, and so on."""
+    models = two_models(make)
+    while True:
+        for seed in (2, 1):
+            models[seed].save_pretrained(folder, **settings[seed])
+
+
+def random_reshaped(seed: int):
+    model = reshaped(num_hidden_layers=2)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def random_adapter(line: str, seed: int):
+    return LINES[line].random(seed=seed)
 
 
 def test_a_saved_model_is_the_old_or_the_new_one(kills, tmp_path):
-    models = {seed: reshaped(num_hidden_layers=2) for seed in (1, 2)}
-    for seed, model in models.items():
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
+    models = two_models(random_reshaped)
     expected = {seed: logits(model) for seed, model in models.items()}
     folder = tmp_path / "model"
     # One in one file, the other in shards: each save also removes files of the other.
-    shards = {1: "1GB", 2: "60KB"}
-    models[1].save_pretrained(folder, max_shard_size=shards[1])
-
-    def save_in_turns():
-        while True:
-            for seed in (2, 1):
-                models[seed].save_pretrained(folder, max_shard_size=shards[seed])
-
+    settings = {1: {"max_shard_size": "1GB"}, 2: {"max_shard_size": "60KB"}}
+    models[1].save_pretrained(folder, **settings[1])
     found = set()
     for kill in range(kills):
-        killed(save_in_turns, random.Random(kill), 0.4)
+        killed(save_in_turns, random_reshaped, folder, settings, draw=random.Random(kill), longest=0.4)
         loaded = logits(AutoModelForCausalLM.from_pretrained(folder))
         same = [seed for seed, wanted in expected.items() if torch.equal(loaded, wanted)]
         assert same, kill
@@ -81,20 +96,14 @@ def test_a_saved_model_is_the_old_or_the_new_one(kills, tmp_path):
 @pytest.mark.parametrize("line", ["qst", "disp", "mixed_rank"])
 def test_an_adapter_is_whole_or_refused(line, kills, tmp_path):
     """PEFT writes the weights in place before a method may write its file, so a kill in between is seen, not undone."""
-    line = LINES[line]
-    models = {seed: line.random(seed=seed) for seed in (1, 2)}
+    make = partial(random_adapter, line)
+    models = two_models(make)
     expected = {seed: logits(model) for seed, model in models.items()}
     folder = tmp_path / "adapter"
     models[1].save_pretrained(folder)
-
-    def save_in_turns():
-        while True:
-            for seed in (2, 1):
-                models[seed].save_pretrained(folder)
-
     refused = 0
     for kill in range(kills):
-        killed(save_in_turns, random.Random(kill), 0.2)
+        killed(save_in_turns, make, folder, {1: {}, 2: {}}, draw=random.Random(kill), longest=0.2)
         try:
             loaded = logits(PeftModel.from_pretrained(small(), folder))
         except CheckpointError:
@@ -108,18 +117,18 @@ def test_an_adapter_is_whole_or_refused(line, kills, tmp_path):
     assert refused < kills
 
 
+def go_on(path) -> None:
+    sample = {"completion": "return 1\n" * 200, "program_parses": True, "outcome": "passed", "detail": ""}
+    with SamplesFile(path, {"seed": 0}) as file:
+        for number in range(len(file.samples), 10**6):
+            file.append({**sample, "task_id": str(number), "sample": 0, "tokens": number, "seconds": 0.0})
+
+
 def test_a_killed_evaluation_keeps_every_whole_sample(kills, tmp_path):
     path = tmp_path / "samples.jsonl"
-    sample = {"completion": "return 1\n" * 200, "program_parses": True, "outcome": "passed", "detail": ""}
-
-    def go_on():
-        with SamplesFile(path, {"seed": 0}) as file:
-            for number in range(len(file.samples), 10**6):
-                file.append({**sample, "task_id": str(number), "sample": 0, "tokens": number, "seconds": 0.0})
-
     done = 0
     for kill in range(kills):
-        killed(go_on, random.Random(kill), 0.1)
+        killed(go_on, path, draw=random.Random(kill), longest=0.1)
         if path.exists() and path.stat().st_size:
             found = [record["task_id"] for record in read_samples(path)[1]]
             assert found == [str(number) for number in range(len(found))] and len(found) >= done
@@ -138,6 +147,10 @@ def trainer(folder, **settings):
     return Trainer(model, arguments, train_dataset=rows)
 
 
+def train(folder) -> None:
+    trainer(folder).train()
+
+
 def test_a_killed_training_run_goes_on_and_ends_as_if_it_had_not_been(kills, tmp_path):
     whole = trainer(tmp_path / "whole")
     whole.train()
@@ -146,7 +159,7 @@ def test_a_killed_training_run_goes_on_and_ends_as_if_it_had_not_been(kills, tmp
         folder = tmp_path / "run"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        killed(lambda folder=folder: trainer(folder).train(), random.Random(kill), 2.0)
+        killed(train, folder, draw=random.Random(kill), longest=2.0)
         while True:
             last = get_last_checkpoint(folder)
             run = trainer(folder)

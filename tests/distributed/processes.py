@@ -1,11 +1,9 @@
-"""Several gloo processes that are forks of this one: nothing is imported again."""
+"""Several gloo processes of one group."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
-import threading
 import time
 import traceback
 from datetime import timedelta
@@ -13,7 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+
+from tests.child_processes import CHILD
 
 _PATIENCE = timedelta(seconds=300)
 
@@ -22,7 +21,7 @@ def in_processes(count: int, function, directory: Path, *args, environment: dict
     """Results of `function(*args)` in each of `count` processes of one group, by rank.
 
     Args:
-        function: what it returns is written by `torch.save`.
+        function: of a module; what it returns is written by `torch.save`.
         directory: for results and errors.
         environment: variables that a launcher sets.
 
@@ -33,9 +32,8 @@ def in_processes(count: int, function, directory: Path, *args, environment: dict
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
     started = [
-        context.Process(target=_run, args=(rank, count, port, function, directory, args, environment or {}))
+        CHILD.Process(target=_run, args=(rank, count, port, function, directory, args, environment or {}))
         for rank in range(count)
     ]
     for process in started:
@@ -61,7 +59,6 @@ def in_processes(count: int, function, directory: Path, *args, environment: dict
 
 def _run(rank: int, count: int, port: int, function, directory: Path, args: tuple, environment: dict) -> None:
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # a thread of the parent may have held its lock at the fork
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({**environment, **{name: str(value) for name, value in own.items()}})

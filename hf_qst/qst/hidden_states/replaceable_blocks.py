@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_qst.tuner.running_forward import RunningForward
+from hf_qst.tuner.running_forward import ForwardInPlace, RunningForward
 
 
-class ReplaceableForward:
-    """The forward of base block `index` while its layer has a cache; `remove()` puts the block's own back.
+class ReplaceableForward(ForwardInPlace):
+    """The forward of base block `index` while its layer has a cache.
 
     It asks the recorder of the running forward for the block's output. The form of what the block returns (a state, or a
     tuple with a state in front) is seen when the block runs, which it must once before. What else a tuple holds, such as
@@ -21,14 +21,12 @@ class ReplaceableForward:
     """
 
     def __init__(self, index: int, block: nn.Module, tape: RunningForward):
-        self.index, self.block, self.tape = index, block, tape
-        self.own = "forward" in block.__dict__
-        self.forward = block.forward
+        super().__init__(block, tape)
+        self.index = index
         self.form: tuple[type, int] | None = None  # of a tuple or list, and how many entries it had
         self.hands_on = (
             False  # whether it returned tensors beside the state and attention weights [batch, heads, seq, seq]
         )
-        block.forward = self
 
     def __call__(self, *args, **kwargs):
         recorder = self.tape.current
@@ -44,9 +42,3 @@ class ReplaceableForward:
             return state
         kind, entries = self.form
         return kind([state, *[None] * (entries - 1)])
-
-    def remove(self) -> None:
-        if self.block.__dict__.get("forward") is self:
-            del self.block.forward
-            if self.own:
-                self.block.forward = self.forward

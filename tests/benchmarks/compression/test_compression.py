@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.merging import merged_files
 from benchmarks.common.tables import interval
 from benchmarks.common.timing import paired_ratio
 from benchmarks.compression import __main__ as compression
@@ -18,7 +19,6 @@ from benchmarks.compression import llama_7b as compression_7b
 from benchmarks.compression import methods as compression_methods
 from benchmarks.compression import pretrained
 from benchmarks.compression import report as compression_report
-from benchmarks.compression.merging import merge
 from benchmarks.compression.speed import break_even, random_factors, with_ranks
 from benchmarks.compression.vit import Dense, compare, facts_of, fashion_variants, summary
 from benchmarks.side_tuning.bases import SHAPES
@@ -189,12 +189,12 @@ def test_results_of_several_processes_go_together(tmp_path, capsys):
     compression.main(["--merge", *map(str, files), "--parts", "vit", "--output", str(tmp_path / "both")])
     found = json.loads((tmp_path / "both" / "compression.json").read_text())
     assert list(found) == ["vit"]
-    assert merge(files)["speed"]["result"]["layers"] == timings
+    assert merged_files(files)["speed"]["result"]["layers"] == timings
     found = found["vit"]["result"]
     assert [[row["method"] for row in one["rows"]] for one in found["seeds"]] == [["svd", "asvd"]] * 2
     assert "89.0 ± 0.0" in capsys.readouterr().out
     files[0].write_text(json.dumps({"vit": {"arguments": {"images": 2}, "result": {"seeds": []}}}))
-    with pytest.raises(ValueError, match="part 'vit' with the arguments"):
+    with pytest.raises(SystemExit, match="other arguments of the part 'vit'"):
         compression.main(["--merge", *map(str, files), "--output", str(tmp_path)])
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from benchmarks.common.merging import united
 from benchmarks.side_tuning.real_model import PROBE, Bench, one_run
-from benchmarks.side_tuning.real_model_report import best_runs, merged, next_rate, picture, table
+from benchmarks.side_tuning.real_model_report import best_runs, next_rate, picture, table
 from benchmarks.side_tuning.stored_states import StoredBase, hidden, last_blocks, states_read
 from benchmarks.side_tuning.tasks import IGNORED, Batch, Task, accuracy
 from hf_qst import QSTConfig
@@ -148,7 +149,7 @@ def test_runs_without_a_validation_loss_are_compared_by_the_held_out_one():
 def test_merged_results_have_the_runs_of_all():
     one = {"tasks": {"prose, 40": {"base": {"loss": 3.0}, "runs": [valued(1e-3, 1.0)]}}, "commit": "a"}
     other = {"tasks": {"prose, 40": {"runs": [valued(1e-3, 2.0), valued(2e-3, 1.0)]}}, "cost": {"default": {}}}
-    result = merged([one, other])
+    result = united([one, other])
     assert result["tasks"]["prose, 40"] == {"base": {"loss": 3.0}, "runs": other["tasks"]["prose, 40"]["runs"]}
     assert result["cost"] == {"default": {}}
     assert result["commit"] == "a"

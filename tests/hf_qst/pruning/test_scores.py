@@ -1,5 +1,8 @@
 """Pruning by scores: the formulas, the budget, every architecture, methods of one's own, what is refused."""
 
+import copy
+import math
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -104,6 +107,16 @@ def test_every_architecture_is_pruned_and_reloads(name, tmp_path):
     small.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(input_ids=ids).logits, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("hidden_size", "multiple"), [(512, 64), (448, 1)])
+def test_widths_of_a_wide_model_are_multiples_of_64(hidden_size, multiple):
+    base = tiny("llama", hidden_size=hidden_size, intermediate_size=704, num_attention_heads=8, head_dim=64)
+    learned = get_peft_model(copy.deepcopy(base), DISPConfig(task_type="CAUSAL_LM", keep_ratio=0.7, init_weights=False))
+    for model in (prune_model(base, "magnitude", keep_ratio=0.7), learned.merge_and_unload()):
+        found = {width for row in widths(model) for width in row}
+        assert math.gcd(*found) % multiple == 0 and (multiple > 1 or math.gcd(*found) < 64)
+    assert DISPConfig.paper().width_multiple == 1
 
 
 @pytest.mark.parametrize(("name", "multiple", "least"), [("llama", 16, 1), ("gpt2", 8, 24)])

@@ -1,7 +1,5 @@
 """The hidden-state cache in `Trainer` and `SFTTrainer`: the losses of a run without it, and no base from the second epoch on."""
 
-import multiprocessing
-
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -10,10 +8,9 @@ from trl import SFTConfig, SFTTrainer
 from hf_qst import QSTConfig
 from hf_qst.qst import HiddenStateCacheConfig, fill_hidden_state_cache, hidden_state_cache
 from tests.architectures import side_layers, side_network, side_tuned, tiny, token_batch
+from tests.child_processes import CHILD
 from tests.toy_data import text_dataset, token_dataset, tokenizer
 from tests.trainers import plain_trainer
-
-FORK = multiprocessing.get_context("fork")
 
 
 def logged(run, name="loss"):
@@ -191,7 +188,7 @@ def _one_rank(folder, rank: int) -> None:
 
 
 def test_processes_share_what_they_store(tmp_path):
-    children = [FORK.Process(target=_one_rank, args=(tmp_path, rank)) for rank in (0, 1)]
+    children = [CHILD.Process(target=_one_rank, args=(tmp_path, rank)) for rank in (0, 1)]
     for child in children:
         child.start()
     for child in children:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hf_qst.qst.hidden_states.shards import Counts, Shards, folder_bytes
+from tests.child_processes import CHILD
 
 PARTS = ("state.1", "state.1.scales")
-FORK = multiprocessing.get_context("fork")
 
 
 def key(number: int) -> bytes:
@@ -46,9 +46,9 @@ def equal(got, number: int) -> bool:
     return all(torch.equal(got[name], part) for name, part in example(number).items())
 
 
-def in_child(function, *arguments) -> int:
+def in_child(function, *arguments, processes=CHILD) -> int:
     """The exit code of a process that runs `function`."""
-    child = FORK.Process(target=function, args=arguments)
+    child = processes.Process(target=function, args=arguments)
     child.start()
     child.join(60)
     return child.exitcode
@@ -78,7 +78,7 @@ def test_waiting_examples_are_found_and_written_when_the_object_goes(tmp_path):
 def test_a_forked_process_leaves_what_waits_to_its_parent(tmp_path):
     shards = opened(tmp_path)
     shards.writer.put(key(1), example(1))
-    assert in_child(shards.writer.flush) == 0
+    assert in_child(shards.writer.flush, processes=multiprocessing.get_context("fork")) == 0
     assert not list((tmp_path / "states").iterdir())
     shards.writer.flush()
     assert len(list((tmp_path / "states").iterdir())) == 1
@@ -87,7 +87,7 @@ def test_a_forked_process_leaves_what_waits_to_its_parent(tmp_path):
 def test_two_processes_write_and_find_what_the_other_wrote(tmp_path):
     reader = opened(tmp_path)
     children = [
-        FORK.Process(target=filled, args=(tmp_path, range(first, 200, 2)), kwargs={"shard_bytes": 500})
+        CHILD.Process(target=filled, args=(tmp_path, range(first, 200, 2)), kwargs={"shard_bytes": 500})
         for first in (0, 1)
     ]
     for child in children:
@@ -116,7 +116,7 @@ def _write_large(folder: Path) -> None:
 
 
 def test_a_writer_that_is_killed_leaves_whole_shards_alone(tmp_path):
-    child = FORK.Process(target=_write_large, args=(tmp_path,))
+    child = CHILD.Process(target=_write_large, args=(tmp_path,))
     child.start()
     folder, deadline = tmp_path / "states", time.monotonic() + 60
     # Some shards are there and the next is being written.

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_qst import QSTConfig
+from hf_qst.planning import SavedForBackward
 from hf_qst.qst.tail import SCALE
-from tests.architectures import CONFIGS, in_nf4, tiny, token_batch
+from tests.architectures import CONFIGS, NF4, in_nf4, tiny, token_batch
 
 IDS = token_batch(rows=2, length=12)
 
@@ -169,3 +171,56 @@ def test_too_long_a_tail_is_refused_before_anything_changes():
         QSTConfig(tail_layers=-1)
     with pytest.raises(ValueError, match=r"QSTConfig.tail_rank must be an integer >= 1, got 0"):
         QSTConfig(tail_rank=0)
+
+
+def kept_and_gradients(model, checkpointed: bool, reentrant: bool = False):
+    """Of one step: the loss, the bytes kept for the backward pass, the gradients by name."""
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.zero_grad()
+    torch.manual_seed(1)  # attention dropout of the side blocks
+    ids = token_batch(rows=2, length=48)
+    with SavedForBackward(model) as saved:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    return loss, saved.peak, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_checkpointed_tail_keeps_less_and_has_the_same_gradients(architecture):
+    model = with_tail(tiny(architecture), 1, side_every=1, init_weights=False).train()
+    loss, kept, expected = kept_and_gradients(model, False)
+    again, less, gradients = kept_and_gradients(model, True)
+    assert torch.equal(loss, again) and less < kept
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_a_checkpointed_tail_keeps_one_block_in_place_of_all(four_bits, tmp_path):
+    base = tiny("llama", num_hidden_layers=8)
+    if four_bits:
+        base.save_pretrained(tmp_path)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**NF4))
+    model = with_tail(base, 6, init_weights=False, side_every=1).train()
+    loss, kept, expected = kept_and_gradients(model, False)
+    again, less, gradients = kept_and_gradients(model, True, reentrant=True)  # the tail is not, whatever is asked for
+    assert torch.equal(loss, again) and less < 0.5 * kept
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
+
+
+def test_a_checkpointed_tail_with_a_cache_of_keys_and_values_is_run_once():
+    model = with_tail(tiny("llama"), 1, init_weights=False, side_every=1).train()
+    model.gradient_checkpointing_enable()
+    output = model(input_ids=IDS, labels=IDS, use_cache=True)
+    output.loss.backward()
+    assert output.past_key_values.get_seq_length() == IDS.shape[1]
+
+
+def test_the_blocks_have_their_own_forward_back_when_the_adapter_goes(tmp_path):
+    model = with_tail(tiny("llama"), 1, side_every=1, hidden_state_cache=str(tmp_path)).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    blocks = model.base_model.model.model.base_layer.layers
+    assert all("forward" in block.__dict__ for block in blocks)
+    model.unload()
+    assert not any("forward" in block.__dict__ for block in blocks)
