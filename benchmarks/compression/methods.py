@@ -14,6 +14,7 @@ from hf_qst import MixedRankConfig, compress_model
 from hf_qst.base_model import dense_shape
 from hf_qst.mixed_rank import LowRankLinear, find_targets
 
+SAME_WEIGHTS = {"layer_weight": "none"}
 UNIFORM = {"allocation": "uniform", "compensation": "none"}
 # How far a model's parameters may be from the budget, as a part of it.
 TOLERANCE = 0.005
@@ -34,15 +35,20 @@ METHODS = {
     "svd-llm": Method(
         "SVD-LLM-style, uniform", {"decomposition": {"metric": "second_moment", "shrinkage": None}, **UNIFORM}, True
     ),
-    "mix": Method("mixed ranks", {"compensation": "none"}),
-    "mix-gradual": Method("mixed ranks, gradual search", {"allocation": "gradual", "compensation": "none"}),
-    "mix-gradient": Method("mixed ranks + gradient", {"compensation": "gradient"}),
+    "mix": Method("mixed ranks", {"allocation": SAME_WEIGHTS, "compensation": "none"}),
+    "mix-gradual": Method(
+        "mixed ranks, gradual search", {"allocation": {"allocator": "gradual", **SAME_WEIGHTS}, "compensation": "none"}
+    ),
+    "mix-gradient": Method("mixed ranks + gradient", {"allocation": SAME_WEIGHTS, "compensation": "gradient"}),
     "uniform-lstsq": Method("uniform ranks + lstsq", {"allocation": "uniform", "compensation": "lstsq"}),
-    "mix-lstsq": Method("mixed ranks + lstsq (default)", {}),
+    "mix-lstsq": Method("mixed ranks + lstsq", {"allocation": SAME_WEIGHTS}),
     "mix-fisher": Method("mixed ranks by Fisher weights + lstsq", {"allocation": {"layer_weight": "fisher"}}),
-    "mix-kd": Method("mixed ranks + distillation", {"compensation": {"method": "kd", "lr": 5e-4}}),
+    "mix-default": Method("mixed ranks by Fisher weights of 4,096 tokens + lstsq (default)", {}),
+    "mix-kd": Method(
+        "mixed ranks + distillation", {"allocation": SAME_WEIGHTS, "compensation": {"method": "kd", "lr": 5e-4}}
+    ),
 }
-DEFAULT = "mix-lstsq"
+DEFAULT = "mix-default"
 # Distilling a language model takes half an hour on a CPU core, for each part kept.
 LLM_METHODS = [name for name in METHODS if name != "mix-kd"]
 BASELINES = [name for name, method in METHODS.items() if method.baseline]

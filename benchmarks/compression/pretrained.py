@@ -41,6 +41,7 @@ from hf_qst.mixed_rank import (
     metric_matrix,
     replace_in_order,
 )
+from hf_qst.mixed_rank.allocation.stage import SENSITIVITY_TOKENS
 
 LENGTH = 512
 BATCH = 4
@@ -59,7 +60,7 @@ LABELS = {
     **{name: method.label for name, method in METHODS.items()},
 }
 UNIFORM = {"svd": "plain", "asvd": "diagonal", "svd-llm": "second_moment"}
-OURS = (DEFAULT, "mix-fisher", "mix-kd")
+OURS = ("mix-lstsq", "mix-fisher", DEFAULT, "mix-kd")
 ROWS = (*UNIFORM, SEQUENTIAL, *OURS)
 # They keep all weights: what the recovery does to them.
 WHOLE = (DENSE, NF4)
@@ -211,6 +212,7 @@ class Maker:
         # What the last distillation measured on calibration batches that it held out.
         self.distillation: dict | None = None
         self._directions: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._sensitivity: dict[str, dict[str, float]] = {}
 
     def __call__(self, method: str, keep: float) -> dict[str, nn.Module]:
         """The modules that stand in the place of the model's layers, by name."""
@@ -251,7 +253,7 @@ class Maker:
 
     def sequential(self, keep: float) -> dict[str, nn.Module]:
         """SVD-LLM's sequential form: W for the inputs that the layer has in the compressed model."""
-        weights, (blocks,) = self.weights(config(DEFAULT, keep, [])), find_blocks(self.dense)
+        weights, (blocks,) = self.weights(config("mix-lstsq", keep, [])), find_blocks(self.dense)
         return replace_in_order(weights, blocks, list(self.statistics), self.calibration, _Sequential(self, keep))
 
     def weights(self, settings) -> TargetWeights:
@@ -264,14 +266,19 @@ class Maker:
     @cached_property
     def layers(self) -> Decomposition:
         """Stage 1, which is the same for every part kept; its layers weigh the same."""
-        settings = config(DEFAULT, self.keeps[0], []).resolved(True, self.narrowest)
+        settings = config("mix-lstsq", self.keeps[0], []).resolved(True, self.narrowest)
         weights = TargetWeights(self.dense, list(self.shapes), settings)
         return Pipeline(weights, settings, self.calibration).decompose()
 
-    @cached_property
-    def fisher(self) -> dict[str, float]:
-        energies = {name: spectrum.total for name, spectrum in self.layers.spectra.items()}
-        return fisher_weights(self.dense, energies, self.calibration.batches, progress=False)
+    def sensitivity(self, method: str) -> dict[str, float]:
+        """How much each layer's error counts: Fisher weights of all tokens, of as many as the default takes, or 1."""
+        if method not in ("mix-fisher", DEFAULT):
+            return dict.fromkeys(self.shapes, 1.0)
+        if method not in self._sensitivity:
+            seen = self.calibration if method == "mix-fisher" else self.calibration.rows(SENSITIVITY_TOKENS)
+            energies = {name: spectrum.total for name, spectrum in self.layers.spectra.items()}
+            self._sensitivity[method] = fisher_weights(self.dense, energies, seen.batches, progress=False)
+        return self._sensitivity[method]
 
     def ours(self, method: str, keep: float) -> dict[str, nn.Module]:
         settings = config(method, keep, [])
@@ -283,8 +290,8 @@ class Maker:
             made = pipeline.run()
             self.distillation = made.distillation | {"lr": self.kd["lr"]}
             return made.factors
-        for name, spectrum in self.layers.spectra.items():
-            spectrum.weight = self.fisher[name] if method == "mix-fisher" else 1.0
+        for name, weight in self.sensitivity(method).items():
+            self.layers.spectra[name].weight = weight
         return pipeline.compensate(self.layers, pipeline.allocate(self.layers))
 
 

@@ -102,7 +102,7 @@ def int8_table(result: dict) -> str:
     """Accuracy and megabytes on disk of the dense model and of the default's in float32 and in int8, mean over the seeds."""
     found = {"dense": [one["dense"] for one in result["seeds"]]}
     for row in sorted((row for one in result["seeds"] for row in one["rows"]), key=place):
-        if row["method"] == DEFAULT:
+        if row["method"] == "mix-lstsq":  # the default for images
             found.setdefault(f"keep {row['keep']:g}", []).append(row)
     lines = []
     for name, rows in found.items():
@@ -124,7 +124,7 @@ def vit_aim(result: dict, keep: float = 0.4, points: float = 0.5) -> str:
         f"keep {keep:g}, {_label(row['method'], row['variant'])}: {pm(row['drop'], 2)} points lost (aim: {points:g}): "
         f"{verdict(row['drop'][0] <= points)}"
         for row in summary(result)
-        if row["method"] in (DEFAULT, "mix-kd") and row["keep"] == keep
+        if row["method"] in ("mix-lstsq", "mix-kd") and row["keep"] == keep
     )
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageClassification, BitsAndBytesConfig, se
 
 from benchmarks.common.parts import fill
 from benchmarks.common.tables import interval
-from benchmarks.compression.methods import DEFAULT, METHODS, compressed, parameters, place
+from benchmarks.compression.methods import METHODS, compressed, parameters, place
 from examples import compress_vit, fashion_mnist
 from examples.compress_vit import Images, accuracy, calibration, digits, train
 from examples.corpus import cache_folder, kept_model
@@ -35,8 +35,8 @@ KEEPS = {"digits": [0.4, 0.2, 0.1], "fashion-mnist": [0.6, 0.4, 0.2]}
 # After compression: one pass over so many training images.
 TUNING = {"images": 20_000, "learning_rate": 1e-4, "batch": 128}
 VARIANTS = {"int8": "int8", "tuned": "fine-tuned"}
-FASHION_METHODS = ["svd", "asvd", "svd-llm", DEFAULT, "mix-kd"]
-VARIANTS_OF = {"svd-llm": ["tuned"], DEFAULT: ["int8", "tuned"], "mix-kd": ["int8"]}
+FASHION_METHODS = ["svd", "asvd", "svd-llm", "mix-lstsq", "mix-kd"]
+VARIANTS_OF = {"svd-llm": ["tuned"], "mix-lstsq": ["int8", "tuned"], "mix-kd": ["int8"]}
 # bitsandbytes says at every product in which type the inputs are quantised.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 

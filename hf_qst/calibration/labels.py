@@ -55,6 +55,11 @@ def own_loss(model: nn.Module, batch: Mapping, index: int, user: str) -> torch.T
     return loss
 
 
+def are_own_labels(model: nn.Module, batches: Sequence[Mapping]) -> bool:
+    """Whether this is a causal language model, and the batches are text alone, with or without labels."""
+    return _is_causal(model) and all("input_ids" in batch and set(batch) <= {*_TEXT, "labels"} for batch in batches)
+
+
 def label_count(model: nn.Module, batch: Mapping) -> int:
     """How many labels of a batch of `labelled_batches` the loss is a mean over."""
     labels = batch["labels"]

@@ -63,6 +63,19 @@ class CalibrationSet:
         held_out = max(1, int(part * len(self.batches)))
         return replace(self, batches=self.batches[:-held_out]), replace(self, batches=self.batches[-held_out:])
 
+    def rows(self, tokens: int) -> CalibrationSet:
+        """About so many tokens, one row at a time and one of each batch in turn: batches of text alone."""
+        rows, longest = [], max(len(batch["input_ids"]) for batch in self.batches)
+        for place in range(longest):
+            for batch in self.batches:
+                if place >= len(batch["input_ids"]):
+                    continue
+                rows.append({name: part[place : place + 1] for name, part in batch.items()})
+                tokens -= rows[-1]["input_ids"].numel()
+                if tokens <= 0:
+                    return replace(self, batches=rows)
+        return replace(self, batches=rows)
+
     def run_of(self, model: nn.Module, names: Iterable[str]) -> CalibrationRun:
         """A run of the model for the named modules, prepared; the same for the same model and modules."""
         key = model, frozenset(names)

@@ -262,7 +262,7 @@ class MixedRankConfig(MethodConfig):
     def _require_no_data(self) -> None:
         for stage, name, without_data in (
             (self.allocation, "allocator", ALLOCATORS),
-            (self.allocation, "layer_weight", ("none",)),
+            (self.allocation, "layer_weight", ("auto", "none")),
             (self.decomposition, "bias_correction", (False,)),
             (self.compensation, "method", ("auto", "none")),
             (self.decomposition, "metric", ("auto", "plain")),

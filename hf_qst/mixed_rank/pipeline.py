@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 
-from hf_qst.mixed_rank.allocation.stage import allocate, fixed_ranks, weigh_layers
+from hf_qst.mixed_rank.allocation.stage import allocate, fixed_ranks, weigh
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.compensation.distillation import HELD_OUT, distil
 from hf_qst.mixed_rank.compensation.stage import compensate
 from hf_qst.mixed_rank.config import CompressionResults
 from hf_qst.mixed_rank.decomposition.spectrum import DENSE
 from hf_qst.mixed_rank.decomposition.stage import Decomposition
-from hf_qst.mixed_rank.expert_statistics import weigh_experts
 from hf_qst.mixed_rank.layer import LowRankLinear
 from hf_qst.mixed_rank.predictions import mean_divergence
 from hf_qst.mixed_rank.target_weights import TargetWeights
@@ -87,10 +86,7 @@ class Pipeline:
     def decompose(self) -> Decomposition:
         """Stage 1: what each layer loses at each rank."""
         layers = Decomposition(self.weights, self.settings, self.calibration)
-        if self.settings.allocation.layer_weight == "fisher":
-            weigh_layers(self.weights, layers, self.calibration)
-        else:
-            weigh_experts(self.weights.model, layers)
+        weigh(self.weights, layers, self.calibration, self.settings)
         return layers
 
     def allocate(self, layers: Decomposition) -> dict[str, int]:

@@ -17,7 +17,7 @@ from hf_qst.base_model.linear_layers import dense_shape
 from hf_qst.calibration import CalibrationError, calibration_mode, hooks
 from hf_qst.calibration.labels import labelled_batches, own_loss, same_problem
 
-LAYER_WEIGHTS = ("none", "fisher")
+LAYER_WEIGHTS = ("auto", "none", "fisher")
 # As error messages call it.
 _USER = "layer_weight='fisher'"
 

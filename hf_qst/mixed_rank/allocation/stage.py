@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import logging
+
 from hf_qst.base_model.budget import Budget, BudgetError
+from hf_qst.base_model.experts import enclosing_experts
 from hf_qst.base_model.linear_layers import dense_shape, weight_count
+from hf_qst.base_model.packed_weights import find_packed
+from hf_qst.calibration import CalibrationError
+from hf_qst.calibration.labels import are_own_labels
 from hf_qst.mixed_rank.allocation.allocators import allocate_ranks
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.decomposition.spectrum import DENSE
 from hf_qst.mixed_rank.decomposition.stage import Decomposition
+from hf_qst.mixed_rank.expert_statistics import weigh_experts
 from hf_qst.mixed_rank.sensitivity import fisher_weights
 from hf_qst.mixed_rank.target_weights import TargetWeights
+
+SENSITIVITY_TOKENS = 4096
+"""Of `layer_weight="auto"`: one number a layer needs no more, and a step of it costs three forward passes."""
+
+logger = logging.getLogger(__name__)
+
+
+def layer_weight(weights: TargetWeights, calibration: CalibrationSet | None, settings) -> str:
+    """What `"auto"` stands for: itself, where Fisher weights of a part of the tokens are to be had, or `"none"`."""
+    wanted = settings.allocation.layer_weight
+    if wanted != "auto":
+        return wanted
+    model = weights.model
+    fits = calibration is not None and not weights.residual and weights.on_disk is None
+    fits = fits and are_own_labels(model, calibration.batches) and find_packed(model) is None
+    return "auto" if fits and not any(enclosing_experts(model, name) for name in weights.names) else "none"
+
+
+def weigh(weights: TargetWeights, decomposition: Decomposition, calibration: CalibrationSet | None, settings) -> None:
+    """Give each spectrum the weight of its layer's error that `layer_weight` asks for."""
+    chosen = layer_weight(weights, calibration, settings)
+    if chosen == "fisher":
+        return weigh_layers(weights, decomposition, calibration)
+    if chosen == "auto":
+        try:
+            return weigh_layers(weights, decomposition, calibration.rows(SENSITIVITY_TOKENS))
+        except CalibrationError as error:
+            logger.warning("layer_weight='auto': all layers' errors count the same, because of this: %s", error)
+    weigh_experts(weights.model, decomposition)
 
 
 def weigh_layers(weights: TargetWeights, decomposition: Decomposition, calibration: CalibrationSet) -> None:
