@@ -90,7 +90,10 @@ def compress_folder(
     device: str | torch.device = "cpu",
     max_shard_size: int | str = "2GB",
 ) -> FolderCompression:
-    """Compress a saved decoder that need not fit into memory; ranks and factors are those of `compress_model`.
+    """Compress a saved decoder that need not fit into memory.
+
+    Ranks and factors are those of `compress_model` with `allocation={"layer_weight": "none"}`: Fisher weights need a backward
+    pass through the whole model.
 
     The result is a folder as `save_pretrained` of the compressed model writes it, with the tokenizer's files, written whole or
     not at all. Meanwhile the output folder holds a temporary one with the factors that are done.
@@ -151,7 +154,7 @@ def _require_settings(config) -> None:
             compensation in ("kd", "gradient"),
             "trains factors. Use 'lstsq' or 'none', and train the result with recover or a Trainer",
         ),
-        f"allocation.layer_weight={allocation!r}": (allocation != "none", f"needs a backward pass. {_IN_MEMORY}"),
+        f"allocation.layer_weight={allocation!r}": (allocation == "fisher", f"needs a backward pass. {_IN_MEMORY}"),
         f"quantize_factors={config.quantize_factors!r}": (
             config.quantize_factors is not None,
             "quantises factors in memory. Leave it out, and load the result with quantization_config",

@@ -31,6 +31,8 @@ def layer_weight(weights: TargetWeights, calibration: CalibrationSet | None, set
         return wanted
     model = weights.model
     fits = calibration is not None and not weights.residual and weights.on_disk is None
+    # The other metrics are for comparison, and uniform ranks take no errors into account.
+    fits = fits and settings.decomposition.metric == "second_moment" and settings.allocation.allocator != "uniform"
     fits = fits and are_own_labels(model, calibration.batches) and find_packed(model) is None
     return "auto" if fits and not any(enclosing_experts(model, name) for name in weights.names) else "none"
 

@@ -32,8 +32,10 @@ def batches(count=4):
     return [{"input_ids": token_batch(seed=seed)} for seed in range(count)]
 
 
-def settings(**changes):
-    return MixedRankConfig(**{"keep_ratio": 0.6, "progress": False, **changes})
+def settings(allocation=None, **changes):
+    """All layers' errors count the same, as they do from disk."""
+    allocation = {"layer_weight": "none", **(allocation or {})}
+    return MixedRankConfig(**{"keep_ratio": 0.6, "progress": False, "allocation": allocation, **changes})
 
 
 def saved(model, folder):
@@ -47,8 +49,8 @@ VARIANTS = {
     "llama": {},
     "opt": {"max_calibration_batches": 2},
     "gpt2": {"decomposition": {"bias_correction": True}},
-    "gemma3_text": {"allocation": "uniform"},
-    "qwen3": {"allocation": "auto"},
+    "gemma3_text": {"allocation": {"allocator": "uniform"}},
+    "qwen3": {"allocation": {"allocator": "auto"}},
     "phi": {"compensation": "none"},
     "gptj": {"memory_limit": 8 * 256**2},
 }

@@ -26,6 +26,7 @@ from hf_qst.mixed_rank.model import MixedRankLayer
 from tests.architectures import NF4, digest, in_nf4, tiny, token_batch
 
 IDS = token_batch(seed=50)
+SAME = {"layer_weight": "none"}
 
 
 def batches(count=3):
@@ -263,7 +264,7 @@ def dataset(count=64):
 
 
 def test_trainer_trains_the_factors_saves_and_resumes(tmp_path):
-    model = compressed(keep_ratio=0.6)
+    model = compressed(keep_ratio=0.6, allocation=SAME)
     base = {n: p.detach().clone() for n, p in model.named_parameters() if "mixed_rank" not in n}
     trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset())
     trainer.train()
@@ -272,7 +273,7 @@ def test_trainer_trains_the_factors_saves_and_resumes(tmp_path):
     for name, parameter in model.named_parameters():
         if name in base:
             assert torch.equal(parameter, base[name])
-    again = compressed(keep_ratio=0.6)
+    again = compressed(keep_ratio=0.6, allocation=SAME)
     Trainer(again, arguments(tmp_path), train_dataset=dataset()).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-4")
     )

@@ -20,9 +20,10 @@ from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress
 BASE = Path(train_base.__file__).parent / "base_model"
 PLAIN = {"decomposition": "plain", "allocation": "uniform"}
 UNIFORM = {"allocation": "uniform", "compensation": "none"}
-MIXED = {"compensation": "none"}
-FULL = {"compensation": "lstsq"}
-FISHER = {"allocation": {"layer_weight": "fisher"}}
+SAME = {"allocation": {"layer_weight": "none"}}
+MIXED = {**SAME, "compensation": "none"}
+FULL = {**SAME, "compensation": "lstsq"}
+DEFAULT = {}
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +115,10 @@ def test_each_stage_helps_the_language_model():
     perplexity = lambda model: math.exp(held_out_loss(model, held))
     dense = perplexity(load())
     found = []
-    for method in (PLAIN, UNIFORM, MIXED, FULL, FISHER):
+    for method in (PLAIN, UNIFORM, MIXED, FULL, DEFAULT):
         small = compress_model(load(), MixedRankConfig(keep_ratio=0.6, calibration_data=data, progress=False, **method))
         assert any(isinstance(module, LowRankLinear) for module in small.modules())
         found.append(perplexity(small))
     print(found, dense)
-    plain, uniform, mixed, full, fisher = found
-    assert plain > uniform > mixed > full > fisher > dense
+    plain, uniform, mixed, full, weighed = found
+    assert plain > uniform > mixed > full > weighed > dense

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress, compress_model
+from hf_qst.mixed_rank.allocation import stage
 from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.predictions import mean_divergence
 from hf_qst.mixed_rank.quantization import quantize_factors
@@ -222,3 +223,31 @@ def test_split_keeps_at_least_one_batch_on_each_side():
     batches = lambda found: tuple(each.batches for each in found)
     assert batches(CalibrationSet([1, 2]).split(0.1, "a")) == ([1], [2])
     assert batches(CalibrationSet(list(range(8))).split(0.25, "a")) == (list(range(6)), [6, 7])
+
+
+def ranks(model, data, **changes):
+    return compress(model, MixedRankConfig(keep_ratio=0.5, calibration_data=data, progress=False, **changes)).ranks
+
+
+def test_a_language_model_is_weighed_by_its_loss_by_default(monkeypatch):
+    data = batches(3)
+    by_loss = ranks(tiny("llama"), data, allocation={"layer_weight": "fisher"})
+    same = ranks(tiny("llama"), data, allocation={"layer_weight": "none"})
+    assert ranks(tiny("llama"), data) == by_loss != same
+    # Not where no loss follows from the batches, and not from more than a few tokens.
+    assert ranks(tiny("llama").base_model, data) == {n.removeprefix("model."): rank for n, rank in same.items()}
+    monkeypatch.setattr(stage, "SENSITIVITY_TOKENS", 20)
+    seen = []
+    monkeypatch.setattr(stage, "fisher_weights", lambda m, e, rows, p: seen.extend(rows) or dict.fromkeys(e, 1.0))
+    assert ranks(tiny("llama"), data) == same
+    assert [row["input_ids"].shape[0] for row in seen] == [1] * len(seen)
+    assert 20 <= sum(row["input_ids"].numel() for row in seen) < 20 + data[0]["input_ids"].shape[1]
+    assert torch.equal(seen[1]["input_ids"][0], data[1]["input_ids"][0])
+
+
+def test_a_loss_that_is_not_finite_weighs_nothing_and_is_said(caplog):
+    model = tiny("llama")
+    model.lm_head.weight.data[3] = torch.nan
+    same = ranks(tiny("llama"), batches(2), allocation={"layer_weight": "none"})
+    assert ranks(model, batches(2)) == same
+    assert "layer_weight='auto': all layers' errors count the same" in caplog.text and "is nan" in caplog.text
