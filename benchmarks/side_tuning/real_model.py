@@ -70,6 +70,7 @@ VARIANTS = {
     "tail 8": _side(tail_layers=8),
     "tail 10": _side(tail_layers=10),
     "tail 20": _side(tail_layers=20),
+    "tail 29": _side(tail_layers=29),
     "no readout": _side(readout_rank=0),
     "no input norm": _side(downsample_input_norm=False),
     "all blocks, r=16": _side(r=16, side_every=1),

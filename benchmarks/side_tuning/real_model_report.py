@@ -11,7 +11,7 @@ from benchmarks.common.tables import MIB, markdown
 
 PICTURED = "prose"
 # The same training with gradient checkpointing: the losses are those of the second.
-SAME_LOSS = {f"{name}, checkpointed": name for name in ("QLoRA", "tail 10", "tail 20")}
+SAME_LOSS = {f"{name}, checkpointed": name for name in ("QLoRA", "tail 10", "tail 20", "tail 29")}
 MOST_RATES = 6
 
 
