@@ -152,7 +152,7 @@ def _require_settings(config) -> None:
         "keep_base_weights": (config.keep_base_weights, "keeps what is replaced: use get_peft_model"),
         f"compensation={compensation!r}": (
             compensation in ("kd", "gradient"),
-            "trains factors. Use 'lstsq' or 'none', and train the result with recover or a Trainer",
+            "trains factors. Use 'lstsq' or 'none', and train the result as any model",
         ),
         f"allocation.layer_weight={allocation!r}": (allocation == "fisher", f"needs a backward pass. {_IN_MEMORY}"),
         f"quantize_factors={config.quantize_factors!r}": (
