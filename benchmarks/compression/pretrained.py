@@ -28,6 +28,7 @@ from examples.prose import handbook_files
 from hf_qst.base_model import dense_weight, find_blocks
 from hf_qst.calibration import SecondMoment, calibration_mode, collect_statistics, input_groups
 from hf_qst.mixed_rank import (
+    SENSITIVITY_TOKENS,
     CalibrationSet,
     Decomposition,
     LayerSpectrum,
@@ -41,7 +42,6 @@ from hf_qst.mixed_rank import (
     metric_matrix,
     replace_in_order,
 )
-from hf_qst.mixed_rank.allocation.stage import SENSITIVITY_TOKENS
 
 LENGTH = 512
 BATCH = 4

@@ -14,7 +14,7 @@ from hf_qst.mixed_rank.model import MixedRankModel
 from hf_qst.mixed_rank.pipeline import Compression, Pipeline
 from hf_qst.mixed_rank.predictions import installed
 from hf_qst.mixed_rank.rank_report import rank_report
-from hf_qst.mixed_rank.sensitivity import fisher_weights
+from hf_qst.mixed_rank.sensitivity import SENSITIVITY_TOKENS, fisher_weights
 from hf_qst.mixed_rank.stage_configs import AllocationConfig, CompensationConfig, DecompositionConfig, ResidualConfig
 from hf_qst.mixed_rank.target_weights import TargetWeights
 from hf_qst.mixed_rank.targets import find_targets
@@ -27,6 +27,7 @@ register_kind(KIND, LowRankLinear.from_description)
 
 __all__ = [
     "ROWS_PER_DIMENSION",
+    "SENSITIVITY_TOKENS",
     "AllocationConfig",
     "BudgetError",
     "CalibrationSet",

@@ -18,6 +18,8 @@ from hf_qst.calibration import CalibrationError, calibration_mode, hooks
 from hf_qst.calibration.labels import labelled_batches, own_loss, same_problem
 
 LAYER_WEIGHTS = ("auto", "none", "fisher")
+SENSITIVITY_TOKENS = 4096
+"""Of the layer weight `"auto"`: one number a layer needs no more, and a token of it costs about three forward passes."""
 # As error messages call it.
 _USER = "layer_weight='fisher'"
 

@@ -15,11 +15,8 @@ from hf_qst.mixed_rank.calibration_set import CalibrationSet
 from hf_qst.mixed_rank.decomposition.spectrum import DENSE
 from hf_qst.mixed_rank.decomposition.stage import Decomposition
 from hf_qst.mixed_rank.expert_statistics import weigh_experts
-from hf_qst.mixed_rank.sensitivity import fisher_weights
+from hf_qst.mixed_rank.sensitivity import SENSITIVITY_TOKENS, fisher_weights
 from hf_qst.mixed_rank.target_weights import TargetWeights
-
-SENSITIVITY_TOKENS = 4096
-"""Of `layer_weight="auto"`: one number a layer needs no more, and a step of it costs three forward passes."""
 
 logger = logging.getLogger(__name__)
 
