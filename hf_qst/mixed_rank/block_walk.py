@@ -5,8 +5,8 @@ One block is needed at a time then, and what is made of its inputs can be used b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,13 @@ class BlockWalk:
                 found.append(_calls(self.run, blocks, self.run.enter(batch)))
         return [calls for calls, _, _ in found], [state for _, state, _ in found]
 
+    @contextmanager
+    def ending_in(self, state: torch.Tensor) -> Iterator[None]:
+        """The model runs without its blocks meanwhile: `state` is what leaves the last. Only where the walk `skips`."""
+        path, last = list(self._stand_ins.items())[-1]
+        with installed(self.run.model, self._stand_ins | {path: _Leaving(last, state)}):
+            yield
+
 
 def by_blocks(model: nn.Module, groups: Sequence[tuple[str, ...]]) -> list[tuple[str | None, list[tuple[str, ...]]]]:
     """Each list of blocks with its groups of layers, in the order in which they run; one None with all where some lie in
@@ -121,6 +128,17 @@ class _PassedOn(StandIn):
     def forward(self, *args, **kwargs):
         state = first_argument(args, kwargs)
         return state if self.others is None else (state, *self.others)
+
+
+class _Leaving(StandIn):
+    """Gives this state, in the form that another stand-in gives what enters it."""
+
+    def __init__(self, other: _PassedOn, state: torch.Tensor):
+        super().__init__(other)
+        self.state = state
+
+    def forward(self, *args, **kwargs):
+        return self.module(self.state)
 
 
 def _same(one, other) -> bool:

@@ -90,10 +90,7 @@ def compress_folder(
     device: str | torch.device = "cpu",
     max_shard_size: int | str = "2GB",
 ) -> FolderCompression:
-    """Compress a saved decoder that need not fit into memory.
-
-    Ranks and factors are those of `compress_model` with `allocation={"layer_weight": "none"}`: Fisher weights need a backward
-    pass through the whole model.
+    """Compress a saved decoder that need not fit into memory; ranks and factors are those of `compress_model`.
 
     The result is a folder as `save_pretrained` of the compressed model writes it, with the tokenizer's files, written whole or
     not at all. Meanwhile the output folder holds a temporary one with the factors that are done.
@@ -146,7 +143,7 @@ def compress_folder(
 
 def _require_settings(config) -> None:
     """Refuse what needs the whole model at a time."""
-    compensation, allocation = config.compensation.method, config.allocation.layer_weight
+    compensation = config.compensation.method
     refused = {
         "residual": (config.residual is not None, "adds factors to a model that is compressed already: use get_peft_model"),
         "keep_base_weights": (config.keep_base_weights, "keeps what is replaced: use get_peft_model"),
@@ -154,7 +151,6 @@ def _require_settings(config) -> None:
             compensation in ("kd", "gradient"),
             "trains factors. Use 'lstsq' or 'none', and train the result as any model",
         ),
-        f"allocation.layer_weight={allocation!r}": (allocation == "fisher", f"needs a backward pass. {_IN_MEMORY}"),
         f"quantize_factors={config.quantize_factors!r}": (
             config.quantize_factors is not None,
             "quantises factors in memory. Leave it out, and load the result with quantization_config",

@@ -16,6 +16,7 @@ from hf_qst.mixed_rank.decomposition.spectrum import DENSE
 from hf_qst.mixed_rank.decomposition.stage import Decomposition
 from hf_qst.mixed_rank.expert_statistics import weigh_experts
 from hf_qst.mixed_rank.sensitivity import SENSITIVITY_TOKENS, fisher_weights
+from hf_qst.mixed_rank.sensitivity_from_disk import fisher_weights_from_disk
 from hf_qst.mixed_rank.target_weights import TargetWeights
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def layer_weight(weights: TargetWeights, calibration: CalibrationSet | None, set
     if wanted != "auto":
         return wanted
     model = weights.model
-    fits = calibration is not None and not weights.residual and weights.on_disk is None
+    fits = calibration is not None and not weights.residual
     # The other metrics are for comparison, and uniform ranks take no errors into account.
     fits = fits and settings.decomposition.metric == "second_moment" and settings.allocation.allocator != "uniform"
     fits = fits and are_own_labels(model, calibration.batches) and find_packed(model) is None
@@ -50,7 +51,10 @@ def weigh(weights: TargetWeights, decomposition: Decomposition, calibration: Cal
 def weigh_layers(weights: TargetWeights, decomposition: Decomposition, calibration: CalibrationSet) -> None:
     """Give each spectrum its layer's Fisher weight."""
     energies = {name: spectrum.total for name, spectrum in decomposition.spectra.items()}
-    fisher = fisher_weights(weights.reference, energies, calibration.batches, calibration.progress)
+    if weights.on_disk is not None:
+        fisher = fisher_weights_from_disk(weights.on_disk, energies, calibration.batches, calibration.progress)
+    else:
+        fisher = fisher_weights(weights.reference, energies, calibration.batches, calibration.progress)
     for name, weight in fisher.items():
         decomposition.spectra[name].weight = weight
 

@@ -32,10 +32,8 @@ def batches(count=4):
     return [{"input_ids": token_batch(seed=seed)} for seed in range(count)]
 
 
-def settings(allocation=None, **changes):
-    """All layers' errors count the same, as they do from disk."""
-    allocation = {"layer_weight": "none", **(allocation or {})}
-    return MixedRankConfig(**{"keep_ratio": 0.6, "progress": False, "allocation": allocation, **changes})
+def settings(**changes):
+    return MixedRankConfig(**{"keep_ratio": 0.6, "progress": False, **changes})
 
 
 def saved(model, folder):
@@ -49,8 +47,10 @@ VARIANTS = {
     "llama": {},
     "opt": {"max_calibration_batches": 2},
     "gpt2": {"decomposition": {"bias_correction": True}},
-    "gemma3_text": {"allocation": {"allocator": "uniform"}},
-    "qwen3": {"allocation": {"allocator": "auto"}},
+    "gemma3_text": {"allocation": "uniform"},
+    "gemma2": {"allocation": {"layer_weight": "fisher"}, "exclude_modules": ["o_proj"]},
+    "mistral": {"allocation": {"layer_weight": "none"}},
+    "qwen3": {"allocation": "auto"},
     "phi": {"compensation": "none"},
     "gptj": {"memory_limit": 8 * 256**2},
 }
@@ -136,7 +136,6 @@ def test_what_is_not_finished_leaves_nothing(error, tmp_path, monkeypatch):
     [
         ({"compensation": "kd"}, "compensation='kd', which trains factors"),
         ({"compensation": "gradient"}, "compensation='gradient', which trains factors"),
-        ({"allocation": {"layer_weight": "fisher"}}, "layer_weight='fisher', which needs a backward pass"),
         ({"quantize_factors": "nf4"}, "quantize_factors='nf4', which quantises factors in memory"),
         ({"residual": {"rank": 4}}, "MixedRankConfig.residual, which adds factors"),
         ({"keep_base_weights": True}, "MixedRankConfig.keep_base_weights, which keeps"),

@@ -1,0 +1,82 @@
+"""Fisher weights of a model whose weights are on disk: the backward pass, too, goes block by block.
+
+The states that enter each block are written to files on the way forward. On the way back a block runs again, with gradients,
+from the state of its file; the gradient that leaves it is what the block before it needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from hf_qst.base_model.disk_weights import DiskWeights, present
+from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode
+from hf_qst.calibration.labels import labelled_batches, own_loss, same_problem
+from hf_qst.mixed_rank.block_walk import BlockWalk, by_blocks
+from hf_qst.mixed_rank.sensitivity import USER, outputs_of, relative_weights
+
+
+def fisher_weights_from_disk(
+    on_disk: DiskWeights, energies: Mapping[str, float], batches: Sequence[Mapping], progress: bool = True
+) -> dict[str, float]:
+    """The weights of `fisher_weights`, with one block in memory at a time.
+
+    Args:
+        on_disk: where the weights come from; the states of all tokens are written to its scratch folder once for each block.
+        energies, batches: as of `fisher_weights`; all layers lie in the decoder's blocks.
+
+    Raises:
+        CalibrationError: there are no labels, the loss is not finite, or it depends on none of the layers.
+    """
+    model, gradients = on_disk.model, dict.fromkeys(energies, 0.0)
+    ((blocks, _),) = by_blocks(model, [(name,) for name in energies])
+    labelled = labelled_batches(model, batches, USER)
+    run = CalibrationRun(model, list(energies))
+    with calibration_mode(model), same_problem(model):
+        run.prepare([batch for _, batch in labelled])
+        walk = BlockWalk(run, blocks, labelled[0][1])
+        calls, states = walk.start([batch for _, batch in labelled])
+        files = [os.path.join(on_disk.scratch, f"states-{i:05}.safetensors") for i in range(len(walk.layers))]
+        bar = tqdm(total=2 * len(files), desc="sensitivity", unit="block", disable=not progress)
+        for i, layer in enumerate(walk.layers):
+            save_file({str(number): state.contiguous() for number, state in enumerate(states)}, files[i])
+            with present(layer):
+                states = [call[i](layer, state) for call, state in zip(calls, states, strict=True)]
+            bar.update()
+        with torch.enable_grad():
+            flowing = [
+                _loss_gradient(walk, batch, index, state)
+                for (index, batch), state in zip(labelled, states, strict=True)
+            ]
+            for i, layer in reversed(list(enumerate(walk.layers))):
+                own, entering = [name for name in energies if name.startswith(walk.paths[i])], load_file(files[i])
+                with present(layer), outputs_of(model, own) as outputs:
+                    for number, call in enumerate(calls):
+                        outputs.clear()
+                        state = entering[str(number)].to(flowing[number].device).requires_grad_()
+                        leaving = call[i](layer, state)
+                        wanted = [state, *(output for _, output in outputs)]
+                        flowing[number], *found = torch.autograd.grad(
+                            leaving, wanted, flowing[number], allow_unused=True
+                        )
+                        for (name, _), gradient in zip(outputs, found, strict=True):
+                            gradients[name] += 0.0 if gradient is None else gradient.double().square().sum().item()
+                os.remove(files[i])
+                bar.update()
+        bar.close()
+    return relative_weights(model, gradients, energies)
+
+
+def _loss_gradient(walk: BlockWalk, batch: Mapping, index: int, state: torch.Tensor) -> torch.Tensor:
+    """The gradient of the model's loss at the state that leaves the last block."""
+    state = state.detach().requires_grad_()
+    with walk.ending_in(state):
+        loss = own_loss(walk.run.model, batch, index, USER)
+    (gradient,) = torch.autograd.grad(loss, [state], allow_unused=True)
+    if gradient is None:
+        raise CalibrationError(f"{USER}: the loss on batch {index} does not depend on any target")
+    return gradient
