@@ -113,6 +113,18 @@ def test_what_two_save_one_loads(kind, name, place, whole, two):
     assert not torch.allclose(logits(make(name)), expected, atol=1e-3)  # it has learned
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_checkpointed_tail_has_the_same_losses(kind, place, whole):
+    given = KINDS[kind]
+    settings = {**given["settings"], "gradient_checkpointing": True}
+    name = f"{kind} checkpointed"
+    for found in in_processes(
+        2, train_all, place / f"results {name}", place, name, ["qst_tail"], None, given.get("fsdp", False), settings
+    ):
+        losses = torch.tensor(found["qst_tail"]["losses"])
+        torch.testing.assert_close(losses, torch.tensor(whole["qst_tail"][0]), **CLOSE)
+
+
 def goes_on(found: dict, whole: dict) -> None:
     for name, of_method in found.items():
         after = whole[name][0][SAVED:]
