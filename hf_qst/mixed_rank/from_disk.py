@@ -6,7 +6,7 @@ In memory at a time are
 - the moments of the inputs of one block's layers, in float64, and the matrices of the layer that is being factorised;
 - the hidden states of all calibration tokens, at most three times (of the dense model before and behind the block, and of
   the compressed one), and what `memory_limit` leaves for activations inside the block, in each of the two models;
-- what lies outside the blocks: the embeddings while the batches enter, the head while predictions are compared.
+- what lies outside the blocks: the embeddings while the batches enter, the head while a loss or predictions are computed.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ class AllocationConfig(StageConfig):
         layer_weight (`str`):
             How much a layer's relative error counts: `"none"` (all the same) or `"fisher"` (by the gradient of the
             model's own loss at its output; takes `labels` in the batches, or the tokens of a causal language model, and
-            a backward pass). `"auto"` is the second, on 4,096 of the tokens, for a causal language model in memory that
-            reads text, and the first otherwise.
+            a backward pass). `"auto"` is the second, on 4,096 of the tokens, for a causal language model that reads text,
+            and the first otherwise.
         rank_multiple (`int` or `str`):
             Ranks are multiples of it: an int, or `"auto"`: 8, and 1 when a target is narrower than 256; for factors in
             NF4, whose fast kernels want it, 64 when no target is narrower than 1024.
