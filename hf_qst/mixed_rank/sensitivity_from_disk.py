@@ -15,9 +15,13 @@ from tqdm.auto import tqdm
 
 from hf_qst.base_model.disk_weights import DiskWeights, present
 from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode
-from hf_qst.calibration.labels import labelled_batches, own_loss, same_problem
+from hf_qst.calibration.labels import are_own_labels, labelled_batches, own_loss, same_problem
 from hf_qst.mixed_rank.block_walk import BlockWalk, by_blocks
 from hf_qst.mixed_rank.sensitivity import USER, outputs_of, relative_weights
+
+# Of a row, whose scores are in memory at a time.
+_TOKENS = 128
+_IGNORED = -100
 
 
 def fisher_weights_from_disk(
@@ -30,9 +34,14 @@ def fisher_weights_from_disk(
         energies, batches: as of `fisher_weights`; all layers lie in the decoder's blocks.
 
     Raises:
-        CalibrationError: there are no labels, the loss is not finite, or it depends on none of the layers.
+        CalibrationError: there are no labels, or the loss is not finite or depends on none of the layers.
     """
     model, gradients = on_disk.model, dict.fromkeys(energies, 0.0)
+    if not are_own_labels(model, batches):
+        raise CalibrationError(
+            f"{USER} from disk needs batches of text, with input_ids, attention_mask and labels at most, got batches of "
+            f"{', '.join(sorted(set().union(*batches)))}"
+        )
     ((blocks, _),) = by_blocks(model, [(name,) for name in energies])
     labelled = labelled_batches(model, batches, USER)
     run = CalibrationRun(model, list(energies))
@@ -72,11 +81,21 @@ def fisher_weights_from_disk(
 
 
 def _loss_gradient(walk: BlockWalk, batch: Mapping, index: int, state: torch.Tensor) -> torch.Tensor:
-    """The gradient of the model's loss at the state that leaves the last block."""
-    state = state.detach().requires_grad_()
-    with walk.ending_in(state):
-        loss = own_loss(walk.run.model, batch, index, USER)
-    (gradient,) = torch.autograd.grad(loss, [state], allow_unused=True)
-    if gradient is None:
-        raise CalibrationError(f"{USER}: the loss on batch {index} does not depend on any target")
+    """The gradient of the model's loss at the state [rows, tokens, d] that leaves the last block.
+
+    The loss is the mean over all tokens that are predicted, and is taken of some at a time: the scores of a large vocabulary
+    take more memory than a block.
+    """
+    gradient, labels = torch.zeros_like(state), batch["labels"]
+    predicted = int((labels[:, 1:] != _IGNORED).sum())
+    for start in range(0, labels.shape[1] - 1, _TOKENS):
+        here = slice(start, start + _TOKENS + 1)
+        part = {name: value[:, here] for name, value in batch.items()}
+        count = int((part["labels"][:, 1:] != _IGNORED).sum())
+        if not count:
+            continue
+        own = state[:, here].detach().requires_grad_()
+        with walk.ending_in(own):
+            loss = own_loss(walk.run.model, part, index, USER)
+        gradient[:, here] += torch.autograd.grad(loss, own)[0] * (count / predicted)
     return gradient

@@ -21,7 +21,17 @@ from transformers import (
 
 from hf_qst.base_model.disk_weights import DiskWeights
 from hf_qst.errors import MissingWeightsError
-from hf_qst.mixed_rank import LowRankLinear, MixedRankConfig, compress_folder, compress_model
+from hf_qst.mixed_rank import (
+    LowRankLinear,
+    MixedRankConfig,
+    compress,
+    compress_folder,
+    compress_model,
+    sensitivity_from_disk,
+)
+from hf_qst.mixed_rank.allocation import stage
+from hf_qst.mixed_rank.sensitivity import fisher_weights
+from hf_qst.mixed_rank.sensitivity_from_disk import fisher_weights_from_disk
 from tests.architectures import tiny, token_batch
 from tests.mixtures import tiny_mixture
 from tests.tiny_decoders import tiny_decoder
@@ -76,6 +86,30 @@ def test_the_folder_is_that_of_the_model_in_memory(name, changes, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "from disk" / file).read_bytes() == (folder / file).read_bytes()
     assert not [file for file in os.listdir(tmp_path / "from disk") if file.startswith(".")]
+
+
+def test_layers_are_weighed_as_in_memory(tmp_path, monkeypatch):
+    """Also where the loss is taken of a few tokens at a time, and some are padding or have no label."""
+    monkeypatch.setattr(sensitivity_from_disk, "_TOKENS", 3)
+    seen = []
+
+    def keep(on_disk, energies, *others):
+        seen.append((energies, fisher_weights_from_disk(on_disk, energies, *others)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(stage, "fisher_weights_from_disk", keep)
+    folder, data = saved(tiny("llama"), tmp_path / "model"), batches()
+    for batch in data:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, -4:] = 0
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"][1, :6] = -100
+    config = settings(allocation={"layer_weight": "fisher"})
+    report = compress_folder(folder, tmp_path / "small", config, data)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert report.ranks == compress(model, config, data).ranks
+    energies, weights = seen[0]
+    assert weights == pytest.approx(fisher_weights(model, energies, data, False), rel=1e-4)
 
 
 def test_plain_factors_need_no_data(tmp_path):
