@@ -65,7 +65,8 @@ def _run(rank: int, count: int, port: int, function, directory: Path, args: tupl
     try:
         dist.init_process_group("gloo", timeout=_PATIENCE)
         torch.save(function(*args), directory / f"result.{rank}")
-        dist.destroy_process_group()
+        # The others may still need this one. The group is not destroyed: with work just done gloo's end sometimes hangs.
+        dist.barrier()
     except BaseException:
         (directory / f"error.{rank}").write_text(traceback.format_exc())
         os._exit(1)

@@ -1,7 +1,6 @@
 """Where learning starts: at a pruning method's choice, from the user's data or the trainer's, and never twice."""
 
 import logging
-import os
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from hf_qst.pruning import (
 from hf_qst.pruning.by_scores import prune_model
 from hf_qst.pruning.scores import random_scores
 from tests.architectures import digest, tiny, token_batch
+from tests.distributed.processes import in_processes
 from tests.pruned_models import network, with_disp
 from tests.toy_data import token_dataset
 from tests.trainers import assert_states_close, disp_state, disp_trainer
@@ -206,20 +206,17 @@ def test_a_generator_of_data_serves_two_adapters_of_one_configuration():
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def _share(rank, directory):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+def _share():
+    rank = dist.get_rank()
     net = network(with_disp(keep_ratio=0.6, calibration_data=batches()[rank : rank + 1]))
     before = torch.cat(net.logits())
     share_start(net)
-    torch.save((before, torch.cat(net.logits())), os.path.join(directory, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return before, torch.cat(net.logits())
 
 
 @pytest.mark.slow
 def test_processes_that_saw_other_rows_start_as_the_first(tmp_path):
-    torch.multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)
-    (first, ours), (other, theirs) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (first, ours), (other, theirs) = in_processes(2, _share, tmp_path)
     assert not torch.equal(first, other)
     assert torch.equal(ours, first) and torch.equal(theirs, first)
 

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import tempfile
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_qst import DISPCallback, DISPConfig
 from hf_qst.disp.auxiliary_loss import with_auxiliary_loss
 from tests.architectures import digest, in_nf4, tiny, token_batch
+from tests.distributed.processes import in_processes
 from tests.pruned_models import network, with_disp
 from tests.toy_data import text_dataset, token_dataset, tokenizer
 from tests.trainers import assert_states_close, disp_state, disp_trainer, plain_trainer
@@ -257,23 +256,18 @@ def test_switched_off_in_training_it_is_the_bases_own_loss(name, checkpointing):
 # --- two processes -----------------------------------------------------------------------------------------------------
 
 
-def worker(rank, directory):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    model = with_disp()
+def gradients_of_half():
+    rank, model = dist.get_rank(), with_disp()
     wrapped = DistributedDataParallel(model)
     model.train()
     torch.manual_seed(5)
     wrapped(input_ids=IDS[rank * 2 : rank * 2 + 2], labels=IDS[rank * 2 : rank * 2 + 2]).loss.backward()
-    torch.save((gradients(model), disp_state(model)), os.path.join(directory, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return gradients(model), disp_state(model)
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one_with_both_batches():
-    with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(worker, (directory,), nprocs=2)
-        results = [torch.load(os.path.join(directory, f"{rank}.pt")) for rank in range(2)]
+def test_two_processes_have_the_gradients_of_one_with_both_batches(tmp_path):
+    results = in_processes(2, gradients_of_half, tmp_path)
     model = with_disp().train()
     torch.manual_seed(5)
     model(input_ids=IDS, labels=IDS).loss.backward()

@@ -1,8 +1,5 @@
 """Side networks on bases that live in several places: processes, devices, offloaded weights."""
 
-import os
-import tempfile
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +12,7 @@ from hf_qst.base_model.decoder_stack import find_decoder_stack
 from hf_qst.qst import SideNetwork, side_network
 from tests.architectures import side_network as network_of
 from tests.architectures import side_tuned, tiny, token_batch
+from tests.distributed.processes import in_processes
 
 
 def train(model, batches):
@@ -35,10 +33,8 @@ def fresh(mix):
     return side_tuned("llama", mix=mix).train()
 
 
-def worker(rank, directory):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    results = {}
+def train_half():
+    rank, results = dist.get_rank(), {}
     for mix in ("residual", "paper"):
         model = fresh(mix)
         wrapped = DistributedDataParallel(model)
@@ -46,15 +42,12 @@ def worker(rank, directory):
         losses = torch.tensor(train(wrapped, [token_batch(4, 8, seed=s)[rank * 2 : rank * 2 + 2] for s in range(4)]))
         dist.all_reduce(losses)
         results[mix] = losses / 2, network_of(model).state_dict()
-    torch.save(results, os.path.join(directory, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one():
-    with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(worker, (directory,), nprocs=2)
-        results = [torch.load(os.path.join(directory, f"{rank}.pt")) for rank in range(2)]
+def test_two_processes_train_as_one(tmp_path):
+    results = in_processes(2, train_half, tmp_path)
     for mix in ("residual", "paper"):
         model = fresh(mix)
         expected = torch.tensor(train(model, [token_batch(4, 8, seed=s) for s in range(4)]))
