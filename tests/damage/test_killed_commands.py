@@ -65,7 +65,7 @@ def test_a_command_begun_again_ends_with_the_same_weights(name, kills, inputs, t
     for kill in range(max(1, kills // 6)):
         folder = tmp_path / "run"
         shutil.rmtree(folder, ignore_errors=True)
-        killed(lambda folder=folder: main(argv(folder)), random.Random(f"{name} {kill}"), seconds)
+        killed(main, argv(folder), draw=random.Random(f"{name} {kill}"), longest=seconds)
         again = [] if not folder.exists() or not os.listdir(folder) else ["--overwrite"]
         if trains and folder.exists() and last_checkpoint(folder):
             again = ["--resume"]
@@ -98,6 +98,6 @@ def test_a_cache_whose_filling_was_killed_is_filled_up(kills, inputs, tmp_path):
     expected = tuned(tmp_path / "whole", tmp_path / "expected")
     for kill in range(max(1, kills // 6)):
         folder = tmp_path / f"states{kill}"
-        killed(lambda folder=folder: main(argv(folder)), random.Random(f"cache {kill}"), seconds)
+        killed(main, argv(folder), draw=random.Random(f"cache {kill}"), longest=seconds)
         assert main(argv(folder)) == 0
         assert tuned(folder, tmp_path / f"run{kill}") == expected

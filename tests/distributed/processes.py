@@ -28,12 +28,24 @@ def in_processes(count: int, function, directory: Path, *args, environment: dict
     Raises:
         RuntimeError: with the traceback of the process that failed first; the others are ended.
     """
+    try:
+        return _tried(count, function, directory, args, environment or {})
+    except RuntimeError as error:
+        # Somebody took the port that was free, or gloo's first connection failed: nothing that is tested here.
+        if "DistNetworkError" not in str(error):
+            raise
+        return _tried(count, function, directory, args, environment or {})
+
+
+def _tried(count: int, function, directory: Path, args: tuple, environment: dict[str, str]) -> list:
     directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob("error.*"):
+        left.unlink()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = [
-        CHILD.Process(target=_run, args=(rank, count, port, function, directory, args, environment or {}))
+        CHILD.Process(target=_run, args=(rank, count, port, function, directory, args, environment))
         for rank in range(count)
     ]
     for process in started:
