@@ -73,8 +73,8 @@ class CalibrationSet:
                 rows.append({name: part[place : place + 1] for name, part in batch.items()})
                 tokens -= rows[-1]["input_ids"].numel()
                 if tokens <= 0:
-                    return replace(self, batches=rows)
-        return replace(self, batches=rows)
+                    return self._parts(rows)
+        return self._parts(rows)
 
     def run_of(self, model: nn.Module, names: Iterable[str]) -> CalibrationRun:
         """A run of the model for the named modules, prepared; the same for the same model and modules."""
@@ -87,9 +87,13 @@ class CalibrationSet:
     def spread(self) -> CalibrationSet:
         """The same batches in an order in which the first few stand for all of them."""
         order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(0)).tolist()
-        spread = replace(self, batches=[self.batches[i] for i in order])
-        spread._runs.update(self._runs)
-        return spread
+        return self._parts([self.batches[i] for i in order])
+
+    def _parts(self, batches: list[Mapping]) -> CalibrationSet:
+        """These batches, of the rows of this set's own, with the runs that were prepared for those."""
+        parts = replace(self, batches=batches)
+        parts._runs.update(self._runs)
+        return parts
 
     def input_groups(self, model: nn.Module, names: Sequence[str]) -> list[tuple[str, ...]]:
         """The named modules in the order in which they run, together when they are given one and the same tensor."""

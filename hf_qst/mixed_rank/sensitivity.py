@@ -73,10 +73,17 @@ def _output_gradients(model: nn.Module, names: Sequence[str], batch: Mapping, in
     if all(gradient is None for gradient in gradients):
         raise CalibrationError(f"{USER}: the loss on batch {index} does not depend on any target")
     total = dict.fromkeys(names, 0.0)
+    add_energies(total, outputs, gradients)
+    return total
+
+
+def add_energies(
+    total: dict[str, float], outputs: Sequence[tuple[str, torch.Tensor]], gradients: Sequence[torch.Tensor | None]
+) -> None:
+    """Add to `total`, by layer name, the sum over rows of the squared gradient at each of these outputs."""
     for (name, _), gradient in zip(outputs, gradients, strict=True):
         # A layer may run and its output not be used, as that of the last vision layers in some multimodal models.
         total[name] += 0.0 if gradient is None else gradient.double().square().sum().item()
-    return total
 
 
 @contextmanager

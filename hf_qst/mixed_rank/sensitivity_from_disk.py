@@ -7,36 +7,37 @@ from the state of its file; the gradient that leaves it is what the block before
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from hf_qst.base_model.disk_weights import DiskWeights, present
-from hf_qst.calibration import CalibrationError, CalibrationRun, calibration_mode
-from hf_qst.calibration.labels import are_own_labels, labelled_batches, own_loss, same_problem
+from hf_qst.calibration import CalibrationError, calibration_mode
+from hf_qst.calibration.labels import are_own_labels, label_count, labelled_batches, own_loss, same_problem
 from hf_qst.mixed_rank.block_walk import BlockWalk, by_blocks
-from hf_qst.mixed_rank.sensitivity import USER, outputs_of, relative_weights
+from hf_qst.mixed_rank.calibration_set import CalibrationSet
+from hf_qst.mixed_rank.sensitivity import USER, add_energies, outputs_of, relative_weights
 
 # Of a row, whose scores are in memory at a time.
 _TOKENS = 128
-_IGNORED = -100
 
 
 def fisher_weights_from_disk(
-    on_disk: DiskWeights, energies: Mapping[str, float], batches: Sequence[Mapping], progress: bool = True
+    on_disk: DiskWeights, energies: Mapping[str, float], calibration: CalibrationSet
 ) -> dict[str, float]:
     """The weights of `fisher_weights`, with one block in memory at a time.
 
     Args:
         on_disk: where the weights come from; the states of all tokens are written to its scratch folder once for each block.
-        energies, batches: as of `fisher_weights`; all layers lie in the decoder's blocks.
+        energies: as of `fisher_weights`; all layers lie in the decoder's blocks.
+        calibration: as of `fisher_weights`; its runs, which the first stage has prepared, are used again.
 
     Raises:
         CalibrationError: there are no labels, or the loss is not finite or depends on none of the layers.
     """
-    model, gradients = on_disk.model, dict.fromkeys(energies, 0.0)
+    model, gradients, batches = on_disk.model, dict.fromkeys(energies, 0.0), calibration.batches
     if not are_own_labels(model, batches):
         raise CalibrationError(
             f"{USER} from disk needs batches of text, with input_ids, attention_mask and labels at most, got batches of "
@@ -44,13 +45,11 @@ def fisher_weights_from_disk(
         )
     ((blocks, _),) = by_blocks(model, [(name,) for name in energies])
     labelled = labelled_batches(model, batches, USER)
-    run = CalibrationRun(model, list(energies))
     with calibration_mode(model), same_problem(model):
-        run.prepare([batch for _, batch in labelled])
-        walk = BlockWalk(run, blocks, labelled[0][1])
+        walk = calibration.walk_of(calibration.run_of(model, energies), blocks)
         calls, states = walk.start([batch for _, batch in labelled])
         files = [os.path.join(on_disk.scratch, f"states-{i:05}.safetensors") for i in range(len(walk.layers))]
-        bar = tqdm(total=2 * len(files), desc="sensitivity", unit="block", disable=not progress)
+        bar = tqdm(total=2 * len(files), desc="sensitivity", unit="block", disable=not calibration.progress)
         for i, layer in enumerate(walk.layers):
             save_file({str(number): state.contiguous() for number, state in enumerate(states)}, files[i])
             with present(layer):
@@ -72,8 +71,7 @@ def fisher_weights_from_disk(
                         flowing[number], *found = torch.autograd.grad(
                             leaving, wanted, flowing[number], allow_unused=True
                         )
-                        for (name, _), gradient in zip(outputs, found, strict=True):
-                            gradients[name] += 0.0 if gradient is None else gradient.double().square().sum().item()
+                        add_energies(gradients, outputs, found)
                 os.remove(files[i])
                 bar.update()
         bar.close()
@@ -86,16 +84,14 @@ def _loss_gradient(walk: BlockWalk, batch: Mapping, index: int, state: torch.Ten
     The loss is the mean over all tokens that are predicted, and is taken of some at a time: the scores of a large vocabulary
     take more memory than a block.
     """
-    gradient, labels = torch.zeros_like(state), batch["labels"]
-    predicted = int((labels[:, 1:] != _IGNORED).sum())
-    for start in range(0, labels.shape[1] - 1, _TOKENS):
+    model, gradient, predicted = walk.run.model, torch.zeros_like(state), label_count(walk.run.model, batch)
+    for start in range(0, state.shape[1] - 1, _TOKENS):
         here = slice(start, start + _TOKENS + 1)
         part = {name: value[:, here] for name, value in batch.items()}
-        count = int((part["labels"][:, 1:] != _IGNORED).sum())
-        if not count:
+        if not (count := label_count(model, part)):
             continue
         own = state[:, here].detach().requires_grad_()
         with walk.ending_in(own):
-            loss = own_loss(walk.run.model, part, index, USER)
+            loss = own_loss(model, part, index, USER)
         gradient[:, here] += torch.autograd.grad(loss, own)[0] * (count / predicted)
     return gradient

@@ -72,10 +72,10 @@ class CheckpointedForward(ForwardInPlace):
     """
 
     def __call__(self, *args, **kwargs):
-        running, wanted = self.tape.current, getattr(self.block, "gradient_checkpointing", False)
+        running = self.tape.current
+        wanted = torch.is_grad_enabled() and getattr(self.block, "gradient_checkpointing", False)
         # With a cache of keys and values, which a second run would write again, nothing is checkpointed.
-        cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
-        if running is None or not wanted or cached or not torch.is_grad_enabled():
+        if not wanted or running is None or any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             return self.forward(*args, **kwargs)
 
         def run(*args, **kwargs):

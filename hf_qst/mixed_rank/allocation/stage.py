@@ -52,7 +52,7 @@ def weigh_layers(weights: TargetWeights, decomposition: Decomposition, calibrati
     """Give each spectrum its layer's Fisher weight."""
     energies = {name: spectrum.total for name, spectrum in decomposition.spectra.items()}
     if weights.on_disk is not None:
-        fisher = fisher_weights_from_disk(weights.on_disk, energies, calibration.batches, calibration.progress)
+        fisher = fisher_weights_from_disk(weights.on_disk, energies, calibration)
     else:
         fisher = fisher_weights(weights.reference, energies, calibration.batches, calibration.progress)
     for name, weight in fisher.items():
