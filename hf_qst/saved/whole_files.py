@@ -121,6 +121,11 @@ def remove_abandoned(directory: str | os.PathLike) -> None:
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
+def is_empty(directory: str | os.PathLike) -> bool:
+    """Whether a folder has nothing but what processes that were killed, or still run, have not finished."""
+    return all(name.startswith(_TEMPORARY) for name in os.listdir(directory))
+
+
 def _runs(process: int) -> bool:
     try:
         with contextlib.suppress(PermissionError):  # another user's, which runs too

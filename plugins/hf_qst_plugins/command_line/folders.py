@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+from hf_qst.saved.whole_files import is_empty
+
 from .errors import UsageError
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
@@ -55,7 +57,8 @@ def require_free(folder: str | None, overwrite: bool, required: bool = True) -> 
     """Check that a result may be written to a folder.
 
     Raises:
-        UsageError: there is no name, a file has that name, or the folder is not empty and may not be overwritten.
+        UsageError: there is no name, a file has that name, or the folder is not empty and may not be overwritten. What a
+            killed run left unfinished does not count.
     """
     if folder is None:
         if required:
@@ -64,7 +67,7 @@ def require_free(folder: str | None, overwrite: bool, required: bool = True) -> 
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise UsageError("output_dir", f"{folder!r} is a file; give a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if path.is_dir() and not is_empty(path) and not overwrite:
         raise UsageError("output_dir", f"{folder!r} is not empty; give another folder, or --overwrite")
 
 
