@@ -63,13 +63,16 @@ def workload(
     groups = [group for block in blocks for group in block]
     weights = sum(group.weights for group in groups)
     entries = sum(group.d_in**2 for group in groups)  # of all second moments, in float64
-    limit = _DOUBLE * entries if memory_limit is None else memory_limit
+    # The moments of one block at a time, or of as much of it as fits the limit.
+    moments = [_DOUBLE * sum(group.d_in**2 for group in block) for block in blocks]
+    limit = max(moments) if memory_limit is None else memory_limit
     # Of a symmetric product only the blocks on and above the diagonal are computed.
     upper = sum(group.d_in * (group.d_in + CHUNK_COLUMNS) // 2 for group in groups)
-    # The first stage passes over a part of the rows, once for the statistics that fit the limit at a time. The
-    # compensation runs each block once in the dense model and once in the compressed one; attention is not counted.
+    # The first stage runs each block on a part of the rows, once for the moments that fit the limit at a time. The
+    # compensation runs it once in the dense model and once in the compressed one; attention is not counted.
     part = min(1.0, ROWS_PER_DIMENSION * max(group.d_in for group in groups) / tokens)
-    passes = part * -(-_DOUBLE * entries // limit) + 1 + keep
+    runs = [-(-size // limit) * sum(group.weights for group in block) for size, block in zip(moments, blocks, strict=True)]
+    passes = part * sum(runs) / weights + 1 + keep
     kept = [sum(group.d_in for group in block) for block in blocks]
     inner = max(group.d_in for group in groups)
     return {
@@ -86,7 +89,7 @@ def workload(
             size if memory_limit is None else min(size, memory_limit)
             for size in (width * tokens * max(kept), width * tokens * (max(kept) + hidden + inner))
         ),
-        "moments_bytes": min(_DOUBLE * entries, limit),
+        "moments_bytes": min(max(moments), limit),
         "largest_layer_bytes": max(group.largest_layer for group in groups),
     }
 
