@@ -84,6 +84,7 @@ VARIANTS = {
     "large": _side(r=4, side_every=3, readout_rank=64, readout_every=1, mix_shape="vector"),
     "readout at half the rate": _side(),
     "readout at twice the rate": _side(),
+    "readout by the gradient": _side(),
     "default, near the base": _side(),
 }
 """Configurations of QST; each differs in one thing from the default, or is the paper's, or is named `before` or `large`."""
@@ -91,6 +92,8 @@ RATE_OF_READOUT = {"readout at half the rate": 0.5, "readout at twice the rate":
 """Of variants: the readout's learning rate, relative to that of the rest."""
 NEAR = {"default, near the base": 10.0}
 """Of variants, a weight: of the squared distance of the output from the base's where there is no label, relative to it."""
+BY_GRADIENT = {"readout by the gradient": 8}
+"""Of variants, a number of batches: the readout starts with the directions of the loss gradient on them."""
 PROBE = "linear probe"
 PEERS = {
     "QLoRA": lambda layers: _lora(),
@@ -164,11 +167,14 @@ class Bench:
         return figures
 
     def side(
-        self, config: QSTConfig, steps: int, rate: float, near: float = 0.0, readout: float = 1.0
+        self, config: QSTConfig, steps: int, rate: float, near: float = 0.0, readout: float = 1.0, batches: int = 0
     ) -> tuple[dict, nn.Module]:
-        """Train QST on stored states: one step a batch. `near` is a weight of `NEAR`, `readout` of `RATE_OF_READOUT`."""
+        """Train QST on stored states: one step a batch. `near` is a weight of `NEAR`, `readout` of `RATE_OF_READOUT`, `batches`
+        a number of `BY_GRADIENT`."""
         model = get_peft_model(copy.deepcopy(self.base), copy.deepcopy(config)).train()
         layer = model.base_model.model.model
+        if batches:
+            self.stored.direct_readout(layer, self.train[:batches])
 
         def loss(step: Step) -> torch.Tensor:
             output = hidden(layer, step)
@@ -303,7 +309,8 @@ def one_run(bench: Bench, name: str, steps: int, rate: float, seed: int, scored:
     if name == PROBE:
         return bench.probe(rate)
     if name in VARIANTS:
-        run, model = bench.side(VARIANTS[name], steps, rate, NEAR.get(name, 0.0), RATE_OF_READOUT.get(name, 1.0))
+        special = NEAR.get(name, 0.0), RATE_OF_READOUT.get(name, 1.0), BY_GRADIENT.get(name, 0)
+        run, model = bench.side(VARIANTS[name], steps, rate, *special)
     elif (config := PEERS[name](bench.layers)) is None:
         return bench.head(steps, rate)
     else:

@@ -7,7 +7,7 @@ step is then the side network, the blocks of a tail, the head and the optimiser.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +128,31 @@ class StoredBase:
         print(f"loss of a random side network on stored states {stored:.5f}, in the model {whole:.5f}")
         if abs(stored - whole) > 1e-3 * abs(whole):
             raise RuntimeError(f"the loss on stored states is {stored}, in the model {whole}")
+
+    def direct_readout(self, layer, steps: Sequence[Step]) -> None:
+        """Let the inputs of a readout be those that the loss gradient points at, at a start where its output is zero.
+
+        With g the gradient at the output of the stack and x = rms(h_i), the loss falls first along the matrix E[g' x]; A_i gets
+        its leading right singular vectors, and rows of x A_i' with the mean square that the random start has.
+        """
+        down = layer.active_network().readout.down
+        gradients, squares = dict.fromkeys(down, 0.0), dict.fromkeys(down, 0.0)
+        for step in steps:
+            output = step.output.requires_grad_()
+            (gradient,) = torch.autograd.grad(self.loss(output, step.batch), output)
+            for i in down:
+                state = step.state(int(i) + 1)
+                x = (state * state.square().mean(-1, keepdim=True).rsqrt()).flatten(0, 1)
+                gradients[i] += gradient.flatten(0, 1).T @ x
+                squares[i] += x.T @ x / len(x) / len(steps)
+        with torch.no_grad():
+            for i, linear in down.items():
+                _, strengths, directions = torch.linalg.svd(gradients[i])
+                chosen = directions[: len(linear.weight)]
+                part = strengths[: len(chosen)].square().sum() / strengths.square().sum()
+                print(f"readout of block {i}: its inputs hold {part:.1%} of the gradient's energy")
+                mean_square = ((chosen @ squares[i]) * chosen).sum(1, keepdim=True)
+                linear.weight.copy_(chosen * (mean_square * 3).rsqrt())
 
     def loss(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean loss in nats a label for the output of a stack [rows, seq, d]."""

@@ -96,8 +96,35 @@ def test_a_linear_probe_finds_the_class_in_the_states():
     assert figures["loss"] < 0.3
 
 
+def test_a_directed_readout_reads_what_a_readout_of_full_rank_would_learn_first():
+    base, task = tiny("llama", num_hidden_layers=3), classification()
+    bench = Bench(base, replace(task, train=task.train * 2), ["default"])
+    model = get_peft_model(copy.deepcopy(base), QSTConfig(task_type="CAUSAL_LM", readout_rank=2))
+    layer = model.base_model.model.model
+    bench.stored.direct_readout(layer, bench.train)
+    step, labels = bench.train[0], task.train[0].labels[:, 1:].flatten()
+    for i, linear in layer.active_network().readout.down.items():
+        full = torch.zeros(2 * (base.config.hidden_size,), requires_grad=True)
+        x = torch.nn.functional.rms_norm(step.state(int(i) + 1), [base.config.hidden_size])
+        scores = (step.output + x @ full.T)[:, :-1] @ bench.stored.head.T
+        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), labels, ignore_index=IGNORED)
+        (gradient,) = torch.autograd.grad(loss, full)
+        expected = torch.linalg.svd(gradient).Vh[:2]
+        directions = torch.nn.functional.normalize(linear.weight.detach())
+        torch.testing.assert_close((directions @ expected.T).abs(), torch.eye(2), rtol=0, atol=1e-2)
+        torch.testing.assert_close(linear(x).square().mean((0, 1)), torch.full((2,), 1 / 3), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(
-    "name", ["default", "readout at twice the rate", "LoRA in the last 4", "ShadowPEFT", "head alone"]
+    "name",
+    [
+        "default",
+        "readout at twice the rate",
+        "readout by the gradient",
+        "LoRA in the last 4",
+        "ShadowPEFT",
+        "head alone",
+    ],
 )
 def test_a_method_learns_and_its_validation_loss_is_that_of_the_same_rows(name):
     task = classification()
