@@ -245,8 +245,11 @@ class MixedRankConfig(MethodConfig):
         width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
         blocks, hidden = blocks_of(model, self), model.config.get_text_config().hidden_size
         counted = workload(blocks, hidden, rows * tokens, self.keep_ratio, self.memory_limit, width)
+        statistics, whole = counted["moments_bytes"], counted["all_moments_bytes"]
+        if self.compensation.method == "none" and whole <= (self.memory_limit or whole):
+            statistics = whole  # the factors are made of them when all ranks are known, without another pass
         return {
-            "input statistics": counted["moments_bytes"],
+            "input statistics": statistics,
             "states and activations": counted["hidden_states_bytes"] + counted["kept_in_a_block_bytes"],
             "matrices of one layer": counted["largest_layer_bytes"],
             "factors": counted["factors_bytes"],

@@ -90,6 +90,7 @@ def workload(
             for size in (width * tokens * max(kept), width * tokens * (max(kept) + hidden + inner))
         ),
         "moments_bytes": min(max(moments), limit),
+        "all_moments_bytes": sum(moments),
         "largest_layer_bytes": max(group.largest_layer for group in groups),
     }
 
