@@ -6,17 +6,21 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from tests.architectures import side_layers, side_tuned, tiny, token_batch
 from tests.toy_data import tokenizer
 
 IDS = token_batch(3, 8)
 GREEDY = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+# Without a number of blocks its cache takes most of the machine's memory.
+SMALL = ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=32)
 
 
 def batched(model):
-    outputs = model.generate_batch(IDS.tolist(), generation_config=GREEDY, progress_bar=False)
+    outputs = model.generate_batch(
+        IDS.tolist(), generation_config=GREEDY, continuous_batching_config=copy.deepcopy(SMALL), progress_bar=False
+    )
     return [output.generated_tokens for output in outputs.values()]
 
 
