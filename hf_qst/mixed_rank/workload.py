@@ -71,7 +71,9 @@ def workload(
     # The first stage runs each block on a part of the rows, once for the moments that fit the limit at a time. The
     # compensation runs it once in the dense model and once in the compressed one; attention is not counted.
     part = min(1.0, ROWS_PER_DIMENSION * max(group.d_in for group in groups) / tokens)
-    runs = [-(-size // limit) * sum(group.weights for group in block) for size, block in zip(moments, blocks, strict=True)]
+    runs = [
+        -(-size // limit) * sum(group.weights for group in block) for size, block in zip(moments, blocks, strict=True)
+    ]
     passes = part * sum(runs) / weights + 1 + keep
     kept = [sum(group.d_in for group in block) for block in blocks]
     inner = max(group.d_in for group in groups)
