@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks.side_tuning.tasks import Batch
 from hf_qst import QSTConfig
 from hf_qst.qst import Taps
+from hf_qst.qst.downsample import rms
 from hf_qst_kernels import linear_cross_entropy
 
 
@@ -141,8 +142,7 @@ class StoredBase:
             output = step.output.requires_grad_()
             (gradient,) = torch.autograd.grad(self.loss(output, step.batch), output)
             for i in down:
-                state = step.state(int(i) + 1)
-                x = (state * state.square().mean(-1, keepdim=True).rsqrt()).flatten(0, 1)
+                x = rms(step.state(int(i) + 1)).flatten(0, 1)
                 gradients[i] += gradient.flatten(0, 1).T @ x
                 squares[i] += x.T @ x / len(x) / len(steps)
         with torch.no_grad():

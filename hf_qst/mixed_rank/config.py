@@ -246,7 +246,8 @@ class MixedRankConfig(MethodConfig):
         blocks, hidden = blocks_of(model, self), model.config.get_text_config().hidden_size
         counted = workload(blocks, hidden, rows * tokens, self.keep_ratio, self.memory_limit, width)
         statistics, whole = counted["moments_bytes"], counted["all_moments_bytes"]
-        if self.compensation.method == "none" and whole <= (self.memory_limit or whole):
+        compensated = self.resolved(has_data=True, narrowest=hidden).compensation.method != "none"
+        if not compensated and whole <= (self.memory_limit or whole):
             statistics = whole  # the factors are made of them when all ranks are known, without another pass
         return {
             "input statistics": statistics,

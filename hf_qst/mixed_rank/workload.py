@@ -62,8 +62,7 @@ def workload(
     """
     groups = [group for block in blocks for group in block]
     weights = sum(group.weights for group in groups)
-    entries = sum(group.d_in**2 for group in groups)  # of all second moments, in float64
-    # The moments of one block at a time, or of as much of it as fits the limit.
+    # Of each block the second moments, in float64; those of one are there at a time, or as much as fits the limit.
     moments = [_DOUBLE * sum(group.d_in**2 for group in block) for block in blocks]
     limit = max(moments) if memory_limit is None else memory_limit
     # Of a symmetric product only the blocks on and above the diagonal are computed.
@@ -82,7 +81,7 @@ def workload(
         "forward_passes": passes,
         "forward_operations": passes * 2 * weights * tokens,
         # Stage 1 takes C of the dense inputs, stage 3 C and K of the compressed model's.
-        "moment_operations": 2 * ((1 + part) * upper + entries) * tokens,
+        "moment_operations": 2 * ((1 + part) * upper + sum(moments) // _DOUBLE) * tokens,
         "double_operations": sum(double_products(group.d_in, out) for group in groups for out in group.widths),
         "eigenproblems": sum(len(group.widths) for group in groups),
         "factors_bytes": int(width * keep * weights),

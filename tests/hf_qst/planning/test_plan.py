@@ -198,8 +198,9 @@ def test_compression_is_planned_by_its_work():
     small = plan(config, MixedRankConfig(keep_ratio=0.5, memory_limit=2**16), 4, 64, "cpu", search=False)
     assert small.bytes["input statistics"] == 2**16
     # Without compensation the statistics of all blocks are kept until the ranks are known.
-    plain = MixedRankConfig(keep_ratio=0.5, compensation="none")
-    assert plan(config, plain, 4, 64, "cpu", search=False).bytes["input statistics"] == 4 * 8 * (3 * 64**2 + 128**2)
+    for settings in ({"compensation": "none"}, {"decomposition": {"metric": "normalized"}}):
+        without = plan(config, MixedRankConfig(keep_ratio=0.5, **settings), 4, 64, "cpu", search=False)
+        assert without.bytes["input statistics"] == 4 * 8 * (3 * 64**2 + 128**2)
 
 
 @pytest.mark.parametrize("method", [MixedRankConfig(keep_ratio=0.5), DISPConfig(keep_ratio=0.5)])
