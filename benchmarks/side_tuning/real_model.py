@@ -247,8 +247,7 @@ class Bench:
         """For each row what the probe reads [n, features], and whether it is of the first class [n]."""
         features, classes, numbers = [], [], sorted(self._states_read(PROBE))
         for step in steps:
-            read = [step.state(i) for i in numbers]
-            states = torch.cat([state * state.square().mean(-1, keepdim=True).rsqrt() for state in read], -1)
+            states = torch.cat([step.normal_state(i) for i in numbers], -1)
             for row, place in (step.batch.labels != IGNORED).nonzero().tolist():
                 # The first token's state has outliers and says nothing about the text.
                 features.append(torch.cat([states[row, place - 1], states[row, 1:place].mean(0)]))

@@ -11,13 +11,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 
 from benchmarks.side_tuning.tasks import Batch
 from hf_qst import QSTConfig
 from hf_qst.qst import Taps
-from hf_qst.qst.downsample import rms
 from hf_qst_kernels import linear_cross_entropy
 
 
@@ -41,6 +41,11 @@ class Step:
     def state(self, i: int) -> torch.Tensor:
         """The state that enters block i, or leaves the last one [rows, seq, d] in float32."""
         return torch.stack([row.states[i] for row in self.rows]).float()
+
+    def normal_state(self, i: int) -> torch.Tensor:
+        """`state`, divided by the root mean square of its channels."""
+        state = self.state(i)
+        return F.rms_norm(state, state.shape[-1:])
 
     @property
     def output(self) -> torch.Tensor:
@@ -133,7 +138,7 @@ class StoredBase:
     def direct_readout(self, layer, steps: Sequence[Step]) -> None:
         """Let the inputs of a readout be those that the loss gradient points at, at a start where its output is zero.
 
-        With g the gradient at the output of the stack and x = rms(h_i), the loss falls first along the matrix E[g' x]; A_i gets
+        With g the gradient at the output of the stack and x = h_i / rms(h_i), the loss falls first along the matrix E[g' x]; A_i gets
         its leading right singular vectors, and rows of x A_i' with the mean square that the random start has.
         """
         down = layer.active_network().readout.down
@@ -142,7 +147,7 @@ class StoredBase:
             output = step.output.requires_grad_()
             (gradient,) = torch.autograd.grad(self.loss(output, step.batch), output)
             for i in down:
-                x = rms(step.state(int(i) + 1)).flatten(0, 1)
+                x = step.normal_state(int(i) + 1).flatten(0, 1)
                 gradients[i] += gradient.flatten(0, 1).T @ x
                 squares[i] += x.T @ x / len(x) / len(steps)
         with torch.no_grad():

@@ -22,6 +22,7 @@ from hf_qst.base_model.offloading import is_sharded
 from hf_qst.disp import DISPLayer, PruningReport
 from hf_qst.disp.start import rows_of, share_start, start_from_scores
 from hf_qst.extras import require
+from hf_qst.saved.whole_files import is_empty
 from hf_qst.tuner.config import is_count, is_number
 from hf_qst.tuner.manifest_tuner import with_head
 from hf_qst_plugins.pruning.plots import plot_widths
@@ -271,7 +272,7 @@ def _all_finite(gradients: list[torch.Tensor]) -> bool:
 
 
 def _require_free(directory: str) -> None:
-    if os.path.exists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
+    if os.path.exists(directory) and (not os.path.isdir(directory) or not is_empty(directory)):
         raise ValueError(f"export_directory must be a folder that is not there or empty, {directory!r} is not")
     parent = os.path.abspath(directory)
     while not os.path.exists(parent):

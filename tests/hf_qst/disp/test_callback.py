@@ -17,6 +17,7 @@ IDS = token_batch(4, 12)
 
 def test_export_directory_holds_the_smaller_model_and_the_trained_one_stays(tmp_path):
     model = with_disp()
+    (tmp_path / "small" / ".tmp_999999999_model").mkdir(parents=True)  # what an export that was killed has left
     run = disp_trainer(model, tmp_path / "out", DISPCallback(export_directory=tmp_path / "small", progress=False))
     run.train()
     with torch.no_grad():
