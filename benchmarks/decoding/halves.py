@@ -12,8 +12,6 @@ from hf_qst_plugins.code_evaluation import Report, paired_bootstrap, pass_at_k
 FIXED = "fixed temperature"
 PUBLISHED = {"adaptive, as published": ("adaptive (paper)", "a=0.8 b=0.6 line")}
 """Families of one setting that nobody tuned here: that of the authors' README for HumanEval. Name -> family and setting."""
-Reports = Mapping[str, Mapping[str, Report]]
-"""Family -> setting -> report. All reports have the same tasks, in the same order."""
 
 
 def with_interval(drawn: int, passed: Sequence[int], k: int) -> dict:
@@ -39,35 +37,46 @@ def complete(
     return list(takewhile(lambda task: all(drawn[name].get(task, 0) == n for name, n in counts.items()), order))
 
 
+MEANS = ["tokens", "parses", "distinct", *ERRORS, OTHER]
+"""The figures of a `setting_row` that are means over samples. All tasks have equally many."""
+
+
+def _row(family: str, label: str, drawn: int, passed: dict[str, int], means: Mapping[str, float]) -> dict:
+    counts = list(passed.values())
+    row = {"family": family, "setting": label, "drawn": drawn, "tokens": means["tokens"]}
+    row |= {f"pass@{k}": with_interval(drawn, counts, k) for k in KS if k <= drawn}
+    return {**row, "problems_passed": sum(count > 0 for count in counts), **means, "passed": passed}
+
+
 def setting_row(family: str, label: str, report: Report) -> dict:
     """The figures of one setting over all tasks."""
-    drawn, passed = next(iter(report.drawn.values())), list(report.passed.values())
-    row = {"family": family, "setting": label, "drawn": drawn, "tokens": report.tokens / report.samples}
-    row |= {f"pass@{k}": with_interval(drawn, passed, k) for k in KS if k <= drawn}
-    row["problems_passed"] = sum(count > 0 for count in passed)
-    row |= {"parses": report.parse_rate, "distinct": report.distinct, **failures(report)}
-    return {**row, "passed": report.passed}
+    drawn = next(iter(report.drawn.values()))
+    means = {"tokens": report.tokens / report.samples, "parses": report.parse_rate, "distinct": report.distinct}
+    return _row(family, label, drawn, report.passed, means | failures(report))
 
 
-def tuned_rows(reports: Reports) -> list[dict]:
-    """One row for each family and objective k: pass@k with the setting that is best on the other half.
+def tuned_rows(settings: Sequence[dict]) -> list[dict]:
+    """One row for each family of the `settings` and objective k: pass@k with the setting that is best on the other half.
 
     The halves are the tasks at even and at odd positions. `difference` is against the fixed temperature that was chosen
     in the same way.
     """
+    families: dict[str, list[dict]] = {}
+    for row in settings:
+        families.setdefault(row["family"], []).append(row)
     rows = []
     for k in OBJECTIVES:
-        for family, settings in reports.items():
-            drawn = next(iter(next(iter(settings.values())).drawn.values()))
+        for family, those in families.items():
+            drawn = those[0]["drawn"]
             if k > drawn:
                 continue
-            passed = {label: list(report.passed.values()) for label, report in settings.items()}
-            chosen, reported = [], [0] * len(next(iter(passed.values())))
+            passed = {row["setting"]: list(row["passed"].values()) for row in those}
+            chosen, reported = [], [0] * len(those[0]["passed"])
             for half in (0, 1):
                 best = max(passed, key=lambda label: pass_at_k(drawn, passed[label][1 - half :: 2], k))
                 chosen.append(best)
                 reported[half::2] = passed[best][half::2]
-            row = {"family": family, "k": k, "drawn": drawn, "chosen": chosen, "settings": len(settings)}
+            row = {"family": family, "k": k, "drawn": drawn, "chosen": chosen, "settings": len(those)}
             rows.append({**row, "pass": with_interval(drawn, reported, k), "passed": reported})
         fixed = next((row for row in rows if row["family"] == FIXED and row["k"] == k), None)
         for row in rows:
@@ -77,24 +86,37 @@ def tuned_rows(reports: Reports) -> list[dict]:
     return rows
 
 
-def stage_report(reports: Reports, tasks: Sequence[str], problems: int) -> dict:
-    """Figures of the settings of a stage on `tasks`, the first of so many `problems` in a random order."""
-    settings = [
-        setting_row(family, label, report) for family, those in reports.items() for label, report in those.items()
+def stage_report(settings: Sequence[dict], problems: int) -> dict:
+    """Figures of a stage from the `setting_row` of its settings, which have the same tasks in the same order.
+
+    Args:
+        problems: number of problems, of which the tasks are the first in a random order.
+    """
+    families = list(dict.fromkeys(row["family"] for row in settings))
+    settings = sorted(settings, key=lambda row: families.index(row["family"]))
+    published = [
+        {**row, "family": name}
+        for name, of in PUBLISHED.items()
+        for row in settings
+        if (row["family"], row["setting"]) == of
     ]
-    published = {
-        name: {label: reports[family][label]}
-        for name, (family, label) in PUBLISHED.items()
-        if label in reports.get(family, {})
-    }
-    of_tasks = [[report.passed[task] for those in reports.values() for report in those.values()] for task in tasks]
+    tasks = list(settings[0]["passed"])
     return {
-        "tasks": list(tasks),
+        "tasks": tasks,
         "problems": problems,
         "settings": settings,
-        "tuned": tuned_rows({**reports, **published}),
-        "problems_ever_passed": sum(any(counts) for counts in of_tasks),
+        "tuned": tuned_rows([*settings, *published]),
+        "problems_ever_passed": sum(any(row["passed"][task] for row in settings) for task in tasks),
     }
+
+
+def joined_row(first: dict, then: dict) -> dict:
+    """The `setting_row` of one setting over the tasks of two that have no task in common."""
+    if first["drawn"] != then["drawn"] or first["passed"].keys() & then["passed"].keys():
+        raise ValueError(f"{first['family']} {first['setting']}: the rows must have equal counts and different tasks")
+    sizes = len(first["passed"]), len(then["passed"])
+    means = {name: (sizes[0] * first[name] + sizes[1] * then[name]) / sum(sizes) for name in MEANS}
+    return _row(first["family"], first["setting"], first["drawn"], first["passed"] | then["passed"], means)
 
 
 def _percent(value: dict, sign: str = "") -> str:

@@ -4,13 +4,15 @@
     python -m benchmarks.decoding.humaneval --model smollm2 --minutes 60      # goes on where it stopped
     python -m benchmarks.decoding.humaneval --device cuda --rows 2048 --sample-only    # draws and executes nothing
     python -m benchmarks.decoding.humaneval --report-only                     # executes what is drawn; the tables
+    python -m benchmarks.decoding.humaneval --earlier decoding_humaneval.json # draws what a result lacks, and joins it
 
 The prompts are HumanEval's, without an adapter; one part compares them with the model's chat form, at two settings. The
 settings are drawn in stages; a problem is drawn with all settings of its stage, in an order that is shuffled once. A stage
 is reported on the first problems of which all its settings have all samples, when they are at least `--least`, together
 with the settings of the stages before it on the same problems. Of each family, the setting that is best on one half of the problems is reported on the other half, and the other way round, so
 each problem counts once and with a setting that was not chosen on it. The samples stay in the user's cache; the figures are
-written to `benchmarks/results/decoding_humaneval.json`.
+written to `benchmarks/results/decoding_humaneval.json`. With `--earlier`, the last stage of such a file is drawn on the
+problems that it lacks there, and reported on all: the samples of the others are not needed.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from benchmarks.common.command_line import as_json, parser_of, require_device, r
 from benchmarks.common.measure import RESULTS, environment, write_json
 from benchmarks.common.tables import markdown
 from benchmarks.decoding.decoders import Decoder, adaptive
-from benchmarks.decoding.halves import complete, form_table, setting_row, stage_report, tables
+from benchmarks.decoding.halves import complete, form_table, joined_row, setting_row, stage_report, tables
 from examples.corpus import cache_folder, split, stdlib_files, tokens
 from examples.real_model import HELP, model_argument
 from hf_qst_plugins.adaptive_temperature import (
@@ -135,15 +137,17 @@ def fitted_probe(model, tokenizer, table: VocabularyTable, path: Path, seed: int
     return probe
 
 
-def sample(args: argparse.Namespace, problems: list[Problem]) -> None:
-    """Draw what is missing, stage by stage, until the time is over."""
+def sample(args: argparse.Namespace, problems: list[Problem], stage: int | None = None) -> None:
+    """Draw what is missing, stage by stage or of one `stage`, until the time is over."""
     until = time.monotonic() + 60 * args.minutes if args.minutes else None
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     table = VocabularyTable.from_tokenizer(tokenizer)
     probe = fitted_probe(model, tokenizer, table, args.work / "probe.json", args.seed)
     parts = [(args.work, "", families) for families in stages(probe)]
-    if tokenizer.chat_template:
+    if stage is not None:
+        parts = [parts[stage]]
+    elif tokenizer.chat_template:
         parts.insert(1, (args.work / "chat", chat_prefix(tokenizer), CHAT))
     for folder, prefix, families in parts:
         left = None if until is None else (until - time.monotonic()) / 60
@@ -235,11 +239,36 @@ def report(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[dict
         done.append(drawn.read(files_of(families, args.work)))
         if done[-1] < least(args, problems):
             break
-        reports: dict[str, dict[str, Report]] = {}
-        for (family, label), one in drawn.reports().items():
-            reports.setdefault(family, {})[label] = one
-        found.append(stage_report(reports, drawn.tasks, len(problems)))
+        found.append(stage_report([setting_row(*key, one) for key, one in drawn.reports().items()], len(problems)))
     return found, done
+
+
+def joined(args: argparse.Namespace, earlier: dict, problems: list[Problem]) -> tuple[list[dict], list[int]]:
+    """As `report`, of an earlier result whose last stage lacks these `problems`, with what is drawn of it on them."""
+    *whole, last = earlier["stages"]
+    drawn = Drawn(problems)
+    if drawn.read(files_of(stages(None)[len(whole)], args.work)) < len(problems):
+        return earlier["stages"], earlier["complete_problems"]
+    rows = {key: setting_row(*key, one) for key, one in drawn.reports().items()}
+    # Those of the stages before it have all problems already.
+    before = {(row["family"], row["setting"]): row for row in whole[-1]["settings"]}
+    order = [*last["tasks"], *drawn.tasks]
+    settings = []
+    for row in last["settings"]:
+        key = row["family"], row["setting"]
+        row = joined_row(row, rows[key]) if key in rows else before[key]
+        settings.append({**row, "passed": {task: row["passed"][task] for task in order}})
+    return [*whole, stage_report(settings, len(order))], [*earlier["complete_problems"][:-1], len(order)]
+
+
+def lacking(earlier: dict, problems: list[Problem]) -> list[Problem]:
+    """The problems that the last stage of an earlier result lacks, and the stage before it has."""
+    tasks = [problem.task_id for problem in problems]
+    *whole, last = earlier["stages"]
+    done = len(last["tasks"])
+    if not whole or whole[-1]["tasks"] != tasks or last["tasks"] != tasks[:done]:
+        raise ValueError("--earlier must be a result on the same problems, which lacks some in its last stage only")
+    return problems[done:]
 
 
 def measured_difficulty(args: argparse.Namespace, problems: list[Problem]) -> dict:
@@ -294,6 +323,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=128, help="tokens of a completion at most")
     add("--rows", type=int, default=90, help="rows of a batch, of several problems")
     add("--least", type=int, default=80, help="report no stage on fewer problems, unless they are all")
+    add(
+        "--earlier",
+        type=Path,
+        help="a result of this benchmark: draw its last stage on the problems that it lacks there",
+    )
     add("--minutes", type=float, help="begin no further problem after this time")
     add("--sample-only", action="store_true", help="execute no completion and report nothing")
     add("--report-only", action="store_true", help="draw nothing, execute and report what is there")
@@ -321,15 +355,19 @@ def main(argv: list[str] | None = None) -> None:
     random.Random(args.seed).shuffle(problems)
     problems = problems[: args.limit]
     args.work.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(args.earlier.read_text()) if args.earlier else None
+    wanted = lacking(earlier, problems) if earlier else problems
     if not args.sample_only:
-        judge(args, problems)
+        judge(args, wanted)
     if not args.report_only:
-        sample(args, problems)
+        sample(args, wanted, len(earlier["stages"]) - 1 if earlier else None)
     if args.sample_only:
         return
-    forms = prompt_forms(args, problems)
-    found, done = report(args, problems)
-    difficulty = measured_difficulty(args, problems) if args.difficulty else {}
+    found, done = joined(args, earlier, wanted) if earlier else report(args, problems)
+    forms = earlier["prompt_forms"] if earlier else prompt_forms(args, problems)
+    difficulty = earlier["difficulty"] if earlier else {}
+    if args.difficulty:
+        difficulty = measured_difficulty(args, problems)
     for stage in found[-1:]:
         print(f"\n{tables(stage)}")
     if forms:

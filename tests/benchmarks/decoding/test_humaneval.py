@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.decoding import humaneval
-from benchmarks.decoding.halves import complete, form_table, setting_row, stage_report, tables, tuned_rows
+from benchmarks.decoding.halves import complete, form_table, joined_row, setting_row, stage_report, tables, tuned_rows
 from examples.real_model import BASE
 from hf_qst_plugins.code_evaluation import Report, SamplesFile, pass_at_k, read_problems, read_samples
 
@@ -43,9 +43,12 @@ def test_the_first_tasks_with_all_samples_of_every_setting_count():
 
 def test_a_setting_is_chosen_on_the_other_half():
     """`left` is good on tasks a and c only, `right` on b and d only: what is chosen on one half fails on the other."""
-    reports = {"fixed temperature": {"left": report([9, 0, 9, 0]), "right": report([0, 8, 0, 8])}}
-    reports["other"] = {"middle": report([3, 3, 3, 3])}
-    first, other = (row for row in tuned_rows(reports) if row["k"] == 1)
+    rows = [
+        setting_row("fixed temperature", "left", report([9, 0, 9, 0])),
+        setting_row("fixed temperature", "right", report([0, 8, 0, 8])),
+        setting_row("other", "middle", report([3, 3, 3, 3])),
+    ]
+    first, other = (row for row in tuned_rows(rows) if row["k"] == 1)
     assert first["chosen"] == ["right", "left"]
     assert first["passed"] == [0, 0, 0, 0]
     assert "difference" not in first
@@ -63,9 +66,39 @@ def test_figures_of_a_setting():
     assert (row["NameError"], row["wrong"], row["tokens"]) == (pytest.approx(0.625), 0, 7)
 
 
+def test_rows_of_different_tasks_are_joined():
+    """The figures of all tasks at once, but for the tasks' unequal lengths and errors."""
+    outcomes = ["passed", "name", "wrong", "timeout"]
+    samples = [
+        {
+            "task_id": task,
+            "sample": number,
+            "completion": str(number % (place + 1)),
+            "program_parses": (number + place) % 3 > 0,
+            "outcome": outcomes[number * (place + 1) % 4],
+            "tokens": 5 * place + number,
+            "seconds": 0.0,
+        }
+        for place, task in enumerate(TASKS)
+        for number in range(10)
+    ]
+    parts = [setting_row("f", "s", Report.of(part)) for part in (samples[:30], samples[30:])]
+    whole = setting_row("f", "s", Report.of(samples))
+    found = joined_row(*parts)
+    assert list(found) == list(whole)
+    assert list(found["passed"].items()) == list(whole["passed"].items())
+    for name, value in whole.items():
+        assert found[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    assert 0 < whole["other errors"] < 1
+    assert 0 < whole["distinct"] < 1
+    with pytest.raises(ValueError, match="equal counts and different tasks"):
+        joined_row(parts[0], whole)
+
+
 def test_greedy_is_not_compared_with_many_samples():
-    reports = {"greedy": {"": report([1, 0, 1, 0], drawn=1)}, "fixed temperature": {"x": report([5, 0, 5, 0])}}
-    stage = stage_report(reports, TASKS, 9)
+    rows = [setting_row("greedy", "", report([1, 0, 1, 0], drawn=1))]
+    rows += [setting_row("fixed temperature", "x", report([5, 0, 5, 0]))]
+    stage = stage_report(rows, 9)
     greedy = [row for row in stage["tuned"] if row["family"] == "greedy"]
     assert [row["k"] for row in greedy] == [1]
     assert "difference" not in greedy[0]
@@ -90,7 +123,7 @@ def test_a_small_run_is_reported_and_resumed(tmp_path, capsys):
     command = ["--model", str(BASE), "--limit", "3", "--samples", "2", "--new-tokens", "4"]
     command += ["--difficulty", "--every", "63", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     humaneval.main(command)
-    result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
+    result = whole = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
     assert result["complete_problems"] == [3, 3, 3]
     assert [len(stage["settings"]) for stage in result["stages"]] == [1, 6, 20]
     assert {row["drawn"] for row in result["stages"][1]["settings"]} == {1, 2}
@@ -111,6 +144,22 @@ def test_a_small_run_is_reported_and_resumed(tmp_path, capsys):
         assert result["complete_problems"] == [3, 2, 2][: stages + (stages < 3)]
         assert [stage["tasks"] for stage in result["stages"]] == [order, order[:2], order[:2]][:stages]
     assert {len(row["passed"]) for row in result["stages"][2]["settings"]} == {2}
+    # That result is enough to report all problems, when its last stage is drawn on the one that it lacks there.
+    result["stages"][:2] = whole["stages"][:2]
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(result))
+    rest = ["--earlier", str(earlier), "--work", str(tmp_path / "rest")]
+    humaneval.main([*command, *rest])
+    result = json.loads((tmp_path / "out" / "decoding_humaneval.json").read_text())
+    assert {path.stem for path in (tmp_path / "rest").glob("*.jsonl")} == {
+        humaneval.file_name(family, one) for family, those in humaneval.stages(None)[2].items() for one in those
+    }
+    assert result["complete_problems"] == [3, 2, 3]
+    assert [list(row["passed"]) for row in result["stages"][2]["settings"]] == [order] * 20
+    assert result["difficulty"] == whole["difficulty"]
+    earlier.write_text(json.dumps({**result, "stages": result["stages"][:1]}))
+    with pytest.raises(ValueError, match="--earlier must be a result on the same problems"):
+        humaneval.main([*command, *rest])
 
 
 @pytest.mark.slow
@@ -131,9 +180,13 @@ def test_samples_are_drawn_and_judged_apart(tmp_path, capsys):
 
 
 def test_problems_with_a_passing_sample_are_counted():
-    reports = {"fixed temperature": {"left": report([9, 0, 0, 0]), "right": report([1, 0, 2, 0])}}
-    reports["adaptive (paper)"] = {"a=0.8 b=0.6 line": report([0, 0, 1, 0]), "other": report([9, 9, 9, 0])}
-    stage = stage_report(reports, TASKS, 9)
+    rows = [
+        setting_row("fixed temperature", "left", report([9, 0, 0, 0])),
+        setting_row("adaptive (paper)", "a=0.8 b=0.6 line", report([0, 0, 1, 0])),
+        setting_row("adaptive (paper)", "other", report([9, 9, 9, 0])),
+        setting_row("fixed temperature", "right", report([1, 0, 2, 0])),
+    ]
+    stage = stage_report(rows, 9)
     assert stage["problems_ever_passed"] == 3
     assert [row["problems_passed"] for row in stage["settings"]] == [1, 2, 1, 3]
     published = next(row for row in stage["tuned"] if row["family"] == "adaptive, as published" and row["k"] == 1)
