@@ -88,12 +88,13 @@ VARIANTS = {
     "default, near the base": _side(),
 }
 """Configurations of QST; each differs in one thing from the default, or is the paper's, or is named `before` or `large`."""
-RATE_OF_READOUT = {"readout at half the rate": 0.5, "readout at twice the rate": 2.0}
-"""Of variants: the readout's learning rate, relative to that of the rest."""
-NEAR = {"default, near the base": 10.0}
-"""Of variants, a weight: of the squared distance of the output from the base's where there is no label, relative to it."""
-BY_GRADIENT = {"readout by the gradient": 8}
-"""Of variants, a number of batches: the readout starts with the directions of the loss gradient on them."""
+TRAINED = {
+    "readout at half the rate": {"readout_rate": 0.5},
+    "readout at twice the rate": {"readout_rate": 2.0},
+    "readout by the gradient": {"gradient_batches": 8},
+    "default, near the base": {"near": 10.0},
+}
+"""Of variants: how they are trained, arguments of `Bench.side`."""
 PROBE = "linear probe"
 PEERS = {
     "QLoRA": lambda layers: _lora(),
@@ -167,14 +168,26 @@ class Bench:
         return figures
 
     def side(
-        self, config: QSTConfig, steps: int, rate: float, near: float = 0.0, readout: float = 1.0, batches: int = 0
+        self,
+        config: QSTConfig,
+        steps: int,
+        rate: float,
+        *,
+        readout_rate: float = 1.0,
+        gradient_batches: int = 0,
+        near: float = 0.0,
     ) -> tuple[dict, nn.Module]:
-        """Train QST on stored states: one step a batch. `near` is a weight of `NEAR`, `readout` of `RATE_OF_READOUT`, `batches`
-        a number of `BY_GRADIENT`."""
+        """Train QST on stored states: one step a batch.
+
+        Args:
+            readout_rate: the readout's learning rate, relative to that of the rest.
+            gradient_batches: the readout starts with the directions of the loss gradient on so many batches.
+            near: weight of the squared distance of the output from the base's where there is no label, relative to it.
+        """
         model = get_peft_model(copy.deepcopy(self.base), copy.deepcopy(config)).train()
         layer = model.base_model.model.model
-        if batches:
-            self.stored.direct_readout(layer, self.train[:batches])
+        if gradient_batches:
+            self.stored.direct_readout(layer, self.train[:gradient_batches])
 
         def loss(step: Step) -> torch.Tensor:
             output = hidden(layer, step)
@@ -185,7 +198,7 @@ class Bench:
             away = (output[prompt] - step.output[prompt]).square().sum() / step.output[prompt].square().sum()
             return loss + near * away
 
-        groups = [{"params": [], "lr": rate}, {"params": [], "lr": readout * rate}]
+        groups = [{"params": [], "lr": rate}, {"params": [], "lr": readout_rate * rate}]
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[".readout." in name]["params"].append(parameter)
@@ -308,8 +321,7 @@ def one_run(bench: Bench, name: str, steps: int, rate: float, seed: int, scored:
     if name == PROBE:
         return bench.probe(rate)
     if name in VARIANTS:
-        special = NEAR.get(name, 0.0), RATE_OF_READOUT.get(name, 1.0), BY_GRADIENT.get(name, 0)
-        run, model = bench.side(VARIANTS[name], steps, rate, *special)
+        run, model = bench.side(VARIANTS[name], steps, rate, **TRAINED.get(name, {}))
     elif (config := PEERS[name](bench.layers)) is None:
         return bench.head(steps, rate)
     else:
