@@ -69,6 +69,7 @@ VARIANTS = {
     "tail 4": _side(tail_layers=4),
     "tail 8": _side(tail_layers=8),
     "tail 10": _side(tail_layers=10),
+    "tail 10 of rank 64": _side(tail_layers=10, tail_rank=64),
     "tail 20": _side(tail_layers=20),
     "tail 29": _side(tail_layers=29),
     "no readout": _side(readout_rank=0),
