@@ -140,7 +140,7 @@ def test_an_output_that_is_held_to_the_bases_stays_nearer_to_it():
     bench = Bench(tiny("llama", num_hidden_layers=3), classification(), ["default"])
     bench.train *= 20
     config = QSTConfig(task_type="CAUSAL_LM", r=4)
-    (free, _), (near, _) = (bench.side(config, 20, 1e-2, weight) for weight in (0.0, 100.0))
+    (free, _), (near, _) = (bench.side(config, 20, 1e-2, near=weight) for weight in (0.0, 100.0))
     start = bench.base_figures()
     assert abs(near["old_loss"] - start["old_loss"]) < abs(free["old_loss"] - start["old_loss"])
     assert near["loss"] < start["loss"]
