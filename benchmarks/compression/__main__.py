@@ -93,9 +93,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of("benchmarks.compression", __doc__)
     add = parser.add_argument
     add("--model", default=str(BASE), help="trained language model (default: the project's)")
-    add(
-        "--methods", nargs="+", choices=METHODS, help="rows of the tables (default: all; a language model's: no mix-kd)"
-    )
+    add("--methods", nargs="+", choices=METHODS, help="rows of the tables (default: all; a language model's: no kd)")
     add("--keep", nargs="+", type=float, default=[0.8, 0.6, 0.4], help="parts of the language model's weights to keep")
     add("--vit-keep", nargs="+", type=float, help="the same of the vision transformer's (default: by the images)")
     add("--layers-keep", type=float, default=0.4, help="at which the costs and the layers' errors are taken")

@@ -47,10 +47,12 @@ METHODS = {
     "mix-kd": Method(
         "mixed ranks + distillation", {"allocation": SAME_WEIGHTS, "compensation": {"method": "kd", "lr": 5e-4}}
     ),
+    "default-kd": Method("default + distillation", {"compensation": {"method": "kd"}}),
 }
 DEFAULT = "mix-default"
 # Distilling a language model takes half an hour on a CPU core, for each part kept.
-LLM_METHODS = [name for name in METHODS if name != "mix-kd"]
+DISTILLED = ("mix-kd", "default-kd")
+LLM_METHODS = [name for name in METHODS if name not in DISTILLED]
 BASELINES = [name for name, method in METHODS.items() if method.baseline]
 
 

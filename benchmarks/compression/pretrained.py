@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common.parts import fill
 from benchmarks.compression import llm, speed
-from benchmarks.compression.methods import DEFAULT, METHODS, config, target_shapes
+from benchmarks.compression.methods import DEFAULT, DISTILLED, METHODS, config, target_shapes
 from examples.corpus import blocks, split, stdlib_files, tokens
 from examples.demo import nf4
 from examples.prose import handbook_files
@@ -60,7 +60,7 @@ LABELS = {
     **{name: method.label for name, method in METHODS.items()},
 }
 UNIFORM = {"svd": "plain", "asvd": "diagonal", "svd-llm": "second_moment"}
-OURS = ("mix-lstsq", "mix-fisher", DEFAULT, "mix-kd")
+OURS = ("mix-lstsq", "mix-fisher", DEFAULT, *DISTILLED)
 ROWS = (*UNIFORM, SEQUENTIAL, *OURS)
 # They keep all weights: what the recovery does to them.
 WHOLE = (DENSE, NF4)
@@ -69,7 +69,7 @@ KD_STEPS, KD_LEARNING_RATE = 300, 1e-4
 # The same recovery for everybody: LoRA on all linear layers of the blocks, their factors where they have some.
 RECOVERY = {"rank": 8, "lr": 1e-3, "rows": 2, "length": 256, "most_steps": 200}
 # Distillation takes hours on a CPU core.
-DEFAULT_METHODS = [method for method in ROWS if method != "mix-kd"]
+DEFAULT_METHODS = [method for method in ROWS if method not in DISTILLED]
 DEFAULT_ROWS = [
     (keep, method, steps) for steps in (0, 20) for keep in (0.8, 0.6, 0.7, 0.9) for method in DEFAULT_METHODS
 ]
@@ -282,11 +282,11 @@ class Maker:
 
     def ours(self, method: str, keep: float) -> dict[str, nn.Module]:
         settings = config(method, keep, [])
-        if method == "mix-kd":
+        if method in DISTILLED:
             settings.compensation = replace(settings.compensation, **self.kd)
         settings = settings.resolved(True, self.narrowest)
         pipeline = Pipeline(TargetWeights(self.dense, list(self.shapes), settings), settings, self.calibration)
-        if method == "mix-kd":
+        if method in DISTILLED:
             made = pipeline.run()
             self.distillation = made.distillation | {"lr": self.kd["lr"]}
             return made.factors
@@ -349,7 +349,7 @@ def rows(
                 made[keep, method] = {} if method == DENSE else maker(method, keep)
         modules = made[keep, method]
         facts = {"seconds": clock() - start}
-        if method == "mix-kd":
+        if method in DISTILLED:
             facts["distillation"] = maker.distillation
         ranks = {name: module.rank for name, module in modules.items()}
         facts |= {"ranks": ranks, "block_bytes": block_bits(maker.shapes, ranks) / 8}
