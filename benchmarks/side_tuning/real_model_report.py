@@ -93,6 +93,7 @@ def _percent(runs: list[dict]) -> list[str]:
 def picture(result: dict, path: Path) -> None:
     """Loss on prose against seconds of training, and against the bytes kept for the backward pass, as a PNG.
 
+    The losses beside the bytes are those after the number of steps that most methods have, the larger one of equals.
     The seconds are those of `--cost`; methods that it did not measure are left out, and without any there is no picture.
     """
     points: dict[str, list[tuple[int, float]]] = {}
@@ -105,17 +106,17 @@ def picture(result: dict, path: Path) -> None:
     shown = {name: points[SAME_LOSS.get(name, name)] for name in cost if SAME_LOSS.get(name, name) in points}
     if not shown:
         return
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    longest = max(tasks)
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(13, 4.2), sharey=True, layout="constrained")
+    usual = max(tasks, key=lambda steps: (sum(steps in dict(those) for those in shown.values()), steps))
     for number, (name, those) in enumerate(shown.items()):
         style = {"marker": "osD^v<>pP*Xd"[number % 12], "label": name, "color": f"C{number % 10}"}
         steps, losses = zip(*those, strict=True)
         left.plot([count * cost[name]["seconds"] for count in steps], losses, **style)
-        if longest in steps:
-            right.plot(cost[name]["kept_bytes"] / MIB, losses[steps.index(longest)], linestyle="", **style)
+        if usual in steps:
+            right.plot(cost[name]["kept_bytes"] / MIB, losses[steps.index(usual)], linestyle="", **style)
     left.set(xlabel="seconds of training", ylabel="held-out loss, nats per token")
     right.set_xscale("log", base=2)
     right.xaxis.set_major_formatter("{x:g}")
-    right.set(xlabel="MiB kept for the backward pass", title=f"{longest} steps")
-    right.legend(fontsize=8)
+    right.set(xlabel="MiB kept for the backward pass", title=f"{usual} steps")
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     save_figure(figure, path)
