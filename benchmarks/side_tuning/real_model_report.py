@@ -93,15 +93,15 @@ def _percent(runs: list[dict]) -> list[str]:
 def picture(result: dict, path: Path) -> None:
     """Loss on prose against seconds of training, and against the bytes kept for the backward pass, as a PNG.
 
-    The losses beside the bytes are those after the number of steps that most methods have, the larger one of equals.
+    The dashed line is the base. The losses beside the bytes are those after the number of steps that most methods have,
+    the larger one of equals.
     The seconds are those of `--cost`; methods that it did not measure are left out, and without any there is no picture.
     """
     points: dict[str, list[tuple[int, float]]] = {}
     tasks = {int(key.split(", ")[1]): task for key, task in result["tasks"].items() if key.startswith(f"{PICTURED}, ")}
     for steps, task in sorted(tasks.items()):
-        start = task["base"]["loss"]
         for name, runs in best_runs(task["runs"]).items():
-            points.setdefault(name, [(0, start)]).append((steps, mean(run["loss"] for run in runs)))
+            points.setdefault(name, []).append((steps, mean(run["loss"] for run in runs)))
     cost = result.get("cost", {})
     shown = {name: points[SAME_LOSS.get(name, name)] for name in cost if SAME_LOSS.get(name, name) in points}
     if not shown:
@@ -114,6 +114,10 @@ def picture(result: dict, path: Path) -> None:
         left.plot([count * cost[name]["seconds"] for count in steps], losses, **style)
         if usual in steps:
             right.plot(cost[name]["kept_bytes"] / MIB, losses[steps.index(usual)], linestyle="", **style)
+    for axes in (left, right):
+        axes.axhline(tasks[usual]["base"]["loss"], linestyle="--", color="gray", linewidth=1)
+    left.set_xscale("log", base=2)  # runs of 1,000 steps beside runs of 40
+    left.xaxis.set_major_formatter("{x:g}")
     left.set(xlabel="seconds of training", ylabel="held-out loss, nats per token")
     right.set_xscale("log", base=2)
     right.xaxis.set_major_formatter("{x:g}")
