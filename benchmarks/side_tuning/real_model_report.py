@@ -94,8 +94,8 @@ def picture(result: dict, path: Path) -> None:
     """Loss on prose against seconds of training, and against the bytes kept for the backward pass, as a PNG.
 
     The dashed line is the base. The losses beside the bytes are those after the number of steps that most methods have,
-    the larger one of equals.
-    The seconds are those of `--cost`; methods that it did not measure are left out, and without any there is no picture.
+    the larger one of equals. The seconds are those of `--cost`; methods that it did not measure are left out, and without
+    any there is no picture.
     """
     points: dict[str, list[tuple[int, float]]] = {}
     tasks = {int(key.split(", ")[1]): task for key, task in result["tasks"].items() if key.startswith(f"{PICTURED}, ")}
@@ -116,11 +116,9 @@ def picture(result: dict, path: Path) -> None:
             right.plot(cost[name]["kept_bytes"] / MIB, losses[steps.index(usual)], linestyle="", **style)
     for axes in (left, right):
         axes.axhline(tasks[usual]["base"]["loss"], linestyle="--", color="gray", linewidth=1)
-    left.set_xscale("log", base=2)  # runs of 1,000 steps beside runs of 40
-    left.xaxis.set_major_formatter("{x:g}")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     left.set(xlabel="seconds of training", ylabel="held-out loss, nats per token")
-    right.set_xscale("log", base=2)
-    right.xaxis.set_major_formatter("{x:g}")
     right.set(xlabel="MiB kept for the backward pass", title=f"{usual} steps")
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     save_figure(figure, path)
